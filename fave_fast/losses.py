@@ -1,0 +1,173 @@
+"""The paper's losses, equation by equation, and the two stages' objectives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fave_fast import flow
+from fave_fast.config import Config
+from fave_fast.model import FAVE, Prediction
+
+Reduction = Literal["mean", "sum"]
+
+
+@dataclass(frozen=True)
+class Losses:
+    """One batch's losses, scalars. `match` is L_rec in stage 1 and L_match in stage 2; `consistency` is 0 in stage 1."""
+
+    total: Tensor
+    match: Tensor
+    target: Tensor
+    source: Tensor
+    consistency: Tensor
+
+
+def _squared(error: Tensor, reduction: Reduction) -> Tensor:
+    """Squared error [B, D]: mean over the batch, mean or sum over the channels; in fp32 or above."""
+    wide = error if error.dtype == torch.float64 else error.float()
+    per_row = wide.square().sum(-1)
+    return (per_row / error.shape[-1] if reduction == "mean" else per_row).mean()
+
+
+def matching_loss(endpoint: Tensor, x_1: Tensor, reduction: Reduction = "mean") -> Tensor:
+    """L_rec of eq. (11) and L_match of eq. (21): ||f(x_t, t, r) - x_1||^2 for [B, D] tensors."""
+    return _squared(endpoint - x_1, reduction)
+
+
+def target_loss(endpoint: Tensor, embedding: Tensor, targets: Tensor) -> Tensor:
+    """L_tgt of eq. (12): cross-entropy of f . e_j over items 1 to N.
+
+    Args:
+        endpoint: [B, D].
+        embedding: [N + 1, D]; row 0 is padding and no candidate.
+        targets: int64 [B], from 1 to N.
+    """
+    logits = F.linear(endpoint, embedding[1:])
+    return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), targets - 1)
+
+
+def absent_items(history: Tensor, num_items: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    """Uniform items, one for each position of `history` [B, L], and whether each is to count [B, L].
+
+    A draw counts if its position holds an item and the draw is not in that history itself.
+    """
+    drawn = torch.randint(1, num_items + 1, history.shape, device=history.device, generator=generator)
+    # Membership by search in the sorted row: B L log L, where comparing all pairs would make a [B, L, L] tensor.
+    ordered = history.sort(dim=1).values
+    found = torch.searchsorted(ordered, drawn).clamp_max(history.shape[1] - 1)
+    return drawn, (ordered.gather(1, found) != drawn) & (history != 0)
+
+
+def source_loss(
+    model: FAVE, source: Tensor, history: Tensor, kind: Literal["sampled", "dense"], generator: torch.Generator | None
+) -> Tensor:
+    """L_src of eq. (13): squared error of D(E_u) against the 0/1 history vector A_u.
+
+    `sampled`: mean over the history's positions (A_u = 1) and as many drawn absent items (A_u = 0), memory B x L x D.
+    `dense`: mean over all N items. source is E_u [B, D], history int64 [B, L].
+    """
+    decoder = model.history_decoder
+    if kind == "dense":
+        wanted = torch.zeros(len(history), model.num_items + 1, device=history.device, dtype=source.dtype)
+        wanted.scatter_(1, history, 1.0)
+        return _squared(decoder(source) - wanted[:, 1:], "mean")
+    drawn, counts = absent_items(history, model.num_items, generator)
+    items = torch.cat((history, drawn), dim=1)  # [B, 2 L]
+    weights = torch.cat((history != 0, counts), dim=1).to(source.dtype)
+    wanted = torch.cat((torch.ones_like(history), torch.zeros_like(history)), dim=1)
+    error = (decoder.at(source, items) - wanted).square() * weights
+    return error.sum() / weights.sum().clamp_min(1)
+
+
+def predict_with_tangent(
+    model: FAVE, history: Tensor, x_t: Tensor, t: Tensor, r: Tensor, lam: Tensor, v: Tensor
+) -> tuple[Prediction, Tensor]:
+    """f(x_t, t, r) and its derivative along [v, 1, 0], [B, D], by one forward-mode pass: eqs. (22) and (23)."""
+    embedded = model.embed_history(history)  # does not depend on x_t, t, r: outside the derivative
+    present = history != 0
+
+    def endpoint_of(x_t: Tensor, t: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+        prediction = model.encode(model.modulate(embedded, x_t, t, r, lam), present)
+        return prediction.endpoint, prediction.source
+
+    # The fused attention kernels have no forward-mode derivative.
+    with sdpa_kernel(SDPBackend.MATH):
+        endpoint, tangent, source = torch.func.jvp(
+            endpoint_of, (x_t, t, r), (v, torch.ones_like(t), torch.zeros_like(r)), has_aux=True
+        )
+    return Prediction(endpoint, source), tangent
+
+
+def consistency_loss(tangent: Tensor, reduction: Reduction = "mean") -> Tensor:
+    """L_cons of eqs. (22) and (23): ||[v, 1, 0] . grad f||^2, the tangent [B, D] coming from one forward-mode pass."""
+    return _squared(tangent, reduction)
+
+
+def stage1_losses(
+    model: FAVE, config: Config, history: Tensor, targets: Tensor, generator: torch.Generator | None = None
+) -> Losses:
+    """Stage 1: L_rec + alpha L_tgt + beta L_src with x_0 ~ N(0, I), r = 1 and heavy-tailed t.
+
+    history int64 [B, L] left-padded with 0, targets int64 [B].
+    """
+    x_1 = model.item_embedding(targets)  # eq. (7)
+    x_0 = flow.gaussian_prior(len(targets), model.config.d, history.device, generator).to(x_1.dtype)
+    t = flow.mode_times(len(targets), config.flow.mode_scale, history.device, generator).to(x_1.dtype)
+    lam = model.draw_lambda((*history.shape, model.config.d), history.device, generator).to(x_1.dtype)
+    prediction = model(history, flow.interpolate(x_0, x_1, t), t, torch.ones_like(t), lam)
+    return _weigh(model, config, prediction, x_1, targets, history, None, generator)
+
+
+def stage2_losses(
+    model: FAVE, config: Config, history: Tensor, targets: Tensor, generator: torch.Generator | None = None
+) -> Losses:
+    """Stage 2, eq. (24): L_match + gamma L_cons + alpha L_tgt + beta L_src from the configured prior.
+
+    The item embeddings stay as they are: the trainer freezes them. With gamma = 0 no tangent is computed.
+    """
+    count, d = len(targets), model.config.d
+    x_1 = model.item_embedding(targets)
+    if config.flow.prior == "anchor":
+        x_0 = flow.draw_anchor(model.item_embedding.weight, history, config.flow.rho, generator)
+    else:
+        x_0 = flow.gaussian_prior(count, d, history.device, generator).to(x_1.dtype)
+    t, r = (part.to(x_1.dtype) for part in flow.stage2_times(count, config.flow.p_end, history.device, generator))
+    lam = model.draw_lambda((*history.shape, d), history.device, generator).to(x_1.dtype)
+    x_t = flow.interpolate(x_0, x_1, t)
+    if config.loss.gamma == 0:
+        prediction, tangent = model(history, x_t, t, r, lam), None
+    else:
+        v = flow.conditional_velocity(x_0, x_1)
+        if config.flow.tangent == "learned":
+            with torch.no_grad():
+                v = flow.learned_velocity(model(history, x_t, t, r, lam).endpoint, x_0).to(x_t.dtype)
+        prediction, tangent = predict_with_tangent(model, history, x_t, t, r, lam, v)
+    return _weigh(model, config, prediction, x_1, targets, history, tangent, generator)
+
+
+def _weigh(
+    model: FAVE,
+    config: Config,
+    prediction: Prediction,
+    x_1: Tensor,
+    targets: Tensor,
+    history: Tensor,
+    tangent: Tensor | None,
+    generator: torch.Generator | None,
+) -> Losses:
+    weights = config.loss
+    match = matching_loss(prediction.endpoint, x_1, weights.reduction)
+    target = target_loss(prediction.endpoint, model.item_embedding.weight, targets)
+    zero = torch.zeros_like(match)
+    source = zero
+    if weights.beta > 0:
+        source = source_loss(model, prediction.source, history, weights.source, generator)
+    consistency = zero if tangent is None else consistency_loss(tangent, weights.reduction)
+    total = weights.match * match + weights.alpha * target + weights.beta * source + weights.gamma * consistency
+    return Losses(total, match, target, source, consistency)

@@ -1,0 +1,106 @@
+"""Which implementation of an op runs: by name, or the first that can.
+
+An op lists its implementations in order of preference. Whether one can run is asked when the op is called, so importing
+this asks nothing of a GPU. A backend asked for by name runs or fails loudly; only `auto` passes over one.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from fave_fast.errors import BackendError
+
+BACKENDS = ("auto", "reference", "triton", "cpp")
+
+Run = TypeVar("Run", bound=Callable[..., Any])
+WhyNot = Callable[[torch.device, torch.dtype], str | None]
+
+_logger = logging.getLogger(__name__)
+
+
+def always(device: torch.device, dtype: torch.dtype) -> str | None:
+    """The check of an implementation that runs everywhere."""
+    return None
+
+
+@functools.cache
+def why_no_extension() -> str | None:
+    """Why `fave_fast._C` cannot be imported, or None where it can."""
+    try:
+        importlib.import_module("fave_fast._C")
+    except ModuleNotFoundError:
+        return f"the C++ extension is not there: {_how_installed()}"
+    except ImportError as error:
+        return f"the C++ extension does not load: {error}"
+    return None
+
+
+def _how_installed() -> str:
+    try:
+        wheel = importlib.metadata.distribution("fave-fast").read_text("WHEEL") or ""
+    except importlib.metadata.PackageNotFoundError:
+        return "fave_fast was imported without being installed"
+    if "Root-Is-Purelib: true" in wheel:
+        return "fave-fast was built with FAVE_FAST_PURE=1"
+    return "the package that was imported is not the one that is installed"
+
+
+def cpu_extension(device: torch.device, dtype: torch.dtype) -> str | None:
+    """The check of an implementation in `fave_fast._C`."""
+    return why_no_extension() if device.type == "cpu" else f"it runs on the CPU, and the tensors are on {device.type}"
+
+
+@dataclass(frozen=True)
+class Implementation(Generic[Run]):
+    """One way of computing an op, under its backend's name.
+
+    `why_not` gets the tensors' device and dtype and returns the reason why `run` cannot take them, or None.
+    """
+
+    backend: str
+    run: Run
+    why_not: WhyNot = always
+
+
+@dataclass(frozen=True)
+class Op(Generic[Run]):
+    """An op's implementations, the preferred first; the last is the reference, which runs everywhere."""
+
+    name: str
+    implementations: tuple[Implementation[Run], ...]
+
+    def refusals(self, device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, str | None]:
+        """For each backend of this op the reason why it cannot run, or None."""
+        return {one.backend: one.why_not(device, dtype) for one in self.implementations}
+
+    def resolve(self, backend: str, device: torch.device, dtype: torch.dtype) -> Run:
+        """The function that `backend` stands for.
+
+        Raises:
+            BackendError: the name is unknown, this op has no such backend, or it cannot run here.
+        """
+        for one in self.implementations:
+            if backend not in ("auto", one.backend):
+                continue
+            reason = one.why_not(device, dtype)
+            if reason is None:
+                return one.run
+            if backend != "auto":
+                raise BackendError(f"{self.name}: backend {backend!r} cannot run: {reason}")
+            _log_once(self.name, one.backend, reason)
+        offered = ", ".join(["auto", *(one.backend for one in self.implementations)])
+        problem = "no such backend for this op" if backend in BACKENDS else "unknown backend"
+        raise BackendError(f"{self.name}: {problem}: {backend!r}; expected one of {offered}")
+
+
+@functools.cache
+def _log_once(op: str, backend: str, reason: str) -> None:
+    _logger.info("%s: backend %s passed over: %s", op, backend, reason)
