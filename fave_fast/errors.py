@@ -3,7 +3,8 @@
 
 class InputError(ValueError):
     """Bad input: a file, a value or a combination of options. The message names what was given, where, and what was
-    expected."""
+    expected.
+    """
 
 
 class DataError(InputError):

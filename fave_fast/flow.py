@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -51,9 +53,9 @@ def gaussian_prior(count: int, d: int, device: torch.device, generator: torch.Ge
 
 
 def anchor_positions(history: Tensor, uniform: Tensor) -> Tensor:
-    """The position [B] of e_k in a left-padded history [B, L]: the floor(u n)-th oldest of its n items, u [B] in [0, 1).
+    """The position [B] of e_k in a left-padded history [B, L]: the floor(u n)-th oldest of its n items.
 
-    Padding is never chosen; a history without items gives its last position.
+    uniform is u [B] in [0, 1). Padding is never chosen; a history without items gives its last position.
     """
     lengths = (history != 0).sum(1)
     oldest_first = (uniform * lengths).long().clamp_max((lengths - 1).clamp_min(0))
@@ -73,9 +75,7 @@ def anchor_prior(embedding: Tensor, history: Tensor, positions: Tensor, keep: Te
     return embedding[items] * keep
 
 
-def draw_anchor(
-    embedding: Tensor, history: Tensor, rho: float, generator: torch.Generator | None = None
-) -> Tensor:
+def draw_anchor(embedding: Tensor, history: Tensor, rho: float, generator: torch.Generator | None = None) -> Tensor:
     """Eq. (14) with its draws: k uniform over the history's items, m ~ Bernoulli(rho) for each channel; [B, D]."""
     count = len(history)
     uniform = torch.rand(count, device=history.device, generator=generator)
@@ -121,7 +121,7 @@ class InferenceNoise:
         return anchor_prior(model.item_embedding.weight, history, positions, self.keep)
 
     def lambdas(self, history: Tensor) -> Tensor:
-        """lambda [B, L, D] for `history` [B, L], L at most the model's longest."""
+        """Lambda [B, L, D] for `history` [B, L], L at most the model's longest."""
         return self.lam[-history.shape[1] :].expand(len(history), -1, -1)
 
 
@@ -130,6 +130,12 @@ def one_step(model: FAVE, history: Tensor, x_0: Tensor, lam: Tensor) -> Tensor:
     t = x_0.new_zeros(len(x_0))
     endpoint: Tensor = model(history, x_0, t, torch.ones_like(t), lam).endpoint
     return endpoint
+
+
+def encode(model: FAVE, flow: FlowConfig, noise: InferenceNoise, histories: npt.NDArray[np.int64]) -> Tensor:
+    """Eq. (25) as it is served: the endpoint [B, D] for histories int64 [B, L], left-padded with 0."""
+    history = torch.from_numpy(histories).to(model.item_embedding.weight.device)
+    return one_step(model, history, noise.prior(model, flow, history), noise.lambdas(history))
 
 
 def euler(model: FAVE, history: Tensor, x_0: Tensor, lam: Tensor, steps: int) -> Tensor:

@@ -19,7 +19,7 @@ Reduction = Literal["mean", "sum"]
 
 @dataclass(frozen=True)
 class Losses:
-    """One batch's losses, scalars. `match` is L_rec in stage 1 and L_match in stage 2; `consistency` is 0 in stage 1."""
+    """One batch's losses, scalars. `match` is L_rec in stage 1, L_match in stage 2; stage 1 has no `consistency`."""
 
     total: Tensor
     match: Tensor
@@ -97,10 +97,10 @@ def predict_with_tangent(
         return prediction.endpoint, prediction.source
 
     # The fused attention kernels have no forward-mode derivative.
+    tangents = (v, torch.ones_like(t), torch.zeros_like(r))
     with sdpa_kernel(SDPBackend.MATH):
-        endpoint, tangent, source = torch.func.jvp(
-            endpoint_of, (x_t, t, r), (v, torch.ones_like(t), torch.zeros_like(r)), has_aux=True
-        )
+        result: tuple[Tensor, ...] = torch.func.jvp(endpoint_of, (x_t, t, r), tangents, has_aux=True)
+    endpoint, tangent, source = result
     return Prediction(endpoint, source), tangent
 
 

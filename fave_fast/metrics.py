@@ -50,7 +50,7 @@ def intra_list_diversity(lists: Tensor, embedding: Tensor) -> float:
         The mean, or 0 if no list has two items.
     """
     total, count = 0.0, 0
-    for part in lists.to(embedding.device).split(1024):
+    for part in torch.split(lists.to(embedding.device), 1024):
         real = (part != 0).double()
         units = F.normalize(embedding[part].double(), dim=-1) * real[..., None]
         n = real.sum(1)

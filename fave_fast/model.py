@@ -33,6 +33,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """X [..., D] -> [..., D], same dtype."""
         # Written out: the fused op has no forward-mode derivative, and L_cons needs one.
         wide = x if x.dtype == torch.float64 else x.float()
         return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * self.weight).to(x.dtype)
@@ -46,6 +47,7 @@ class Dropout(nn.Module):
         self.p = p
 
     def forward(self, x: Tensor) -> Tensor:
+        """Any shape; the mask comes from PyTorch's global generator."""
         if not self.training or self.p == 0:
             return x
         if x.device.type != "cpu":
@@ -77,7 +79,7 @@ class TimeEmbedding(nn.Module):
         self.out = nn.Linear(d, d)
 
     def forward(self, t: Tensor) -> Tensor:
-        """t [B] in [0, 1] -> [B, D]. Angles reach `scale` radians, where bf16 has steps of 4: never below fp32."""
+        """T [B] in [0, 1] -> [B, D]. Angles reach `scale` radians, where bf16 has steps of 4: never below fp32."""
         wide = t if t.dtype == torch.float64 else t.float()
         angles = wide[:, None] * self.frequencies.to(wide.dtype)  # [B, D / 2]; products of vectors are never autocast
         waves = torch.cat((angles.cos(), angles.sin()), dim=-1).to(self.hidden.weight.dtype)
@@ -119,11 +121,11 @@ class Block(nn.Module):
         self.dropout = Dropout(config.dropout)
 
     def forward(self, h: Tensor, mask: Tensor, rotary: tuple[Tensor, Tensor] | None, last_only: bool) -> Tensor:
-        """h [B, L, D] -> [B, L, D], or [B, 1, D] for the newest position alone with `last_only`.
+        """H [B, L, D] -> [B, L, D], or [B, 1, D] for the newest position alone with `last_only`.
 
         mask [B, 1, queries, L] (or broadcastable to it) is True where a query may look.
         """
-        batch, length, d = h.shape
+        batch, _, d = h.shape
         x = self.attention_norm(h)
         if last_only:
             h = h[:, -1:]
@@ -137,7 +139,8 @@ class Block(nn.Module):
         attended = attend(q, k, v, mask).transpose(1, 2).reshape(batch, -1, d)
         h = h + self.dropout(self.attention_out(attended))
         hidden = F.gelu(self.ffn_in(self.ffn_norm(h)))
-        return h + self.dropout(self.ffn_out(hidden))
+        result: Tensor = h + self.dropout(self.ffn_out(hidden))
+        return result
 
 
 class HistoryDecoder(nn.Module):
@@ -164,6 +167,7 @@ class HistoryDecoder(nn.Module):
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
+    """The norm that the configuration names, over D channels."""
     return RMSNorm(config.d) if config.norm == "rms" else nn.LayerNorm(config.d)
 
 
@@ -191,12 +195,12 @@ class FAVE(nn.Module):
         return embedded
 
     def time_features(self, t: Tensor, r: Tensor) -> Tensor:
-        """z of eq. (8): t, r [B] -> [B, D]."""
+        """Z of eq. (8): t, r [B] -> [B, D]."""
         z: Tensor = self.time_embedding(t) + self.time_embedding(r - t)
         return z
 
     def draw_lambda(self, shape: tuple[int, ...], device: torch.device, generator: torch.Generator | None) -> Tensor:
-        """lambda of eq. (9): N(delta, delta) for every position and channel."""
+        """Lambda of eq. (9): N(delta, delta) for every position and channel."""
         noise = torch.randn(shape, device=device, generator=generator)
         return noise.mul_(self.config.delta).add_(self.config.delta)
 

@@ -278,7 +278,9 @@ def _stamp(value: object, where: str, dates: bool | None) -> tuple[int | float, 
     dated = stamp is None
     if stamp is None:
         stamp = _date_seconds(value)
-    if stamp is None or not math.isfinite(stamp) or abs(stamp) >= 2**63 or dates not in (None, dated):
+    if isinstance(stamp, int) and not -(2**63) <= stamp < 2**63:
+        stamp = float(str(stamp))
+    if stamp is None or not math.isfinite(stamp) or dates not in (None, dated):
         raise DataError(f"{where} is {value!r}; expected {expected}")
     return stamp, dated
 

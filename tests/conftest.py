@@ -6,6 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from fave_fast.config import Config
+from fave_fast.data import load_interactions
+from fave_fast.synthetic import PlantedConfig, generate
+from fave_fast.train import Trainer
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -24,3 +29,35 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no benchmark data in {folder}; FAVE_FAST_DATA names another folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> Config:
+    """Both stages in a second; dropout stays on, so that a lost random state shows."""
+    values = {
+        "model": {"d": 16, "blocks": 2, "heads": 2, "ffn_mult": 2, "max_length": 8},
+        "train": {"batch_size": 48, "lr": 0.01, "lr_stage2": 0.01, "epochs": 2, "epochs_stage2": 2},
+    }
+    return Config.from_dict(values, "tests")
+
+
+@pytest.fixture(scope="session")
+def tiny_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A csv log of 41 users and 24 items (101 to 124); a list of 20 ends early, and user 999 has no targets."""
+    planted = PlantedConfig(users=40, items=24, interests=3, min_length=3, max_length=10, neighbours=2, successors=3)
+    _, data = generate(planted, seed=1)
+    rows = [(user + 1, item + 100) for user in range(data.num_users) for item in data.history(user)]
+    rows += [(999, 101), (999, 102)]
+    path = tmp_path_factory.mktemp("tiny") / "log.csv"
+    path.write_text(
+        "user_id,item_id,timestamp\n" + "".join(f"{user},{item},{at}\n" for at, (user, item) in enumerate(rows))
+    )
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tiny_log: Path, tiny_config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model trained on `tiny_log`."""
+    path = tmp_path_factory.mktemp("model") / "model.pt"
+    Trainer(load_interactions(tiny_log), tiny_config, path).run()
+    return path

@@ -1,0 +1,127 @@
+"""What the commands share: options, exit codes, logging, progress bars.
+
+Exit codes: 0 done, 2 bad usage or bad input (one line on stderr), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import NoReturn
+
+import torch
+
+from fave_fast.errors import InputError
+from fave_fast.ops import BACKENDS
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+FORMATS = ("auto", "inter", "csv", "parquet", "jsonl", "npz", "movielens", "amazon", "steam")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one line for an error, and no abbreviations of options."""
+
+    def __init__(self, command: str, description: str) -> None:
+        super().__init__(
+            prog=f"python -m fave_fast.{command}",
+            description=description,
+            allow_abbrev=False,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """One line on stderr and exit code 2."""
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def add_log_options(parser: argparse.ArgumentParser) -> None:
+    """Options of every command that reads an interaction log."""
+    parser.add_argument("--format", default="auto", choices=FORMATS, help="format of the log")
+    for name in ("user", "item", "time"):
+        parser.add_argument(
+            f"--{name}-column", metavar="NAME", help=f"column that holds the {name}, if not a usual name"
+        )
+
+
+def log_columns(arguments: argparse.Namespace) -> dict[str, str]:
+    """The columns named on the command line."""
+    names = {name: getattr(arguments, f"{name}_column") for name in ("user", "item", "time")}
+    return {name: column for name, column in names.items() if column is not None}
+
+
+def add_run_options(parser: argparse.ArgumentParser, dtype_help: str) -> None:
+    """Options of every command that runs the network."""
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--dtype", default="fp32", choices=sorted(DTYPES), help=dtype_help)
+    parser.add_argument("--backend", default="auto", choices=BACKENDS, help="who computes the catalogue operations")
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    """An argparse type: a whole number of at least `least`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if not least <= value < 2**63:  # what PyTorch takes as a seed or a size
+            raise argparse.ArgumentTypeError(
+                f"{text!r} given; expected a whole number of at least {least}, below 2**63"
+            )
+        return value
+
+    return parse
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device called `name`; `auto` is the GPU where there is one.
+
+    Raises:
+        InputError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"--device is {name!r}; expected auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device is {name!r}; expected auto, cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise InputError(f"--device is {name!r}; this machine has {count} CUDA devices that PyTorch can use")
+    return device
+
+
+def say(line: str) -> None:
+    """A line for the person at the terminal, on stderr, so that results on stdout stay clean."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def say_decisions(decisions: Iterable[str]) -> None:
+    """Print every counted decision about the data."""
+    for decision in decisions:
+        say(f"note: {decision}")
+
+
+def run(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
+    """Run a command's `main` and leave with its exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        code = main(None)
+        sys.stdout.flush()
+    except InputError as error:
+        say(f"error: {error}")
+        code = 2
+    except KeyboardInterrupt:
+        say("interrupted")
+        code = 130
+    except BrokenPipeError:
+        # The reader of stdout went away (| head, say): no error, but Python would complain once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)

@@ -1,0 +1,201 @@
+"""Full ranking: each target against the whole catalogue, streamed; `python -m fave_fast.evaluate`.
+
+Every figure comes twice. `filtered`: the items of the user's history are no candidates (the paper's text). `raw`: they
+are (the public code of this family). Equal scores rank the lower id first; the target is always a candidate.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fave_fast import checkpoint as checkpoints
+from fave_fast import cli
+from fave_fast.checkpoint import Checkpoint
+from fave_fast.config import Config
+from fave_fast.data import Interactions, gather_histories, history_exclusions, load_interactions, split
+from fave_fast.errors import DataError
+from fave_fast.flow import InferenceNoise, encode
+from fave_fast.metrics import CUTOFFS, coverage, intra_list_diversity, rank_metrics
+from fave_fast.model import FAVE
+from fave_fast.ops import Exclusions, rank_count, score_topk
+
+LIST_LENGTH = 20
+Positions = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Where the targets stand; one row a target, in the order of the positions asked for."""
+
+    filtered: Tensor  # int64 [U], ranks from 1 with the history left out
+    raw: Tensor | None  # int64 [U], with the history among the candidates
+    lists: Tensor | None  # int64 [U, 20], the filtered top-20, 0 where a list ends early
+
+
+def protocol(split_name: str, description: str, max_length: int) -> str:
+    """The rules behind the figures, in words, as written beside them."""
+    return (
+        f"{description}; {split_name} target ranked among the whole catalogue; input: the last {max_length} items"
+        " before the target; filtered: items of the whole history are no candidates, raw: they are; equal score:"
+        " lower id first; HR, NDCG, MRR, coverage in per cent; ild@20: mean pairwise cosine distance in a filtered list"
+    )
+
+
+def target_starts(data: Interactions, targets: Positions) -> Positions:
+    """Flat start of the sequence that each target [U] belongs to."""
+    return data.offsets[np.searchsorted(data.offsets, targets, side="right") - 1]
+
+
+def _batches(lengths: Positions, batch_size: int) -> Iterator[Positions]:
+    """Rows in batches of like length, which keeps padding away."""
+    order = np.argsort(lengths, kind="stable")
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+@torch.no_grad()
+def rank_targets(
+    model: FAVE,
+    config: Config,
+    data: Interactions,
+    targets: Positions,
+    *,
+    full: bool = True,
+    batch_size: int = 512,
+    backend: str = "auto",
+) -> Ranking:
+    """Rank the items at the flat positions `targets` [U], each given what comes before it in its sequence.
+
+    The model must be in evaluation mode. `full=False` leaves out raw ranks and lists. Memory: batches of users times
+    tiles of the catalogue, never users times items.
+    """
+    starts = target_starts(data, targets)
+    table = model.item_embedding.weight
+    noise = InferenceNoise.draw(model, config.flow)
+    filtered, raw = torch.empty(len(targets), dtype=torch.int64), torch.empty(len(targets), dtype=torch.int64)
+    lists = torch.zeros(len(targets), LIST_LENGTH, dtype=torch.int64)
+    for rows in _batches(np.minimum(targets - starts, config.model.max_length), batch_size):
+        history = gather_histories(data.items, starts[rows], targets[rows], config.model.max_length)
+        endpoint = encode(model, config.flow, noise, history)
+        seen = Exclusions(*map(torch.from_numpy, history_exclusions(data.items, starts[rows], targets[rows])))
+        wanted = torch.from_numpy(data.items[targets[rows]].astype(np.int64)).to(table.device)
+        exclude, index = seen.to(table.device), torch.from_numpy(rows)
+        filtered[index] = rank_count(endpoint, table, wanted, exclude, backend=backend).cpu()
+        if full:
+            raw[index] = rank_count(endpoint, table, wanted, backend=backend).cpu()
+            lists[index] = score_topk(endpoint, table, LIST_LENGTH, exclude)[1].cpu()
+    return Ranking(filtered, raw, lists) if full else Ranking(filtered, None, None)
+
+
+def translate(data: Interactions, checkpoint: Checkpoint, path: str) -> Interactions:
+    """`data` with the checkpoint's item numbers.
+
+    Raises:
+        DataError: the log has items that the checkpoint does not know: its figures would not be comparable.
+    """
+    numbers = checkpoint.item_ids.index(data.item_ids.ids) + 1
+    unknown = np.flatnonzero(numbers == 0)
+    if len(unknown):
+        raise DataError(
+            f"{path}: {len(unknown)} of its {data.num_items} items are not in the checkpoint "
+            f"({data.item_ids.id_at(int(unknown[0]))!r}, say); expected the log that the model was trained on"
+        )
+    items = np.concatenate(([0], numbers)).astype(np.int32)[data.items]
+    return Interactions(items, data.offsets, checkpoint.item_ids, data.user_ids, data.times, data.name, data.decisions)
+
+
+def evaluate(
+    checkpoint: Checkpoint,
+    data: Interactions,
+    split_name: Literal["val", "test"],
+    *,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    batch_size: int = 512,
+    backend: str = "auto",
+) -> dict[str, Any]:
+    """All figures of one split as a plain dictionary, the object that `--json` prints.
+
+    Raises:
+        DataError: the split cannot be made.
+    """
+    started = time.perf_counter()
+    config = checkpoint.config
+    parts = split(data, config.data)
+    targets = parts.val if split_name == "val" else parts.test
+    model = checkpoint.build_model().to(device, dtype)
+    ranking = rank_targets(model, config, data, targets, batch_size=batch_size, backend=backend)
+    if ranking.raw is None or ranking.lists is None:
+        raise AssertionError("a full ranking has raw ranks and lists")
+    return {
+        "dataset": data.name,
+        "split": split_name,
+        "users": len(targets),
+        "items": data.num_items,
+        "protocol": protocol(split_name, parts.description, config.model.max_length),
+        "filtered": rank_metrics(ranking.filtered),
+        "raw": rank_metrics(ranking.raw),
+        "coverage@20": coverage(ranking.lists, data.num_items),
+        "ild@20": intra_list_diversity(ranking.lists, model.item_embedding.weight),
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The figures for a terminal."""
+    lines = [f"{result['dataset']}, {result['split']}: {result['users']:,} users, {result['items']:,} items"]
+    lines += ["", f"{'':10}" + "".join(f"{f'{name}@{k}':>9}" for name in ("HR", "NDCG", "MRR") for k in CUTOFFS)]
+    for kind in ("filtered", "raw"):
+        figures = [result[kind][f"{name}@{k}"] for name in ("HR", "NDCG", "MRR") for k in CUTOFFS]
+        lines.append(f"{kind:10}" + "".join(f"{figure:9.2f}" for figure in figures))
+    lines += ["", f"coverage@20 {result['coverage@20']:.1f} %   ILD@20 {result['ild@20']:.3f}"]
+    return "\n".join([*lines, "", f"{result['protocol']}.", f"{result['seconds']:.2f} s"])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = cli.Parser("evaluate", "Rank every user's target among the whole catalogue.")
+    parser.add_argument("--ckpt", required=True, metavar="FILE", help="checkpoint written by fave_fast.train")
+    parser.add_argument("--data", required=True, metavar="FILE", help="the interaction log it was trained on")
+    parser.add_argument("--split", default="test", choices=("test", "val"), help="which targets")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.add_argument("--batch-size", type=cli.whole_number(1), default=512, help="users at a time")
+    cli.add_log_options(parser)
+    cli.add_run_options(parser, "of weights and scores")
+    arguments = parser.parse_args(argv)
+    device = cli.resolve_device(arguments.device)
+    checkpoint = checkpoints.load(arguments.ckpt)
+    config = checkpoint.config
+    data = load_interactions(
+        arguments.data,
+        format=arguments.format,
+        columns=cli.log_columns(arguments),
+        min_count=config.data.min_count,
+        drop_repeats=config.data.drop_repeats,
+        keep_times=config.data.split == "global-time",
+    )
+    cli.say_decisions(data.decisions)
+    result = evaluate(
+        checkpoint,
+        translate(data, checkpoint, arguments.data),
+        arguments.split,
+        device=device,
+        dtype=cli.DTYPES[arguments.dtype],
+        batch_size=arguments.batch_size,
+        backend=arguments.backend,
+    )
+    print(json.dumps(result) if arguments.json else table(result))
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

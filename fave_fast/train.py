@@ -1,0 +1,517 @@
+"""Both stages of training, resumable at any step; `python -m fave_fast.train`.
+
+Stage 1 builds the manifold from a Gaussian prior; stage 2 starts from its best weights, freezes the item embeddings and
+consolidates the flow into one step from the anchor. The model is judged as it is served (one step, eq. 25) on the
+validation targets, `filtered` NDCG@20, and the best weights of both stages are what the checkpoint holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fave_fast import __version__, cli, losses
+from fave_fast import checkpoint as checkpoints
+from fave_fast.checkpoint import Checkpoint
+from fave_fast.config import PRESETS, Config, load_yaml, preset
+from fave_fast.data import (
+    Interactions,
+    Split,
+    Windows,
+    gather_histories,
+    history_exclusions,
+    load_interactions,
+    split,
+    training_popularity,
+)
+from fave_fast.errors import CheckpointError, InputError
+from fave_fast.evaluate import rank_targets, target_starts
+from fave_fast.files import check_writable
+from fave_fast.metrics import rank_metrics
+from fave_fast.model import FAVE
+from fave_fast.ops.rank_count import OP as RANK_COUNT
+
+STAGES = (1, 2)
+_RESUME_KIND = "fave_fast training state"
+_SAMPLE_USERS = 5
+_SELECTION = "NDCG@20"
+
+
+@dataclass
+class Progress:
+    """Where a run stands; with the weights and the optimiser, all that resuming needs."""
+
+    stage: int = 1
+    epoch: int = 0  # of the stage, counted from 0
+    step: int = 0  # of the epoch: batches done
+    loss: float = 0.0  # summed over them
+    best: float = -math.inf  # validation NDCG@20, filtered, over both stages
+    best_stage: int = 0
+    best_epoch: int = 0
+    stage_best: float = -math.inf
+    waiting: int = 0  # evaluations since the stage's last best
+    lr_cut: bool = False
+    log_bytes: int = 0  # length of the metrics file when the state was written
+    seconds: float = 0.0
+    finished: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run ended with."""
+
+    checkpoint: Checkpoint
+    progress: Progress
+    interrupted: bool
+
+
+class Trainer:
+    """One run over one data set. Only this class and the engine hold state."""
+
+    def __init__(
+        self,
+        data: Interactions,
+        config: Config,
+        out: Path,
+        *,
+        seed: int = 0,
+        device: torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+        backend: str = "auto",
+        tensorboard: Callable[[str, float, int], None] | None = None,
+    ) -> None:
+        self.data, self.config, self.out, self.seed = data, config, check_writable(out), seed
+        self.device = device or torch.device("cpu")
+        self.dtype, self.backend, self.tensorboard = dtype, backend, tensorboard
+        RANK_COUNT.resolve(backend, self.device, torch.float32)  # before an epoch is spent, not after
+        self.split: Split = split(data, config.data)
+        self.windows = Windows(data.offsets, self.split.train_end)
+        self.progress = Progress()
+        torch.manual_seed(seed)
+        self.model = FAVE(config.model, data.num_items).to(self.device)
+        self.best_weights = _copy(self.model)
+        self.stage_weights = self.best_weights
+        self.optimiser = self._make_optimiser(config.train.lr)
+        self.interrupted = False
+        self._saved_at = time.monotonic()
+
+    @property
+    def resume_path(self) -> Path:
+        """The state for --resume lives beside the checkpoint while the run is unfinished."""
+        return self.out.with_name(self.out.name + ".resume")
+
+    @property
+    def metrics_path(self) -> Path:
+        """One JSON line an evaluation."""
+        return self.out.with_name(self.out.name + ".metrics.jsonl")
+
+    def run(self) -> Outcome:
+        """Train from where the run stands to the end, or to the first interruption."""
+        with _on_interrupt(self._interrupt):
+            while not self.progress.finished and not self.interrupted:
+                self._run_epoch()
+                if not self.interrupted:
+                    self._end_epoch()
+        if self.interrupted:
+            self._save_state()
+        else:
+            self.resume_path.unlink(missing_ok=True)
+        result = self.make_checkpoint()
+        checkpoints.save(result, self.out)
+        return Outcome(result, self.progress, self.interrupted)
+
+    def _interrupt(self) -> None:
+        self.interrupted = True
+
+    def _stage_epochs(self) -> int:
+        return self.config.train.epochs if self.progress.stage == 1 else self.config.train.epochs_stage2
+
+    def _make_optimiser(self, lr: float) -> torch.optim.Adam:
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        return torch.optim.Adam(trained, lr, weight_decay=self.config.train.weight_decay, fused=True)
+
+    def _run_epoch(self) -> None:
+        progress = self.progress
+        batches = epoch_batches(self.data, self.windows, self.config, (self.seed, progress.stage, progress.epoch))
+        done = progress.step
+        total = torch.full((), progress.loss, device=self.device)
+        started, samples = time.perf_counter(), 0
+        label = f"stage {progress.stage}, epoch {progress.epoch + 1} of at most {self._stage_epochs()}"
+        with tqdm(
+            total=len(batches), initial=done, desc=label, unit="batch", disable=not sys.stderr.isatty(), leave=False
+        ) as bar:
+            for numbers in batches[done:]:
+                total += self._train_step(numbers)
+                progress.step += 1
+                samples += len(numbers)
+                bar.update()
+                if progress.step % 20 == 0:
+                    rate = samples / (time.perf_counter() - started)
+                    bar.set_postfix_str(f"loss {float(total) / progress.step:.4f}, {rate:,.0f} samples/s")
+                if self.interrupted:
+                    break
+                if time.monotonic() - self._saved_at > self.config.train.checkpoint_seconds:
+                    progress.seconds += time.perf_counter() - started
+                    started, samples = time.perf_counter(), 0
+                    progress.loss = float(total)
+                    self._save_state()
+        elapsed = time.perf_counter() - started
+        progress.seconds += elapsed
+        if progress.step > done:
+            progress.loss = float(total)
+            self._log_epoch(progress.loss / progress.step, samples / elapsed)
+
+    def _train_step(self, numbers: npt.NDArray[np.int64]) -> Tensor:
+        config = self.config
+        starts, positions = self.windows.positions(numbers)
+        history = gather_histories(self.data.items, starts, positions, config.model.max_length)
+        ids = torch.from_numpy(history).to(self.device)
+        targets = torch.from_numpy(self.data.items[positions].astype(np.int64)).to(self.device)
+        self.model.train()
+        objective = losses.stage1_losses if self.progress.stage == 1 else losses.stage2_losses
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            total = objective(self.model, config, ids, targets).total
+        total.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.train.clip)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        return total.detach()
+
+    def _log_epoch(self, loss: float, rate: float) -> None:
+        progress = self.progress
+        if not math.isfinite(loss):
+            raise InputError(
+                f"the loss became {loss} in stage {progress.stage}, epoch {progress.epoch + 1}; "
+                f"expected a finite number: lower train.lr ({self.config.train.lr})"
+            )
+        self._last = {"loss": loss, "samples_per_second": rate}
+
+    def _end_epoch(self) -> None:
+        progress = self.progress
+        progress.epoch, progress.step, progress.loss = progress.epoch + 1, 0, 0.0
+        ended = progress.epoch >= self._stage_epochs()
+        if ended or progress.epoch % self.config.train.evaluate_every == 0:
+            ended = self._evaluate() or ended
+        if ended:
+            self._end_stage()
+        self._save_state()
+
+    def _evaluate(self) -> bool:
+        """Judge the weights on validation; cut the learning rate or end the stage when they stopped improving."""
+        progress = self.progress
+        metrics = self.validate()
+        score = metrics[_SELECTION]
+        self._log_metrics(metrics)
+        if score > progress.stage_best:
+            progress.stage_best, progress.waiting = score, 0
+            self.stage_weights = _copy(self.model)
+            if score > progress.best:
+                progress.best, progress.best_stage, progress.best_epoch = score, progress.stage, progress.epoch
+                self.best_weights = self.stage_weights
+                checkpoints.save(self.make_checkpoint(), self.out)
+            return False
+        progress.waiting += 1
+        if progress.waiting < self.config.train.patience:
+            return False
+        if progress.lr_cut:
+            return True
+        progress.lr_cut, progress.waiting = True, 0
+        self.model.load_state_dict(self.stage_weights)
+        for group in self.optimiser.param_groups:
+            group["lr"] /= 10
+        return False
+
+    def _end_stage(self) -> None:
+        progress = self.progress
+        if progress.stage == 2 or self.config.train.epochs_stage2 == 0:
+            progress.finished = True
+            return
+        self._begin_stage2()
+        self.model.load_state_dict(self.stage_weights)
+        progress.stage, progress.epoch, progress.waiting, progress.lr_cut = 2, 0, 0, False
+        self.optimiser = self._make_optimiser(self.config.train.lr_stage2)
+
+    def _begin_stage2(self) -> None:
+        self.model.item_embedding.weight.requires_grad_(False)  # stage 2 moves the flow, not the space
+
+    def validate(self) -> dict[str, float]:
+        """Filtered metrics on the validation targets, served as always: one step in fp32."""
+        self.model.eval()
+        state = torch.get_rng_state()
+        ranking = rank_targets(self.model, self.config, self.data, self.split.val, full=False, backend=self.backend)
+        torch.set_rng_state(state)
+        return rank_metrics(ranking.filtered)
+
+    def _log_metrics(self, metrics: dict[str, float]) -> None:
+        progress = self.progress
+        line = {
+            "stage": progress.stage,
+            "epoch": progress.epoch,
+            "seconds": round(progress.seconds, 3),
+            "lr": self.optimiser.param_groups[0]["lr"],
+            **self._last,
+            **{f"val_filtered_{name}": value for name, value in metrics.items()},
+        }
+        with self.metrics_path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        progress.log_bytes = self.metrics_path.stat().st_size
+        mark = " (best)" if metrics[_SELECTION] > progress.best else ""
+        cli.say(
+            f"stage {progress.stage} epoch {progress.epoch:3d}: loss {line['loss']:.4f}, "
+            f"{line['samples_per_second']:,.0f} samples/s, validation HR@20 {metrics['HR@20']:.2f} "
+            f"NDCG@20 {metrics['NDCG@20']:.2f}{mark}"
+        )
+        if self.tensorboard is not None:
+            number = progress.epoch + (self.config.train.epochs if progress.stage == 2 else 0)
+            for name, value in line.items():
+                self.tensorboard(name, float(value), number)
+
+    def make_checkpoint(self) -> Checkpoint:
+        """The best weights so far (the present ones before the first evaluation) with all that serving needs."""
+        progress, data = self.progress, self.data
+        weights = self.best_weights if progress.best > -math.inf else _copy(self.model)
+        users = np.linspace(0, len(self.split.test) - 1, min(_SAMPLE_USERS, len(self.split.test))).astype(np.int64)
+        targets = self.split.test[users]
+        starts = target_starts(data, targets)
+        sample_items, sample_offsets = history_exclusions(data.items, starts, targets)
+        owners = np.searchsorted(data.offsets, targets, side="right") - 1
+        facts = {
+            "dataset": data.name,
+            "users": data.num_users,
+            "items": data.num_items,
+            "interactions": data.num_interactions,
+            "protocol": self.split.description,
+            "decisions": [*data.decisions, *self.split.decisions],
+            "fave_fast": __version__,
+            "seed": self.seed,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "best_validation_ndcg20_filtered": progress.best if math.isfinite(progress.best) else None,
+            "best_stage": progress.best_stage,
+            "best_epoch": progress.best_epoch,
+            "seconds": round(progress.seconds, 3),
+        }
+        return Checkpoint(
+            config=self.config,
+            weights=weights,
+            item_ids=data.item_ids,
+            user_ids=data.user_ids,
+            popularity=torch.from_numpy(training_popularity(data, self.split)),
+            facts=facts,
+            sample_users=torch.from_numpy(owners),
+            sample_items=torch.from_numpy(sample_items),
+            sample_offsets=torch.from_numpy(sample_offsets),
+        )
+
+    def _save_state(self) -> None:
+        tensors = {f"model/{name}": value for name, value in self.model.state_dict().items()}
+        tensors |= {f"best/{name}": value for name, value in self.best_weights.items()}
+        tensors |= {f"stage/{name}": value for name, value in self.stage_weights.items()}
+        state = self.optimiser.state_dict()
+        for index, values in state["state"].items():
+            tensors |= {f"optimiser/{index}/{name}": value for name, value in values.items()}
+        tensors["rng"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            tensors["rng_cuda"] = torch.cuda.get_rng_state(self.device)
+        progress = asdict(self.progress)
+        for name in ("best", "stage_best"):
+            progress[name] = progress[name] if math.isfinite(progress[name]) else None  # JSON knows no infinity
+        plain = {
+            "run": self._identity(),
+            "progress": progress,
+            "lr": self.optimiser.param_groups[0]["lr"],
+            "last": getattr(self, "_last", {}),
+        }
+        checkpoints.write_envelope(self.resume_path, _RESUME_KIND, plain, tensors)
+        self._saved_at = time.monotonic()
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be equal for two runs to be the same run."""
+        content = hashlib.sha256(self.data.items.tobytes() + self.data.offsets.tobytes()).hexdigest()
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {"config": self.config.to_dict(), "data": content, "seed": self.seed, "dtype": dtype}
+
+    def resume(self) -> None:
+        """Take up the run whose state lies beside the checkpoint.
+
+        Raises:
+            CheckpointError: there is none, it is damaged, or it belongs to another data set, configuration or seed.
+        """
+        plain, tensors = checkpoints.read_envelope(self.resume_path, _RESUME_KIND)
+        here = self._identity()
+        for name, value in here.items():
+            if plain["run"].get(name) != value:
+                raise CheckpointError(
+                    f"{self.resume_path}: belongs to a run with another {name}; expected the options of that run"
+                )
+        known = {name: value for name, value in plain["progress"].items() if value is not None}
+        self.progress = Progress(**known)
+        self._last = plain["last"]
+        if self.progress.stage == 2:
+            self._begin_stage2()
+
+        def group(prefix: str) -> dict[str, Tensor]:
+            return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
+
+        self.model.load_state_dict(group("model/"))
+        self.best_weights, self.stage_weights = group("best/"), group("stage/")
+        self.optimiser = self._make_optimiser(plain["lr"])
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, value in group("optimiser/").items():
+            index, key = name.split("/")
+            state.setdefault(int(index), {})[key] = value
+        self.optimiser.load_state_dict({"state": state, "param_groups": self.optimiser.state_dict()["param_groups"]})
+        torch.set_rng_state(tensors["rng"])
+        if "rng_cuda" in tensors and self.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["rng_cuda"], self.device)
+        if self.metrics_path.exists():
+            with self.metrics_path.open("r+b") as file:
+                file.truncate(self.progress.log_bytes)
+
+    def start_afresh(self) -> None:
+        """Forget an earlier run's metrics and state at the same place."""
+        self.metrics_path.unlink(missing_ok=True)
+        self.resume_path.unlink(missing_ok=True)
+
+
+def _copy(model: FAVE) -> dict[str, Tensor]:
+    return {name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()}
+
+
+def epoch_batches(
+    data: Interactions, windows: Windows, config: Config, seed: Sequence[int]
+) -> list[npt.NDArray[np.int64]]:
+    """One epoch's window numbers in batches, the same for the same seed.
+
+    With `train.group_by_length`, windows are sorted by length inside shuffled groups of 64 batches and the batches
+    shuffled again: padding goes from 60 % of Beauty's positions to 5 %, while batches still differ every epoch.
+    """
+    generator = np.random.default_rng(seed)
+    order = generator.permutation(len(windows))
+    size = config.train.batch_size
+    if config.train.group_by_length:
+        starts, targets = windows.positions(order)
+        lengths = np.minimum(targets - starts, config.model.max_length)
+        groups = np.arange(len(order)) // (64 * size)
+        order = order[np.lexsort((lengths, groups))]
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    if config.train.group_by_length:
+        batches = [batches[index] for index in generator.permutation(len(batches))]
+    return batches
+
+
+@contextlib.contextmanager
+def _on_interrupt(callback: Callable[[], None]) -> Iterator[None]:
+    """Call `callback` at the first Ctrl-C (or SIGTERM); the second Ctrl-C acts as always."""
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        callback()
+        signal.signal(number, previous[signal.Signals(number)])
+
+    try:
+        for number in previous:
+            signal.signal(number, handle)
+    except ValueError:  # not in the main thread: signals are somebody else's
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _tensorboard(folder: str | None) -> Callable[[str, float, int], None] | None:
+    if folder is None:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise InputError("--tensorboard needs the package tensorboard: pip install 'fave-fast[tensorboard]'") from None
+    writer = SummaryWriter(folder)
+    return lambda name, value, step: writer.add_scalar(name, value, step)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = cli.Parser("train", "Train FAVE on an interaction log, both stages.")
+    parser.add_argument("--data", required=True, metavar="FILE", help="interaction log")
+    parser.add_argument("--out", required=True, metavar="FILE", help="checkpoint to write")
+    parser.add_argument("--preset", default="default", choices=list(PRESETS), help="settings to start from")
+    parser.add_argument("--config", metavar="FILE", help="YAML laid over the preset")
+    parser.add_argument("--seed", type=cli.whole_number(0), default=0, help="of every random number of the run")
+    parser.add_argument("--resume", action="store_true", help="continue the run interrupted at --out")
+    parser.add_argument("--tensorboard", metavar="FOLDER", help="also write TensorBoard events there")
+    cli.add_log_options(parser)
+    cli.add_run_options(parser, "bf16 runs products in bf16 and keeps weights in fp32")
+    arguments = parser.parse_args(argv)
+    out = check_writable(arguments.out)
+    if out.resolve() == Path(arguments.data).resolve():
+        raise InputError(f"{out}: is the log; expected another file to write to")
+    device = cli.resolve_device(arguments.device)
+    config = preset(arguments.preset)
+    if arguments.config is not None:
+        config = load_yaml(arguments.config, config)
+    writer = _tensorboard(arguments.tensorboard)
+    data = load_interactions(
+        arguments.data,
+        format=arguments.format,
+        columns=cli.log_columns(arguments),
+        min_count=config.data.min_count,
+        drop_repeats=config.data.drop_repeats,
+        keep_times=config.data.split == "global-time",
+    )
+    cli.say_decisions(data.decisions)
+    trainer = Trainer(
+        data,
+        config,
+        out,
+        seed=arguments.seed,
+        device=device,
+        dtype=cli.DTYPES[arguments.dtype],
+        backend=arguments.backend,
+        tensorboard=writer,
+    )
+    cli.say_decisions(trainer.split.decisions)
+    cli.say(
+        f"{data.name}: {data.num_users:,} users, {data.num_items:,} items, {data.num_interactions:,} interactions; "
+        f"{len(trainer.windows):,} training windows; {trainer.split.description}"
+    )
+    if arguments.resume:
+        trainer.resume()
+        cli.say(f"resuming at stage {trainer.progress.stage}, epoch {trainer.progress.epoch + 1}")
+    else:
+        trainer.start_afresh()
+    return _report(trainer.run(), out)
+
+
+def _report(outcome: Outcome, out: Path) -> int:
+    progress = outcome.progress
+    if outcome.interrupted:
+        cli.say(f"interrupted: {out} is usable as it is; --resume with the same options goes on")
+        return 130
+    cli.say(
+        f"{out}: best validation NDCG@20 {progress.best:.2f} (filtered), stage {progress.best_stage}, "
+        f"epoch {progress.best_epoch}; {progress.seconds:.0f} s of training"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)
