@@ -197,8 +197,8 @@ class Recommender:
 def _merge(drawn: Sequence[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor]:
     """The K best of several lists [B, K], each item with its best score; equal scores by lower item number."""
     scores, items = (torch.cat(part, dim=1) for part in zip(*drawn, strict=True))
-    for key, descending in ((scores, True), (items, False)):  # by item, an item's best score first
-        order = key.sort(dim=1, descending=descending, stable=True).indices
+    for by_item in (False, True):  # in the end by item, an item's best score first
+        order = (items if by_item else scores).sort(dim=1, descending=not by_item, stable=True).indices
         scores, items = scores.gather(1, order), items.gather(1, order)
     repeated = torch.zeros_like(items, dtype=torch.bool)
     repeated[:, 1:] = items[:, 1:] == items[:, :-1]

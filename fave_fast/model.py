@@ -68,20 +68,19 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 class TimeEmbedding(nn.Module):
     """TimeEmb of eq. (8): a sinusoidal embedding, then two linear layers with SiLU between them."""
 
-    frequencies: Tensor
-
     def __init__(self, d: int, scale: float) -> None:
         super().__init__()
-        half = d // 2
-        exponents = torch.arange(half, dtype=torch.float64) / half
-        self.register_buffer("frequencies", scale * 10_000.0**-exponents, persistent=False)
+        self.scale = scale
         self.hidden = nn.Linear(d, d)
         self.out = nn.Linear(d, d)
 
     def forward(self, t: Tensor) -> Tensor:
         """T [B] in [0, 1] -> [B, D]. Angles reach `scale` radians, where bf16 has steps of 4: never below fp32."""
         wide = t if t.dtype == torch.float64 else t.float()
-        angles = wide[:, None] * self.frequencies.to(wide.dtype)  # [B, D / 2]; products of vectors are never autocast
+        half = self.hidden.in_features // 2
+        # Made anew each time: a buffer would be rounded to bf16 with the weights.
+        exponents = torch.arange(half, device=t.device, dtype=wide.dtype) / half
+        angles = wide[:, None] * (self.scale * 10_000.0**-exponents)  # [B, D / 2]; such products are never autocast
         waves = torch.cat((angles.cos(), angles.sin()), dim=-1).to(self.hidden.weight.dtype)
         result: Tensor = self.out(F.silu(self.hidden(waves)))
         return result

@@ -40,11 +40,11 @@ class PlantedConfig:
     interests: int = 20  # groups of N / interests items, give or take one
     min_length: int = 8  # a user's items, uniform from min_length to max_length, targets included
     max_length: int = 30
-    stay: float = 0.8  # probability that the interest stays
+    stay: float = 0.6  # probability that the interest stays
     recall: float = 0.3  # probability of going on from the item before the last
     successors: int = 4  # preferred next items of an item, within its group
     decay: float = 0.7  # each successor against the one before
-    background: float = 0.2  # share of the group's popularity while the interest stays
+    background: float = 0.4  # share of the group's popularity while the interest stays
     neighbours: int = 3  # groups an interest can drift to, equally likely
     bridge: float = 0.5  # probability that a drift takes the bridge
     skew: float = 0.8  # popularity within a group falls as rank ** -skew

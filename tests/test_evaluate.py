@@ -38,7 +38,7 @@ def checkpoint(tiny_checkpoint: Path) -> Checkpoint:
     torch.manual_seed(0)
     weights = FAVE(config.model, len(trained.item_ids)).state_dict()
     for item, others in SAME.items():
-        weights["item_embedding.weight"][others] = weights["item_embedding.weight"][item]
+        weights["item_embedding.weight"][others] = weights["item_embedding.weight"][item].clone()
     return replace(trained, config=config, weights=weights)
 
 

@@ -133,8 +133,8 @@ def test_draw_anchor_mask_rate_and_uniform_choice() -> None:
     assert (shares - 1 / n).abs().max() < 6 * math.sqrt(0.25 * 0.75 / count) + 1e-4
     columns = (drawn != 0).double().mean(0)
     assert (columns - rho).abs().max() < 6 * math.sqrt(rho * (1 - rho) / count)
-    # Bernoulli for each row and channel apart: a mask shared by the batch would have every column at 0 or 1 (above), one
-    # shared by the channels would leave only 0 or d kept.
+    # Bernoulli for each row and channel apart: a mask shared by the batch would have every column at 0 or 1 (above),
+    # one shared by the channels would leave only 0 or d kept.
     assert ((drawn != 0).sum(1).unique()).numel() > 3
 
 

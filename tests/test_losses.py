@@ -32,8 +32,8 @@ HISTORY = torch.tensor([[0, 0, 3, 1, 3], [0, 0, 0, 0, 12], [5, 4, 3, 2, 1], [0, 
 TARGETS = torch.tensor([1, 12, 6, 2])
 # Sums of up to 1e2 products in fp64 on values of order 1 to 10, in another order: 1e3 roundings of 1e-16.
 TIGHT = {"rtol": 1e-11, "atol": 1e-12}
-# A central difference of step h errs by h^2 / 6 |f'''| + 1e-16 |f| k / h, k some 1e2 roundings. With angles 5 t, f''' is
-# around 5^3 times f' at most 1e2 of it, so h = 1e-5 gives 2e-9 + 1e-9 of values of order 1; 1e-6 leaves margin.
+# A central difference of step h errs by h^2 / 6 |f'''| + 1e-16 |f| k / h, k some 1e2 roundings. With angles 5 t, f'''
+# is around 5^3 times f' at most 1e2 of it, so h = 1e-5 gives 2e-9 + 1e-9 of values of order 1; 1e-6 leaves margin.
 H = 1e-5
 DIFFERENCE = {"rtol": 1e-6, "atol": 1e-7}
 
@@ -126,7 +126,10 @@ def test_losses_of_narrow_tensors_are_summed_in_fp32() -> None:
     f = torch.full((512, 64), 1.0, dtype=torch.bfloat16)
     assert matching_loss(f, torch.zeros_like(f), "sum").item() == 64
     assert matching_loss(f, torch.zeros_like(f)).dtype == torch.float32
-    assert target_loss(f, torch.zeros(5, 64, dtype=torch.bfloat16), torch.ones(512, dtype=torch.int64)).dtype == f.float().dtype
+    assert (
+        target_loss(f, torch.zeros(5, 64, dtype=torch.bfloat16), torch.ones(512, dtype=torch.int64)).dtype
+        == f.float().dtype
+    )
 
 
 def test_absent_items_are_uniform_and_absent() -> None:

@@ -13,7 +13,9 @@ few = settings(max_examples=50, deadline=None)
 ITEMS = 9
 # Lists of distinct or repeated items that may end early.
 LISTS = st.lists(
-    st.lists(st.integers(1, ITEMS), max_size=5).map(lambda items: items + [0] * (5 - len(items))), min_size=1, max_size=6
+    st.lists(st.integers(1, ITEMS), max_size=5).map(lambda items: items + [0] * (5 - len(items))),
+    min_size=1,
+    max_size=6,
 )
 
 

@@ -109,8 +109,8 @@ def test_forward_equals_the_equations(config: ModelConfig) -> None:
     model = build(config)
     x_t, t, r, lam = inputs(HISTORY)
     got = run(model, HISTORY, x_t, t, r, lam)
-    # fp64 throughout leaves ~1e3 roundings of 1e-16 on values of order 1, and 999 * 1e-16 in an angle. The rotary tables
-    # alone are fp32: angles up to 5 are off by at most 5 * 2 * 2^-24 = 6e-7, logits by that times |q| |k| / 2 < 10.
+    # fp64 throughout leaves ~1e3 roundings of 1e-16 on values of order 1, and 999 * 1e-16 in an angle. The rotary
+    # tables alone are fp32: angles up to 5 are off by at most 5 * 2 * 2^-24 = 6e-7, logits by 10 times that.
     tolerance = 1e-5 if config.position == "rotary" else 1e-11
     for row, items in enumerate(HISTORY.tolist()):
         items = [item for item in items if item]
@@ -123,7 +123,9 @@ def test_forward_equals_the_equations(config: ModelConfig) -> None:
 
 @pytest.mark.parametrize("field", ["norm", "position", "attention", "source_block"])
 def test_every_choice_matters(field: str) -> None:
-    other = replace(BASE, **{field: {"norm": "layer", "position": "none", "attention": "causal", "source_block": 0}[field]})
+    other = replace(
+        BASE, **{field: {"norm": "layer", "position": "none", "attention": "causal", "source_block": 0}[field]}
+    )
     model, changed = build(BASE), build(other)
     changed.load_state_dict(model.state_dict(), strict=False)
     first, second = (run(m, HISTORY, *inputs(HISTORY)) for m in (model, changed))

@@ -28,8 +28,8 @@ def configs(draw: st.DrawFn) -> PlantedConfig:
         users=draw(st.integers(1, 12)),
         items=items,
         interests=interests,
-        min_length=3,
-        max_length=draw(st.integers(3, items // interests * (1 + neighbours))),
+        min_length=4,  # leave-one-out then leaves a training window
+        max_length=draw(st.integers(4, items // interests * (1 + neighbours))),
         stay=draw(st.floats(0.05, 0.95)),
         recall=draw(st.floats(0, 0.9)),
         successors=draw(st.integers(1, 3)),

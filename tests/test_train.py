@@ -194,9 +194,7 @@ def test_metrics_lines(whole: tuple[Trainer, Outcome], tiny_config: Config) -> N
     assert chosen["val_filtered_NDCG@20"] == best.best == whole[1].checkpoint.facts["best_validation_ndcg20_filtered"]
 
 
-def test_learning_rate_is_cut_once_then_the_stage_ends(
-    data: Interactions, tiny_config: Config, tmp_path: Path
-) -> None:
+def test_learning_rate_is_cut_once_then_the_stage_ends(data: Interactions, tiny_config: Config, tmp_path: Path) -> None:
     config = replace(tiny_config, train=replace(tiny_config.train, epochs=50, epochs_stage2=0, patience=2))
     trainer = Trainer(data, config, tmp_path / "model.pt")
     judged = scripted(trainer, [5.0, 4.0, 4.5, 5.0, 4.0])  # equal is no improvement
