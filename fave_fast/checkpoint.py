@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import pickle
+import struct
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from fave_fast.config import Config
 from fave_fast.data import IdMap
-from fave_fast.errors import CheckpointError, ConfigError
+from fave_fast.errors import CheckpointError, ConfigError, InputError
 from fave_fast.files import replacing
 from fave_fast.model import FAVE
 
@@ -30,6 +31,18 @@ logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 _KIND = "fave_fast model"
+# What the unpickler was seen to raise on damaged bytes, besides its own error.
+_UNPICKLING_FAILURES = (
+    RuntimeError,
+    EOFError,
+    LookupError,
+    TypeError,
+    ValueError,
+    OSError,
+    AttributeError,
+    AssertionError,
+    struct.error,
+)
 
 
 @dataclass(frozen=True)
@@ -86,13 +99,17 @@ def export_safetensors(checkpoint: Checkpoint, path: str | Path) -> None:
         InputError: the file cannot be written.
         ImportError: the package safetensors is not installed.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     plain, tensors = _pack(checkpoint)
     envelope = {"kind": _KIND, "version": FORMAT_VERSION, "plain": plain}
     metadata = {"fave_fast": json.dumps(envelope), "digest": _digest(envelope, tensors)}
     with replacing(path) as part:
-        save_file(tensors, part, metadata)
+        try:
+            save_file(tensors, part, metadata)
+        except SafetensorError as error:
+            raise InputError(f"{path}: cannot write: {error}") from None
 
 
 def import_safetensors(path: str | Path) -> Checkpoint:
@@ -122,9 +139,12 @@ def import_safetensors(path: str | Path) -> Checkpoint:
 def write_envelope(path: str | Path, kind: str, plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write plain values and named tensors to one file with format, version and digest; whole or not at all."""
     envelope = {"kind": kind, "version": FORMAT_VERSION, "plain": dict(plain)}
-    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    stored = {name: _alone(tensor) for name, tensor in tensors.items()}
     with replacing(path) as part:
-        torch.save({**envelope, "tensors": stored, "digest": _digest(envelope, stored)}, part)
+        try:
+            torch.save({**envelope, "tensors": stored, "digest": _digest(envelope, stored)}, part)
+        except RuntimeError as error:
+            raise InputError(f"{path}: cannot write: {str(error).splitlines()[0]}") from None
 
 
 def read_envelope(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -134,7 +154,11 @@ def read_envelope(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str
         CheckpointError: no such file, another kind, truncated, damaged, edited, or newer.
     """
     path = _check_file(path)
-    if not zipfile.is_zipfile(path):
+    try:
+        whole = zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:
+        whole = False
+    if not whole:
         with path.open("rb") as file:
             started = file.read(4) == b"PK\x03\x04"
         what = "truncated: the end of the file is missing" if started else "not a checkpoint"
@@ -145,7 +169,7 @@ def read_envelope(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str
         raise CheckpointError(
             f"{path}: holds more than tensors and plain values, none of which was run; expected a {kind} file"
         ) from None
-    except (RuntimeError, EOFError, KeyError, ValueError, OSError, AttributeError) as error:
+    except _UNPICKLING_FAILURES as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path}: damaged, or not a {kind} file: {reason}") from None
     tensors = content.get("tensors") if isinstance(content, dict) else None
@@ -158,18 +182,18 @@ def read_envelope(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str
 
 def _check_file(path: str | Path) -> Path:
     path = Path(path)
-    if path.is_dir():
-        raise CheckpointError(f"{path}: is a folder; expected a checkpoint file")
     try:
+        if path.is_dir():
+            raise CheckpointError(f"{path}: is a folder; expected a checkpoint file")
         path.open("rb").close()
     except OSError as error:
         raise CheckpointError(f"{path}: cannot read the checkpoint: {error.strerror}") from None
     return path
 
 
-def _check_envelope(
-    envelope: Mapping[str, Any], digest: object, tensors: Mapping[str, Tensor], kind: str, path: str
-) -> None:
+def _check_envelope(envelope: Any, digest: object, tensors: Mapping[str, Tensor], kind: str, path: str) -> None:
+    if not isinstance(envelope, dict) or not isinstance(envelope.get("plain"), dict):
+        raise CheckpointError(f"{path}: not written by fave_fast; expected a {kind} file")
     if envelope.get("kind") != kind:
         raise CheckpointError(f"{path}: is a {envelope.get('kind') or 'foreign'} file; expected a {kind} file")
     version = envelope.get("version")
@@ -181,7 +205,7 @@ def _check_envelope(
         )
     try:
         computed = _digest(envelope, tensors)
-    except TypeError:
+    except (TypeError, RuntimeError):
         computed = ""
     if digest != computed:
         raise CheckpointError(f"{path}: its content does not match its SHA-256: damaged or edited after it was written")
@@ -196,6 +220,11 @@ def _digest(envelope: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     return state.hexdigest()
 
 
+def _alone(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
 def _pack(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, Tensor]]:
     plain = {"config": checkpoint.config.to_dict(), "facts": dict(checkpoint.facts)}
     tensors = {f"weights/{name}": tensor for name, tensor in checkpoint.weights.items()}
@@ -203,7 +232,7 @@ def _pack(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, Tensor]]:
         tensors |= {f"{prefix}/{name}": tensor for name, tensor in ids.to_tensors().items()}
     for name in ("popularity", "sample_users", "sample_items", "sample_offsets"):
         tensors[name] = getattr(checkpoint, name)
-    return plain, {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return json.loads(json.dumps(plain)), {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def _unpack(plain: Mapping[str, Any], tensors: Mapping[str, Tensor], path: str) -> Checkpoint:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
+import sys
 import types
 import typing
 from dataclasses import dataclass, field
@@ -105,7 +107,7 @@ class FlowConfig:
     tangent: Literal["conditional", "learned"] = "conditional"  # v of eq. (22): x_1 - x_0, or f - x_0
     anchor_at_inference: Literal["last", "uniform"] = "last"  # which item of the history becomes e_k
     lambda_at_inference: Literal["mean", "sample"] = "mean"
-    n_samples: int = 1  # endpoints drawn and averaged per request when something at inference is random
+    n_samples: int = 1  # endpoints drawn per request; an item's score is its best over them
     seed: int = 0  # of the generator that draws masks at inference
 
     def __post_init__(self) -> None:
@@ -113,7 +115,7 @@ class FlowConfig:
         _require(-1 <= self.mode_scale <= 1.75, "flow.mode_scale", self.mode_scale, "a number from -1 to 1.75")
         _probability("flow.p_end", self.p_end)
         _require(self.n_samples >= 1, "flow.n_samples", self.n_samples, "a whole number of at least 1")
-        _require(self.seed >= 0, "flow.seed", self.seed, "a whole number of at least 0")
+        _require(0 <= self.seed < 2**63, "flow.seed", self.seed, "a whole number from 0 to 2^63 - 1")
 
 
 @dataclass(frozen=True)
@@ -214,7 +216,12 @@ def _coerce(kind: Any, value: object, name: str) -> object:
         choices = typing.get_args(kind)
         _require(value in choices, name, value, " or ".join(map(str, choices)))
         return value
+    if kind is float and isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
+        return float(value)
     if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        _require(
+            abs(value) <= sys.float_info.max or isinstance(value, float), name, value, "a number within a float's range"
+        )
         return float(value)
     expected = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
     _require(type(value) is kind, name, value, expected)
@@ -226,13 +233,14 @@ PRESETS: types.MappingProxyType[str, dict[str, dict[str, Any]]] = types.MappingP
     {
         "default": {},
         "ml-100k": {
-            "model": {"blocks": 2, "norm": "layer"},
-            "train": {"epochs": 45, "epochs_stage2": 4, "patience": 5},
+            "model": {"blocks": 2, "norm": "layer", "max_length": 30},
+            "loss": {"source": "dense"},
+            "train": {"batch_size": 256, "epochs": 17, "epochs_stage2": 1, "patience": 8},
         },
         "beauty": {
             "model": {"blocks": 2, "norm": "layer", "max_length": 20, "embedding_dropout": 0.6},
             "loss": {"alpha": 2.0},
-            "train": {"epochs": 90, "epochs_stage2": 4, "patience": 6, "evaluate_every": 2},
+            "train": {"epochs": 60, "epochs_stage2": 1, "patience": 6, "evaluate_every": 2},
         },
         "steam": {"train": {"evaluate_every": 2}},
     }
@@ -260,7 +268,7 @@ def load_yaml(path: str | Path, base: Config) -> Config:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the configuration: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     return base.override(values, str(path))
 

@@ -18,12 +18,15 @@ def check_writable(path: str | Path) -> Path:
         InputError: it is a folder, or its folder is missing or read-only.
     """
     path = Path(path)
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder; expected a file name to write to")
-    if not path.parent.is_dir():
-        raise InputError(f"{path}: the folder {path.parent} does not exist")
-    if not os.access(path.parent, os.W_OK):
-        raise InputError(f"{path}: cannot write into the folder {path.parent}")
+    try:
+        if path.is_dir():
+            raise InputError(f"{path}: is a folder; expected a file name to write to")
+        if not path.parent.is_dir():
+            raise InputError(f"{path}: the folder {path.parent} does not exist")
+        if not os.access(path.parent, os.W_OK):
+            raise InputError(f"{path}: cannot write into the folder {path.parent}")
+    except OSError as error:
+        raise InputError(f"{path}: cannot write: {error.strerror}") from None
     return path
 
 

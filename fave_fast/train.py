@@ -245,6 +245,7 @@ class Trainer:
         self._begin_stage2()
         self.model.load_state_dict(self.stage_weights)
         progress.stage, progress.epoch, progress.waiting, progress.lr_cut = 2, 0, 0, False
+        progress.stage_best = -math.inf
         self.optimiser = self._make_optimiser(self.config.train.lr_stage2)
 
     def _begin_stage2(self) -> None:
