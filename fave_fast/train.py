@@ -400,16 +400,16 @@ def epoch_batches(
     """One epoch's window numbers in batches, the same for the same seed.
 
     With `train.group_by_length`, windows are sorted by length inside shuffled groups of 64 batches and the batches
-    shuffled again: padding goes from 60 % of Beauty's positions to 5 %, while batches still differ every epoch.
+    shuffled again: padding goes from 66 % of Beauty's positions to 3 %, while batches still differ every epoch.
     """
     generator = np.random.default_rng(seed)
     order = generator.permutation(len(windows))
     size = config.train.batch_size
     if config.train.group_by_length:
-        starts, targets = windows.positions(order)
-        lengths = np.minimum(targets - starts, config.model.max_length)
-        groups = np.arange(len(order)) // (64 * size)
-        order = order[np.lexsort((lengths, groups))]
+        for group in np.split(order, range(64 * size, len(order), 64 * size)):
+            starts, targets = windows.positions(group)
+            lengths = np.minimum(targets - starts, config.model.max_length)
+            group[:] = group[np.argsort(lengths, kind="stable")]  # a view: sorts in place, with little beside it
     batches = [order[start : start + size] for start in range(0, len(order), size)]
     if config.train.group_by_length:
         batches = [batches[index] for index in generator.permutation(len(batches))]
