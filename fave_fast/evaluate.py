@@ -184,6 +184,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         keep_times=config.data.split == "global-time",
     )
     cli.say_decisions(data.decisions)
+    facts = checkpoint.facts
+    if (data.num_users, data.num_interactions) != (facts["users"], facts["interactions"]):
+        cli.say(
+            f"note: {arguments.data} has {data.num_users:,} users and {data.num_interactions:,} interactions; the "
+            f"model was trained on {facts['dataset']} with {facts['users']:,} and {facts['interactions']:,}: another log?"
+        )
     result = evaluate(
         checkpoint,
         translate(data, checkpoint, arguments.data),
