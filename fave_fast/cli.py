@@ -14,6 +14,8 @@ from typing import NoReturn
 
 import torch
 
+from fave_fast.config import DataConfig
+from fave_fast.data import Interactions, load_interactions
 from fave_fast.errors import InputError
 from fave_fast.ops import BACKENDS
 
@@ -50,6 +52,24 @@ def log_columns(arguments: argparse.Namespace) -> dict[str, str]:
     """The columns named on the command line."""
     names = {name: getattr(arguments, f"{name}_column") for name in ("user", "item", "time")}
     return {name: column for name, column in names.items() if column is not None}
+
+
+def load_log(arguments: argparse.Namespace, config: DataConfig) -> Interactions:
+    """The log at `--data`, read and filtered as `config` says, its decisions printed.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    data = load_interactions(
+        arguments.data,
+        format=arguments.format,
+        columns=log_columns(arguments),
+        min_count=config.min_count,
+        drop_repeats=config.drop_repeats,
+        keep_times=config.split == "global-time",
+    )
+    say_decisions(data.decisions)
+    return data
 
 
 def add_run_options(parser: argparse.ArgumentParser, dtype_help: str) -> None:

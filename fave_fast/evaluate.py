@@ -21,7 +21,7 @@ from fave_fast import checkpoint as checkpoints
 from fave_fast import cli
 from fave_fast.checkpoint import Checkpoint
 from fave_fast.config import Config
-from fave_fast.data import Interactions, gather_histories, history_exclusions, load_interactions, split
+from fave_fast.data import Interactions, gather_histories, history_exclusions, split
 from fave_fast.errors import DataError
 from fave_fast.flow import InferenceNoise, encode
 from fave_fast.metrics import CUTOFFS, coverage, intra_list_diversity, rank_metrics
@@ -175,20 +175,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = cli.resolve_device(arguments.device)
     checkpoint = checkpoints.load(arguments.ckpt)
     config = checkpoint.config
-    data = load_interactions(
-        arguments.data,
-        format=arguments.format,
-        columns=cli.log_columns(arguments),
-        min_count=config.data.min_count,
-        drop_repeats=config.data.drop_repeats,
-        keep_times=config.data.split == "global-time",
-    )
-    cli.say_decisions(data.decisions)
+    data = cli.load_log(arguments, config.data)
     facts = checkpoint.facts
     if (data.num_users, data.num_interactions) != (facts["users"], facts["interactions"]):
         cli.say(
-            f"note: {arguments.data} has {data.num_users:,} users and {data.num_interactions:,} interactions; the "
-            f"model was trained on {facts['dataset']} with {facts['users']:,} and {facts['interactions']:,}: another log?"
+            f"note: {arguments.data} has {data.num_users:,} users and {data.num_interactions:,} interactions, but the "
+            f"model was trained on {facts['dataset']} with {facts['users']:,} and {facts['interactions']:,}"
         )
     result = evaluate(
         checkpoint,

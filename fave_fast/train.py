@@ -36,7 +36,6 @@ from fave_fast.data import (
     Windows,
     gather_histories,
     history_exclusions,
-    load_interactions,
     split,
     training_popularity,
 )
@@ -470,15 +469,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.config is not None:
         config = load_yaml(arguments.config, config)
     writer = _tensorboard(arguments.tensorboard)
-    data = load_interactions(
-        arguments.data,
-        format=arguments.format,
-        columns=cli.log_columns(arguments),
-        min_count=config.data.min_count,
-        drop_repeats=config.data.drop_repeats,
-        keep_times=config.data.split == "global-time",
-    )
-    cli.say_decisions(data.decisions)
+    data = cli.load_log(arguments, config.data)
     trainer = Trainer(
         data,
         config,
