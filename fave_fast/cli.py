@@ -17,9 +17,9 @@ import torch
 from fave_fast.config import DataConfig
 from fave_fast.data import Interactions, load_interactions
 from fave_fast.errors import InputError
+from fave_fast.model import DTYPES
 from fave_fast.ops import BACKENDS
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FORMATS = ("auto", "inter", "csv", "parquet", "jsonl", "npz", "movielens", "amazon", "steam")
 
 

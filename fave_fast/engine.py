@@ -14,9 +14,10 @@ from torch import Tensor
 from fave_fast import checkpoint as checkpoints
 from fave_fast.checkpoint import Checkpoint
 from fave_fast.config import Config
-from fave_fast.data import gather_histories
+from fave_fast.data import gather_histories, history_exclusions
 from fave_fast.errors import InputError
 from fave_fast.flow import InferenceNoise, encode
+from fave_fast.model import DTYPES
 from fave_fast.ops import Exclusions, score_topk
 from fave_fast.ops.score_topk import OP as SCORE_TOPK
 
@@ -41,15 +42,20 @@ class Recommender:
         checkpoint: Checkpoint,
         *,
         device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
         backend: str = "auto",
     ) -> None:
-        """Put the model on `device` in `dtype`.
+        """Put the model on `device` in `dtype` (or its name, fp32 or bf16).
 
         Raises:
+            InputError: a name that is no dtype of ours.
             BackendError: `backend` was asked for by name and cannot run here.
             CheckpointError: weights and configuration do not fit.
         """
+        if isinstance(dtype, str):
+            if dtype not in DTYPES:
+                raise InputError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
+            dtype = DTYPES[dtype]
         self.checkpoint = checkpoint
         self.config: Config = checkpoint.config
         self.backend = backend
@@ -66,7 +72,7 @@ class Recommender:
         path: str | Path,
         *,
         device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
         backend: str = "auto",
     ) -> Recommender:
         """Load a checkpoint written by `fave_fast.train`.
@@ -175,9 +181,8 @@ class Recommender:
         history = gather_histories(numbers, starts, ends, self.config.model.max_length)
         exclude = None
         if exclude_history:
-            rows = [torch.from_numpy(numbers[a:b].astype(np.int64)) for a, b in zip(starts, ends, strict=True)]
-            offsets = torch.from_numpy(np.concatenate(([0], np.cumsum(ends - starts))))
-            exclude = Exclusions(torch.cat(rows), offsets).to(self._table.device)
+            seen = history_exclusions(numbers, starts, ends)
+            exclude = Exclusions(*map(torch.from_numpy, seen)).to(self._table.device)
         k = min(k, len(self._table) - 1)
         drawn = []
         for noise in noises:

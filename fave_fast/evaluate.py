@@ -25,7 +25,7 @@ from fave_fast.data import Interactions, gather_histories, history_exclusions, s
 from fave_fast.errors import DataError
 from fave_fast.flow import InferenceNoise, encode
 from fave_fast.metrics import CUTOFFS, coverage, intra_list_diversity, rank_metrics
-from fave_fast.model import FAVE
+from fave_fast.model import DTYPES, FAVE
 from fave_fast.ops import Exclusions, rank_count, score_topk
 
 LIST_LENGTH = 20
@@ -187,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         translate(data, checkpoint, arguments.data),
         arguments.split,
         device=device,
-        dtype=cli.DTYPES[arguments.dtype],
+        dtype=DTYPES[arguments.dtype],
         batch_size=arguments.batch_size,
         backend=arguments.backend,
     )

@@ -22,6 +22,7 @@ from fave_fast.demo import run_demo
 from fave_fast.engine import ItemId, Recommendation, Recommender
 from fave_fast.errors import DataError, InputError
 from fave_fast.files import check_writable, replacing
+from fave_fast.model import DTYPES
 
 _JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
 _LATENCY_REQUESTS = 200
@@ -337,7 +338,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     recommender = Recommender.from_pretrained(
         arguments.ckpt,
         device=cli.resolve_device(arguments.device),
-        dtype=cli.DTYPES[arguments.dtype],
+        dtype=DTYPES[arguments.dtype],
         backend=arguments.backend,
     )
     if arguments.input is None:

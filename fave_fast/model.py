@@ -15,6 +15,8 @@ from torch.nn import functional as F
 
 from fave_fast.config import ModelConfig
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
 
 @dataclass(frozen=True)
 class Prediction:

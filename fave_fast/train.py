@@ -43,7 +43,7 @@ from fave_fast.errors import CheckpointError, InputError
 from fave_fast.evaluate import rank_targets, target_starts
 from fave_fast.files import check_writable
 from fave_fast.metrics import rank_metrics
-from fave_fast.model import FAVE
+from fave_fast.model import DTYPES, FAVE
 from fave_fast.ops.rank_count import OP as RANK_COUNT
 
 STAGES = (1, 2)
@@ -476,7 +476,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         out,
         seed=arguments.seed,
         device=device,
-        dtype=cli.DTYPES[arguments.dtype],
+        dtype=DTYPES[arguments.dtype],
         backend=arguments.backend,
         tensorboard=writer,
     )

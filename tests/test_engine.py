@@ -324,3 +324,10 @@ def test_sample_requests_are_test_histories(recommender: Recommender, tiny_log: 
     for request in found:
         user = data.user_ids.ids.index(request.user)
         assert request.history == data.item_ids.take(data.history(user)[:-1] - 1)
+
+
+def test_a_dtype_goes_by_its_name(tiny_checkpoint: Path) -> None:
+    by_name = Recommender.from_pretrained(tiny_checkpoint, dtype="bf16").recommend([[101, 102]])
+    assert by_name == Recommender.from_pretrained(tiny_checkpoint, dtype=torch.bfloat16).recommend([[101, 102]])
+    with pytest.raises(InputError, match="dtype is 'int8'; expected one of fp32, bf16"):
+        Recommender.from_pretrained(tiny_checkpoint, dtype="int8")
