@@ -109,6 +109,7 @@ class Trainer:
         self.optimiser = self._make_optimiser(config.train.lr)
         self.interrupted = False
         self._saved_at = time.monotonic()
+        self._last: dict[str, float] = {}  # loss and speed of the epoch that ended last
 
     @property
     def resume_path(self) -> Path:
@@ -335,7 +336,7 @@ class Trainer:
             "run": self._identity(),
             "progress": progress,
             "lr": self.optimiser.param_groups[0]["lr"],
-            "last": getattr(self, "_last", {}),
+            "last": self._last,
         }
         checkpoints.write_envelope(self.resume_path, _RESUME_KIND, plain, tensors)
         self._saved_at = time.monotonic()
