@@ -333,8 +333,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--output without --input; expected both, or neither")
     if arguments.output is not None:
         check_writable(arguments.output)
-        if arguments.input != "-" and Path(arguments.output).resolve() == Path(arguments.input).resolve():
-            raise InputError(f"{arguments.output}: is the input; expected another file to write to")
+        for name in ("input", "ckpt", "deny"):
+            read = getattr(arguments, name)
+            if read is not None and Path(arguments.output).resolve() == Path(read).resolve():
+                raise InputError(f"{arguments.output}: is the file of --{name}; expected another file to write to")
     recommender = Recommender.from_pretrained(
         arguments.ckpt,
         device=cli.resolve_device(arguments.device),

@@ -178,7 +178,8 @@ CASES = [
     ("train --data log.csv --out ./log.csv", r"log\.csv: is the log; expected another file"),
     ("infer --ckpt model.pt --input h.jsonl --output none/o.jsonl", r"o\.jsonl: the folder none does not exist"),
     ("infer --ckpt model.pt --input h.jsonl --output folder", r"folder: is a folder; expected a file name"),
-    ("infer --ckpt model.pt --input h.jsonl --output ./h.jsonl", r"h\.jsonl: is the input; expected another file"),
+    ("infer --ckpt model.pt --input h.jsonl --output ./h.jsonl", r"h\.jsonl: is the file of --input; expected another"),
+    ("infer --ckpt model.pt --input h.jsonl --output model.pt", r"model\.pt: is the file of --ckpt; expected another"),
     ("infer --ckpt model.pt --output out.jsonl", r"--output without --input; expected both, or neither"),
     # histories
     *(
