@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import pickle
 import struct
 import zipfile
@@ -26,8 +25,6 @@ from fave_fast.data import IdMap
 from fave_fast.errors import CheckpointError, ConfigError, InputError
 from fave_fast.files import replacing
 from fave_fast.model import FAVE
-
-logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 _KIND = "fave_fast model"

@@ -132,11 +132,11 @@ class Recommender:
                 count = int((row_items != 0).sum())
                 names = self.checkpoint.item_ids.take(row_items[:count] - 1)
                 results[row] = Recommendation(names, row_scores[:count], int(unknown[row]), False)
-        popular = self._most_popular(k, denied)
-        return [
-            Recommendation(*popular, int(unknown[row]), True) if result is None else result
-            for row, result in enumerate(results)
-        ]
+        if len(known) < len(histories):
+            popular = self._most_popular(k, denied)
+            for row in np.flatnonzero(np.diff(offsets) == 0):
+                results[row] = Recommendation(*popular, int(unknown[row]), True)
+        return [result for result in results if result is not None]
 
     def _number(
         self, histories: Sequence[Sequence[ItemId]]
