@@ -23,6 +23,7 @@ from fave_fast.ops.registry import why_no_extension
 
 # Every environment variable that the project reads, and what it does.
 ENVIRONMENT: dict[str, str] = {
+    "FAVE_FAST_BACKEND": "the backend of every op that is called with backend='auto': reference, triton or cpp",
     "FAVE_FAST_PURE": "1 while installing: build no C++ extension",
     "FAVE_FAST_DATA": "the tests: folder of the benchmark data sets (default: shared/data beside the checkout)",
 }

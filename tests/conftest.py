@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel's module is imported
+
 from fave_fast.config import Config
 from fave_fast.data import load_interactions
 from fave_fast.synthetic import PlantedConfig, generate

@@ -1,7 +1,8 @@
 """Which implementation of an op runs: by name, or the first that can.
 
 An op lists its implementations in order of preference. Whether one can run is asked when the op is called, so importing
-this asks nothing of a GPU. A backend asked for by name runs or fails loudly; only `auto` passes over one.
+this asks nothing of a GPU. A backend asked for by name, in the call or in FAVE_FAST_BACKEND, runs or fails loudly; only
+`auto` passes over one.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import functools
 import importlib
 import importlib.metadata
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -19,6 +21,7 @@ import torch
 from fave_fast.errors import BackendError
 
 BACKENDS = ("auto", "reference", "triton", "cpp")
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 Run = TypeVar("Run", bound=Callable[..., Any])
 WhyNot = Callable[[torch.device, torch.dtype], str | None]
@@ -58,16 +61,53 @@ def cpu_extension(device: torch.device, dtype: torch.dtype) -> str | None:
     return why_no_extension() if device.type == "cpu" else f"it runs on the CPU, and the tensors are on {device.type}"
 
 
+@functools.cache
+def why_no_triton() -> str | None:
+    """Why Triton cannot be imported, or None where it can."""
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"Triton cannot be imported ({error}): pip install 'fave-fast[gpu]'"
+    return None
+
+
+def interpreting() -> bool:
+    """Whether Triton's kernels run through its interpreter, on CPU tensors: slow, and meant for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def triton_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
+    """The check of an implementation in `fave_fast.kernels`."""
+    reason = why_no_triton()
+    if reason is not None:
+        return reason
+    if device.type == "cpu":
+        return None if interpreting() else "its kernels run on CUDA devices, and the tensors are on cpu"
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"its kernels run on NVIDIA GPUs, and the tensors are on {device.type}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"its kernels need compute capability 8.0, and {torch.cuda.get_device_name(device)} has {major}.{minor}"
+    return None if dtype in KERNEL_DTYPES else f"its kernels take float32, bfloat16 and float16, not {dtype}"
+
+
+def not_interpreted(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why `auto` does not choose a Triton kernel although it could run."""
+    return "Triton's interpreter runs only when asked for by name" if interpreting() else None
+
+
 @dataclass(frozen=True)
 class Implementation(Generic[Run]):
     """One way of computing an op, under its backend's name.
 
-    `why_not` gets the tensors' device and dtype and returns the reason why `run` cannot take them, or None.
+    `why_not` gets the tensors' device and dtype and returns the reason why `run` cannot take them, or None;
+    `why_not_auto` likewise, for a backend that can run and that `auto` should not choose.
     """
 
     backend: str
     run: Run
     why_not: WhyNot = always
+    why_not_auto: WhyNot = always
 
 
 @dataclass(frozen=True)
@@ -82,15 +122,19 @@ class Op(Generic[Run]):
         return {one.backend: one.why_not(device, dtype) for one in self.implementations}
 
     def resolve(self, backend: str, device: torch.device, dtype: torch.dtype) -> Run:
-        """The function that `backend` stands for.
+        """The function that `backend` stands for; `auto` stands for FAVE_FAST_BACKEND where that is set.
 
         Raises:
             BackendError: the name is unknown, this op has no such backend, or it cannot run here.
         """
+        if backend == "auto":
+            backend = os.environ.get("FAVE_FAST_BACKEND") or "auto"
         for one in self.implementations:
             if backend not in ("auto", one.backend):
                 continue
             reason = one.why_not(device, dtype)
+            if reason is None and backend == "auto":
+                reason = one.why_not_auto(device, dtype)
             if reason is None:
                 return one.run
             if backend != "auto":
