@@ -279,6 +279,47 @@ def test_only_auto_falls_back_and_says_so_once(caplog: pytest.LogCaptureFixture)
     assert [record.getMessage() for record in caplog.records] == ["probe: backend triton passed over: out of order"]
 
 
+def test_auto_leaves_out_what_is_meant_to_be_named_and_the_environment_names_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def never(device: torch.device, dtype: torch.dtype) -> str | None:
+        return "for tests"
+
+    named = Implementation("triton", lambda: "triton", why_not_auto=never)
+    op = Op("probe", (named, Implementation("reference", lambda: "ref")))
+    where = (torch.device("cpu"), torch.float32)
+    monkeypatch.delenv("FAVE_FAST_BACKEND", raising=False)
+    assert op.resolve("auto", *where)() == "ref"
+    assert op.resolve("triton", *where)() == "triton"
+    monkeypatch.setenv("FAVE_FAST_BACKEND", "triton")
+    assert op.resolve("auto", *where)() == "triton"
+    assert op.resolve("reference", *where)() == "ref"
+    monkeypatch.setenv("FAVE_FAST_BACKEND", "cpp")
+    with pytest.raises(BackendError, match="probe: no such backend for this op: 'cpp'"):
+        op.resolve("auto", *where)
+
+
+@pytest.mark.parametrize(
+    ("interpreted", "device", "dtype", "reason"),
+    [
+        ("1", "cpu", torch.float32, None),
+        ("0", "cpu", torch.float32, "its kernels run on CUDA devices, and the tensors are on cpu"),
+        ("1", "meta", torch.float32, "its kernels run on NVIDIA GPUs, and the tensors are on meta"),
+    ],
+)
+def test_where_triton_kernels_run(
+    monkeypatch: pytest.MonkeyPatch, interpreted: str, device: str, dtype: torch.dtype, reason: str | None
+) -> None:
+    monkeypatch.setattr(registry_module, "why_no_triton", lambda: None)
+    monkeypatch.setenv("TRITON_INTERPRET", interpreted)
+    assert registry_module.triton_kernels(torch.device(device), dtype) == reason
+
+
+def test_without_triton_its_kernels_say_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry_module, "why_no_triton", lambda: "Triton cannot be imported (x)")
+    assert registry_module.triton_kernels(torch.device("cpu"), torch.float32) == "Triton cannot be imported (x)"
+
+
 def test_the_extension_is_refused_off_the_cpu() -> None:
     (op,) = (op for op in OPS if op.name == "rank_count")
     assert "tensors are on cuda" in str(op.refusals(torch.device("cuda"))["cpp"])
