@@ -127,8 +127,9 @@ class Op(Generic[Run]):
         Raises:
             BackendError: the name is unknown, this op has no such backend, or it cannot run here.
         """
-        if backend == "auto":
-            backend = os.environ.get("FAVE_FAST_BACKEND") or "auto"
+        origin = ""
+        if backend == "auto" and os.environ.get("FAVE_FAST_BACKEND"):
+            backend, origin = os.environ["FAVE_FAST_BACKEND"], " (from FAVE_FAST_BACKEND)"
         for one in self.implementations:
             if backend not in ("auto", one.backend):
                 continue
@@ -138,11 +139,11 @@ class Op(Generic[Run]):
             if reason is None:
                 return one.run
             if backend != "auto":
-                raise BackendError(f"{self.name}: backend {backend!r} cannot run: {reason}")
+                raise BackendError(f"{self.name}: backend {backend!r}{origin} cannot run: {reason}")
             _log_once(self.name, one.backend, reason)
         offered = ", ".join(["auto", *(one.backend for one in self.implementations)])
         problem = "no such backend for this op" if backend in BACKENDS else "unknown backend"
-        raise BackendError(f"{self.name}: {problem}: {backend!r}; expected one of {offered}")
+        raise BackendError(f"{self.name}: {problem}: {backend!r}{origin}; expected one of {offered}")
 
 
 @functools.cache
