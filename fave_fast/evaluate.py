@@ -27,6 +27,7 @@ from fave_fast.flow import InferenceNoise, encode
 from fave_fast.metrics import CUTOFFS, coverage, intra_list_diversity, rank_metrics
 from fave_fast.model import DTYPES, FAVE
 from fave_fast.ops import Exclusions, rank_count, score_topk
+from fave_fast.ops.score_topk import OP as SCORE_TOPK
 
 LIST_LENGTH = 20
 Positions = npt.NDArray[np.int64]
@@ -76,8 +77,9 @@ def rank_targets(
     """Rank the items at the flat positions `targets` [U], each given what comes before it in its sequence.
 
     The model must be in evaluation mode. `full=False` leaves out raw ranks and lists. Memory: batches of users times
-    tiles of the catalogue, never users times items.
+    tiles of the catalogue, never users times items. A `backend` that only counts ranks (cpp) leaves the lists to auto.
     """
+    list_backend = backend if SCORE_TOPK.offers(backend) else "auto"
     starts = target_starts(data, targets)
     table = model.item_embedding.weight
     noise = InferenceNoise.draw(model, config.flow)
@@ -92,7 +94,7 @@ def rank_targets(
         filtered[index] = rank_count(endpoint, table, wanted, exclude, backend=backend).cpu()
         if full:
             raw[index] = rank_count(endpoint, table, wanted, backend=backend).cpu()
-            lists[index] = score_topk(endpoint, table, LIST_LENGTH, exclude)[1].cpu()
+            lists[index] = score_topk(endpoint, table, LIST_LENGTH, exclude, backend=list_backend)[1].cpu()
     return Ranking(filtered, raw, lists) if full else Ranking(filtered, None, None)
 
 

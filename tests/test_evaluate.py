@@ -18,6 +18,7 @@ from fave_fast.evaluate import rank_targets, translate
 from fave_fast.flow import InferenceNoise, encode
 from fave_fast.metrics import coverage, intra_list_diversity, rank_metrics
 from fave_fast.model import FAVE
+from fave_fast.ops.registry import why_no_extension
 
 CPU = torch.device("cpu")
 KEYS = {"dataset", "split", "users", "items", "protocol", "filtered", "raw", "coverage@20", "ild@20", "seconds"}
@@ -103,6 +104,16 @@ def test_ranking_equals_brute_force(checkpoint: Checkpoint, data: Interactions, 
     assert result["coverage@20"] == coverage(torch.tensor(lists), data.num_items)
     assert result["ild@20"] == intra_list_diversity(torch.tensor(lists), model.item_embedding.weight)
     assert (result["split"], result["users"], result["items"]) == (name, 40, 24)
+
+
+@pytest.mark.skipif(why_no_extension() is not None, reason=str(why_no_extension()))
+def test_a_backend_that_only_counts_leaves_the_lists_to_auto(checkpoint: Checkpoint, data: Interactions) -> None:
+    targets = split(data, checkpoint.config.data).test
+    filtered, _, lists = brute_force(checkpoint, data, targets)
+    found = rank_targets(checkpoint.build_model().double(), checkpoint.config, data, targets, backend="cpp")
+    assert found.filtered.tolist() == filtered
+    assert found.lists is not None
+    assert found.lists.tolist() == lists
 
 
 def test_a_target_in_the_history_stays_a_candidate(checkpoint: Checkpoint, data: Interactions) -> None:

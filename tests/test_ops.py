@@ -256,13 +256,12 @@ def test_rows_of_exclusions() -> None:
         Exclusions.from_lists(lists).rows(3, 5)
 
 
-@pytest.mark.parametrize("backend", ["triton", "fast"])
-def test_a_backend_that_is_not_offered_is_an_input_error(backend: str) -> None:
-    with pytest.raises(BackendError, match=rf"'{backend}'; expected one of auto, cpp, reference") as caught:
-        rank_count(**GOOD, backend=backend)
+def test_a_backend_that_is_not_offered_is_an_input_error() -> None:
+    with pytest.raises(BackendError, match=r"unknown backend: 'fast'; expected one of auto, .*cpp, reference") as caught:
+        rank_count(**GOOD, backend="fast")
     assert isinstance(caught.value, InputError)
-    with pytest.raises(BackendError, match=r"score_topk: .*expected one of auto, reference"):
-        score_topk(GOOD["queries"], GOOD["table"], 1, backend=backend)
+    with pytest.raises(BackendError, match=r"score_topk: .*expected one of auto, .*reference"):
+        score_topk(GOOD["queries"], GOOD["table"], 1, backend="fast")
 
 
 def test_only_auto_falls_back_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:

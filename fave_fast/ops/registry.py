@@ -12,7 +12,7 @@ import importlib
 import importlib.metadata
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -85,6 +85,8 @@ def triton_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
         return None if interpreting() else "its kernels run on CUDA devices, and the tensors are on cpu"
     if device.type != "cuda" or torch.version.hip is not None:
         return f"its kernels run on NVIDIA GPUs, and the tensors are on {device.type}"
+    if not torch.cuda.is_available():
+        return "its kernels run on CUDA devices, and there is none"
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         return f"its kernels need compute capability 8.0, and {torch.cuda.get_device_name(device)} has {major}.{minor}"
@@ -121,8 +123,16 @@ class Op(Generic[Run]):
         """For each backend of this op the reason why it cannot run, or None."""
         return {one.backend: one.why_not(device, dtype) for one in self.implementations}
 
-    def resolve(self, backend: str, device: torch.device, dtype: torch.dtype) -> Run:
+    def offers(self, backend: str) -> bool:
+        """Whether one of this op's implementations has that name, `auto` included; it may still refuse to run."""
+        return backend == "auto" or any(one.backend == backend for one in self.implementations)
+
+    def resolve(
+        self, backend: str, device: torch.device, dtype: torch.dtype, beyond: Mapping[str, str] | None = None
+    ) -> Run:
         """The function that `backend` stands for; `auto` stands for FAVE_FAST_BACKEND where that is set.
+
+        `beyond` has the reasons, by backend, why a call of these sizes is not for it.
 
         Raises:
             BackendError: the name is unknown, this op has no such backend, or it cannot run here.
@@ -133,7 +143,7 @@ class Op(Generic[Run]):
         for one in self.implementations:
             if backend not in ("auto", one.backend):
                 continue
-            reason = one.why_not(device, dtype)
+            reason = one.why_not(device, dtype) or (beyond or {}).get(one.backend)
             if reason is None and backend == "auto":
                 reason = one.why_not_auto(device, dtype)
             if reason is None:
