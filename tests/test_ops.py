@@ -257,7 +257,7 @@ def test_rows_of_exclusions() -> None:
 
 
 def test_a_backend_that_is_not_offered_is_an_input_error() -> None:
-    with pytest.raises(BackendError, match=r"unknown backend: 'fast'; expected one of auto, .*cpp, reference") as caught:
+    with pytest.raises(BackendError, match=r"unknown backend: 'fast'; .* auto, .*cpp, reference") as caught:
         rank_count(**GOOD, backend="fast")
     assert isinstance(caught.value, InputError)
     with pytest.raises(BackendError, match=r"score_topk: .*expected one of auto, .*reference"):
