@@ -1,0 +1,660 @@
+"""Softmax attention over histories and its tangent: one program computes one head of one history.
+
+A history of up to 64 items is one tile of 16, 32 or 64 rows: queries, keys, scores and gradients stay on the chip, the
+probabilities are computed again in the backward pass, and what is read or written crosses device memory once. Longer
+histories loop over tiles of 64 keys and take the row statistics in a pass of their own.
+
+The tile depends on the history's own length alone, and no sum crosses programs: a history's result has the same bits in
+any batch. The rows of `q` are all rows of the histories, or (LAST) one row a history, its newest.
+
+The formulas are those of `fave_fast.ops.attention`.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _dot(a, b):
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def _history(bounds_ptr, user, padded_length, PADDED: tl.constexpr):
+    """First row and number of rows of a history, from its length (padded on the left) or from offsets."""
+    if PADDED:
+        n = tl.load(bounds_ptr + user).to(tl.int32)
+        start = user.to(tl.int64) * padded_length + (padded_length - n)
+    else:
+        start = tl.load(bounds_ptr + user).to(tl.int64)
+        n = (tl.load(bounds_ptr + user + 1).to(tl.int64) - start).to(tl.int32)
+    return start, n
+
+
+@triton.jit
+def _load(ptr, rows, keep, stride, channel, CHANNELS: tl.constexpr):
+    mask = keep[:, None] & (channel < CHANNELS)[None, :]
+    return tl.load(ptr + rows[:, None] * stride + channel[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _store(ptr, value, rows, keep, stride, channel, CHANNELS: tl.constexpr):
+    mask = keep[:, None] & (channel < CHANNELS)[None, :]
+    tl.store(ptr + rows[:, None] * stride + channel[None, :], value.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _zero_rows(ptr, first, count, stride, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
+    channel = tl.arange(0, BLOCK)
+    for row in range(0, count, 16):
+        at = row + tl.arange(0, 16)
+        _store(ptr, tl.zeros([16, BLOCK], tl.float32), first + at, at < count, stride, channel, CHANNELS)
+
+
+@triton.jit
+def _angles(cos_ptr, sin_ptr, age, keep, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, ROTARY: tl.constexpr):
+    """Cosines and sines [rows, HALF_BLOCK] of the rows' ages."""
+    if ROTARY:
+        channel = tl.arange(0, HALF_BLOCK)
+        cos = _load(cos_ptr, age, keep, HALF, channel, HALF)
+        sin = _load(sin_ptr, age, keep, HALF, channel, HALF)
+    else:
+        cos = tl.full([1, 1], 1.0, tl.float32)
+        sin = tl.full([1, 1], 0.0, tl.float32)
+    return cos, sin
+
+
+@triton.jit
+def _load_turned(ptr, rows, keep, stride, cos, sin, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, ROTARY: tl.constexpr):
+    """Both halves [rows, HALF_BLOCK] of one head's channels, rotated."""
+    channel = tl.arange(0, HALF_BLOCK)
+    a = _load(ptr, rows, keep, stride, channel, HALF)
+    b = _load(ptr + HALF, rows, keep, stride, channel, HALF)
+    if ROTARY:
+        wide_a, wide_b = a.to(tl.float32), b.to(tl.float32)
+        a = (wide_a * cos - wide_b * sin).to(ptr.dtype.element_ty)
+        b = (wide_a * sin + wide_b * cos).to(ptr.dtype.element_ty)
+    return a, b
+
+
+@triton.jit
+def _store_turned_back(
+    ptr, a, b, rows, keep, stride, cos, sin, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, ROTARY: tl.constexpr
+):
+    """Write the gradient with respect to a head's channels, given that with respect to the rotated ones."""
+    channel = tl.arange(0, HALF_BLOCK)
+    if ROTARY:
+        turned = a * cos + b * sin
+        b = b * cos - a * sin
+        a = turned
+    _store(ptr, a, rows, keep, stride, channel, HALF)
+    _store(ptr + HALF, b, rows, keep, stride, channel, HALF)
+
+
+@triton.jit
+def _scores(qa, qb, dqa, dqb, ka, kb, dka, dkb, allowed, scale, DUAL: tl.constexpr):
+    """Scores in units of log2(e), so that exp2 serves, and their tangents."""
+    s = _dot(qa, tl.trans(ka)) + _dot(qb, tl.trans(kb))
+    t = s
+    if DUAL:
+        t = _dot(dqa, tl.trans(ka)) + _dot(dqb, tl.trans(kb)) + _dot(qa, tl.trans(dka)) + _dot(qb, tl.trans(dkb))
+        t = t * scale
+    return tl.where(allowed, s * (scale * 1.4426950408889634), float("-inf")), t
+
+
+@triton.jit
+def _allowed(query, key, n, CAUSAL: tl.constexpr):
+    before = key[None, :] <= query[:, None] if CAUSAL else query[:, None] >= 0
+    return (key < n)[None, :] & before
+
+
+@triton.jit
+def _gradients(p, t, x, w, mu, nu, c, DUAL: tl.constexpr):
+    """Gradients with respect to the scores and to their tangents, before the factor `scale`, and dP."""
+    if DUAL:
+        r = p * (t - mu)
+        gt = p * (w - nu)
+        gs = p * (x + w * (t - mu) - nu * t - c)
+    else:
+        r = p
+        gs = p * (x - c)
+        gt = gs
+    return gs, gt, r
+
+
+@triton.jit
+def _forward_tile(
+    q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, o_ptr, do_ptr, cos_ptr, sin_ptr,
+    q_start, start, n, stride_q, stride_kv, stride_o, scale,
+    C: tl.constexpr, HALF_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
+    ROTARY: tl.constexpr, CAUSAL: tl.constexpr, DUAL: tl.constexpr, LAST: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    HALF: tl.constexpr = C // 2
+    key = tl.arange(0, BN)
+    present = key < n
+    rows = start + key
+    cos, sin = _angles(cos_ptr, sin_ptr, n - 1 - key, present, HALF, HALF_BLOCK, ROTARY)
+    ka, kb = _load_turned(k_ptr, rows, present, stride_kv, cos, sin, HALF, HALF_BLOCK, ROTARY)
+    dka, dkb = ka, kb
+    if DUAL:
+        dka, dkb = _load_turned(dk_ptr, rows, present, stride_kv, cos, sin, HALF, HALF_BLOCK, ROTARY)
+    local = tl.arange(0, BM)
+    if LAST:
+        # The newest item has age 0: its rotation is the identity.
+        query, asked = n - 1 + local, local < 1
+        q_rows = q_start + local
+        qa, qb = _load_turned(q_ptr, q_rows, asked, stride_q, cos, sin, HALF, HALF_BLOCK, False)
+        dqa, dqb = qa, qb
+        if DUAL:
+            dqa, dqb = _load_turned(dq_ptr, q_rows, asked, stride_q, cos, sin, HALF, HALF_BLOCK, False)
+    else:
+        query, asked = local, local < n
+        q_rows = q_start + local
+        qa, qb = _load_turned(q_ptr, q_rows, asked, stride_q, cos, sin, HALF, HALF_BLOCK, ROTARY)
+        dqa, dqb = qa, qb
+        if DUAL:
+            dqa, dqb = _load_turned(dq_ptr, q_rows, asked, stride_q, cos, sin, HALF, HALF_BLOCK, ROTARY)
+    channel = tl.arange(0, C_BLOCK)
+    v = _load(v_ptr, rows, present, stride_kv, channel, C)
+    s, t = _scores(qa, qb, dqa, dqb, ka, kb, dka, dkb, _allowed(query, key, n, CAUSAL), scale, DUAL)
+    p = tl.exp2(s - tl.max(s, 1)[:, None])
+    p = p / tl.sum(p, 1)[:, None]
+    narrow = p.to(v.dtype)
+    _store(o_ptr, _dot(narrow, v), q_rows, asked, stride_o, channel, C)
+    if DUAL:
+        dv = _load(dv_ptr, rows, present, stride_kv, channel, C)
+        r = p * (t - tl.sum(p * t, 1)[:, None])
+        _store(do_ptr, _dot(r.to(v.dtype), v) + _dot(narrow, dv), q_rows, asked, stride_o, channel, C)
+
+
+@triton.jit
+def _load_keys(
+    k_ptr, v_ptr, dk_ptr, dv_ptr, cos_ptr, sin_ptr, start, key, n, stride,
+    C: tl.constexpr, HALF_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr, ROTARY: tl.constexpr, DUAL: tl.constexpr,
+):  # fmt: skip
+    HALF: tl.constexpr = C // 2
+    present, rows, channel = key < n, start + key, tl.arange(0, C_BLOCK)
+    cos, sin = _angles(cos_ptr, sin_ptr, n - 1 - key, present, HALF, HALF_BLOCK, ROTARY)
+    ka, kb = _load_turned(k_ptr, rows, present, stride, cos, sin, HALF, HALF_BLOCK, ROTARY)
+    v = _load(v_ptr, rows, present, stride, channel, C)
+    dka, dkb, dv = ka, kb, v
+    if DUAL:
+        dka, dkb = _load_turned(dk_ptr, rows, present, stride, cos, sin, HALF, HALF_BLOCK, ROTARY)
+        dv = _load(dv_ptr, rows, present, stride, channel, C)
+    return ka, kb, dka, dkb, v, dv, cos, sin
+
+
+@triton.jit
+def _load_queries(
+    q_ptr, dq_ptr, cos_ptr, sin_ptr, q_start, local, count, n, stride,
+    C: tl.constexpr, HALF_BLOCK: tl.constexpr, ROTARY: tl.constexpr, DUAL: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    HALF: tl.constexpr = C // 2
+    TURN: tl.constexpr = ROTARY and not LAST
+    asked, rows = local < count, q_start + local
+    cos, sin = _angles(cos_ptr, sin_ptr, count - 1 - local, asked, HALF, HALF_BLOCK, TURN)
+    qa, qb = _load_turned(q_ptr, rows, asked, stride, cos, sin, HALF, HALF_BLOCK, TURN)
+    dqa, dqb = qa, qb
+    if DUAL:
+        dqa, dqb = _load_turned(dq_ptr, rows, asked, stride, cos, sin, HALF, HALF_BLOCK, TURN)
+    return qa, qb, dqa, dqb, cos, sin
+
+
+@triton.jit
+def _statistics(
+    qa, qb, dqa, dqb, g, e, k_ptr, v_ptr, dk_ptr, dv_ptr, cos_ptr, sin_ptr, start, n, query, last_key, stride_kv, scale,
+    C: tl.constexpr, HALF_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
+    ROTARY: tl.constexpr, CAUSAL: tl.constexpr, DUAL: tl.constexpr, BACKWARD: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """For a tile of queries over all keys: log2 of the softmax's sum, mu, nu and c of the gradient formulas."""
+    m = tl.full([BM], float("-inf"), tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    mu = tl.zeros([BM], tl.float32)
+    nu = tl.zeros([BM], tl.float32)
+    c = tl.zeros([BM], tl.float32)
+    for first in range(0, last_key, BN):
+        key = first + tl.arange(0, BN)
+        ka, kb, dka, dkb, v, dv, _cos, _sin = _load_keys(
+            k_ptr, v_ptr, dk_ptr, dv_ptr, cos_ptr, sin_ptr, start, key, n, stride_kv,
+            C, HALF_BLOCK, C_BLOCK, ROTARY, DUAL,
+        )  # fmt: skip
+        s, t = _scores(qa, qb, dqa, dqb, ka, kb, dka, dkb, _allowed(query, key, n, CAUSAL), scale, DUAL)
+        raised = tl.maximum(m, tl.max(s, 1))
+        shrink = tl.exp2(m - raised)
+        p = tl.exp2(s - raised[:, None])
+        total = total * shrink + tl.sum(p, 1)
+        if DUAL:
+            mu = mu * shrink + tl.sum(p * t, 1)
+        if BACKWARD:
+            x = _dot(g, tl.trans(v))
+            if DUAL:
+                w = _dot(e, tl.trans(v))
+                nu = nu * shrink + tl.sum(p * w, 1)
+                x = x + _dot(e, tl.trans(dv)) + w * t
+            c = c * shrink + tl.sum(p * x, 1)
+        m = raised
+    mu, nu = mu / total, nu / total
+    return m + tl.log2(total), mu, nu, c / total - 2 * mu * nu
+
+
+@triton.jit
+def _forward_long(
+    q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, o_ptr, do_ptr, cos_ptr, sin_ptr,
+    q_start, start, n, count, stride_q, stride_kv, stride_o, scale,
+    C: tl.constexpr, HALF_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
+    ROTARY: tl.constexpr, CAUSAL: tl.constexpr, DUAL: tl.constexpr, LAST: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    channel = tl.arange(0, C_BLOCK)
+    for first_query in range(0, count, BM):
+        local = first_query + tl.arange(0, BM)
+        query = n - count + local
+        last_key = n
+        if CAUSAL:
+            last_key = tl.minimum(n, n - count + first_query + BM)
+        qa, qb, dqa, dqb, _q_cos, _q_sin = _load_queries(
+            q_ptr, dq_ptr, cos_ptr, sin_ptr, q_start, local, count, n, stride_q, C, HALF_BLOCK, ROTARY, DUAL, LAST
+        )
+        level, mu, _nu, _c = _statistics(
+            qa, qb, dqa, dqb, qa, qa, k_ptr, v_ptr, dk_ptr, dv_ptr, cos_ptr, sin_ptr, start, n, query, last_key,
+            stride_kv, scale, C, HALF_BLOCK, C_BLOCK, ROTARY, CAUSAL, DUAL, False, BM, BN,
+        )  # fmt: skip
+        o = tl.zeros([BM, C_BLOCK], tl.float32)
+        do = tl.zeros([BM, C_BLOCK], tl.float32)
+        for first in range(0, last_key, BN):
+            key = first + tl.arange(0, BN)
+            ka, kb, dka, dkb, v, dv, _cos, _sin = _load_keys(
+                k_ptr, v_ptr, dk_ptr, dv_ptr, cos_ptr, sin_ptr, start, key, n, stride_kv,
+                C, HALF_BLOCK, C_BLOCK, ROTARY, DUAL,
+            )  # fmt: skip
+            s, t = _scores(qa, qb, dqa, dqb, ka, kb, dka, dkb, _allowed(query, key, n, CAUSAL), scale, DUAL)
+            p = tl.exp2(s - level[:, None])
+            narrow = p.to(v.dtype)
+            o += _dot(narrow, v)
+            if DUAL:
+                do += _dot((p * (t - mu[:, None])).to(v.dtype), v) + _dot(narrow, dv)
+        _store(o_ptr, o, q_start + local, local < count, stride_o, channel, C)
+        if DUAL:
+            _store(do_ptr, do, q_start + local, local < count, stride_o, channel, C)
+
+
+@triton.jit
+def _forward_kernel(
+    q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, o_ptr, do_ptr, bounds_ptr, cos_ptr, sin_ptr,
+    padded_length, stride_q, stride_kv, stride_o, scale,
+    HEADS: tl.constexpr, C: tl.constexpr, HALF_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
+    ROTARY: tl.constexpr, CAUSAL: tl.constexpr, DUAL: tl.constexpr, PADDED: tl.constexpr, LAST: tl.constexpr,
+    LONG: tl.constexpr,
+):  # fmt: skip
+    user, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
+    start, n = _history(bounds_ptr, user, padded_length, PADDED)
+    at = head * C
+    q_ptr += at
+    k_ptr += at
+    v_ptr += at
+    dq_ptr += at
+    dk_ptr += at
+    dv_ptr += at
+    o_ptr += at
+    do_ptr += at
+    q_start = start
+    count = n
+    if LAST:
+        q_start = user.to(tl.int64)
+        count = tl.minimum(n, 1)
+        if n == 0:
+            _zero_rows(o_ptr, q_start, 1, stride_o, C, C_BLOCK)
+            if DUAL:
+                _zero_rows(do_ptr, q_start, 1, stride_o, C, C_BLOCK)
+    elif PADDED:
+        _zero_rows(o_ptr, start - (padded_length - n), padded_length - n, stride_o, C, C_BLOCK)
+        if DUAL:
+            _zero_rows(do_ptr, start - (padded_length - n), padded_length - n, stride_o, C, C_BLOCK)
+    if LONG and n > 64:
+        _forward_long(
+            q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, o_ptr, do_ptr, cos_ptr, sin_ptr,
+            q_start, start, n, count, stride_q, stride_kv, stride_o, scale,
+            C, HALF_BLOCK, C_BLOCK, ROTARY, CAUSAL, DUAL, LAST, 16 if LAST else 64, 64,
+        )  # fmt: skip
+    elif n > 32:
+        _forward_tile(
+            q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, o_ptr, do_ptr, cos_ptr, sin_ptr,
+            q_start, start, n, stride_q, stride_kv, stride_o, scale,
+            C, HALF_BLOCK, C_BLOCK, ROTARY, CAUSAL, DUAL, LAST, 16 if LAST else 64, 64,
+        )  # fmt: skip
+    elif n > 16:
+        _forward_tile(
+            q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, o_ptr, do_ptr, cos_ptr, sin_ptr,
+            q_start, start, n, stride_q, stride_kv, stride_o, scale,
+            C, HALF_BLOCK, C_BLOCK, ROTARY, CAUSAL, DUAL, LAST, 16 if LAST else 32, 32,
+        )  # fmt: skip
+    elif n > 0:
+        _forward_tile(
+            q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, o_ptr, do_ptr, cos_ptr, sin_ptr,
+            q_start, start, n, stride_q, stride_kv, stride_o, scale,
+            C, HALF_BLOCK, C_BLOCK, ROTARY, CAUSAL, DUAL, LAST, 16, 16,
+        )  # fmt: skip
+
+
+@triton.jit
+def _backward_tile(
+    q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, g_ptr, e_ptr,
+    gq_ptr, gk_ptr, gv_ptr, gdq_ptr, gdk_ptr, gdv_ptr, cos_ptr, sin_ptr,
+    q_start, start, n, count, stride_q, stride_kv, stride_g, stride_gq, stride_gkv, scale,
+    C: tl.constexpr, HALF_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
+    ROTARY: tl.constexpr, CAUSAL: tl.constexpr, DUAL: tl.constexpr, LAST: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    HALF: tl.constexpr = C // 2
+    TURN_Q: tl.constexpr = ROTARY and not LAST
+    key, local, channel = tl.arange(0, BN), tl.arange(0, BM), tl.arange(0, C_BLOCK)
+    present, asked = key < n, local < count
+    rows, q_rows = start + key, q_start + local
+    ka, kb, dka, dkb, v, dv, cos, sin = _load_keys(
+        k_ptr, v_ptr, dk_ptr, dv_ptr, cos_ptr, sin_ptr, start, key, n, stride_kv, C, HALF_BLOCK, C_BLOCK, ROTARY, DUAL
+    )
+    qa, qb, dqa, dqb, q_cos, q_sin = _load_queries(
+        q_ptr, dq_ptr, cos_ptr, sin_ptr, q_start, local, count, n, stride_q, C, HALF_BLOCK, ROTARY, DUAL, LAST
+    )
+    g = _load(g_ptr, q_rows, asked, stride_g, channel, C)
+    e = g
+    if DUAL:
+        e = _load(e_ptr, q_rows, asked, stride_g, channel, C)
+    s, t = _scores(qa, qb, dqa, dqb, ka, kb, dka, dkb, _allowed(n - count + local, key, n, CAUSAL), scale, DUAL)
+    p = tl.exp2(s - tl.max(s, 1)[:, None])
+    p = p / tl.sum(p, 1)[:, None]
+    narrow = p.to(v.dtype)
+    x = _dot(g, tl.trans(v))
+    gv = _dot(tl.trans(narrow), g)
+    if DUAL:
+        gdv = _dot(tl.trans(narrow), e)
+        _store(gdv_ptr, gdv, rows, present, stride_gkv, channel, C)
+        x += _dot(e, tl.trans(dv))
+        w = _dot(e, tl.trans(v))
+        mu, nu = tl.sum(p * t, 1)[:, None], tl.sum(p * w, 1)[:, None]
+        x = x + w * (t - mu) - nu * t
+        gt = (p * (w - nu) * scale).to(v.dtype)
+        gv += _dot(tl.trans((p * (t - mu)).to(v.dtype)), e)
+    _store(gv_ptr, gv, rows, present, stride_gkv, channel, C)
+    gs = (p * (x - tl.sum(p * x, 1)[:, None]) * scale).to(v.dtype)
+    ga, gb = _dot(gs, ka), _dot(gs, kb)
+    if DUAL:
+        ga += _dot(gt, dka)
+        gb += _dot(gt, dkb)
+        _store_turned_back(
+            gdq_ptr, _dot(gt, ka), _dot(gt, kb), q_rows, asked, stride_gq, q_cos, q_sin, HALF, HALF_BLOCK, TURN_Q
+        )
+    _store_turned_back(gq_ptr, ga, gb, q_rows, asked, stride_gq, q_cos, q_sin, HALF, HALF_BLOCK, TURN_Q)
+    gs = tl.trans(gs)
+    ga, gb = _dot(gs, qa), _dot(gs, qb)
+    if DUAL:
+        gt = tl.trans(gt)
+        ga += _dot(gt, dqa)
+        gb += _dot(gt, dqb)
+        _store_turned_back(
+            gdk_ptr, _dot(gt, qa), _dot(gt, qb), rows, present, stride_gkv, cos, sin, HALF, HALF_BLOCK, ROTARY
+        )
+    _store_turned_back(gk_ptr, ga, gb, rows, present, stride_gkv, cos, sin, HALF, HALF_BLOCK, ROTARY)
+
+
+@triton.jit
+def _backward_long(
+    q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, g_ptr, e_ptr,
+    gq_ptr, gk_ptr, gv_ptr, gdq_ptr, gdk_ptr, gdv_ptr, cos_ptr, sin_ptr, stats_ptr,
+    q_start, start, n, count, stride_q, stride_kv, stride_g, stride_gq, stride_gkv, stride_stats, scale,
+    C: tl.constexpr, HALF_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
+    ROTARY: tl.constexpr, CAUSAL: tl.constexpr, DUAL: tl.constexpr, LAST: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Statistics of all queries into `stats`, with the queries' gradients; then the keys' gradients."""
+    HALF: tl.constexpr = C // 2
+    TURN_Q: tl.constexpr = ROTARY and not LAST
+    channel = tl.arange(0, C_BLOCK)
+    for first_query in range(0, count, BM):
+        local = first_query + tl.arange(0, BM)
+        query, asked, q_rows = n - count + local, local < count, q_start + local
+        last_key = n
+        if CAUSAL:
+            last_key = tl.minimum(n, n - count + first_query + BM)
+        qa, qb, dqa, dqb, q_cos, q_sin = _load_queries(
+            q_ptr, dq_ptr, cos_ptr, sin_ptr, q_start, local, count, n, stride_q, C, HALF_BLOCK, ROTARY, DUAL, LAST
+        )
+        g = _load(g_ptr, q_rows, asked, stride_g, channel, C)
+        e = g
+        if DUAL:
+            e = _load(e_ptr, q_rows, asked, stride_g, channel, C)
+        level, mu, nu, c = _statistics(
+            qa, qb, dqa, dqb, g, e, k_ptr, v_ptr, dk_ptr, dv_ptr, cos_ptr, sin_ptr, start, n, query, last_key,
+            stride_kv, scale, C, HALF_BLOCK, C_BLOCK, ROTARY, CAUSAL, DUAL, True, BM, BN,
+        )  # fmt: skip
+        at = stats_ptr + q_rows * stride_stats
+        tl.store(at, level, mask=asked)
+        tl.store(at + 1, mu, mask=asked)
+        tl.store(at + 2, nu, mask=asked)
+        tl.store(at + 3, c, mask=asked)
+        ga = tl.zeros([BM, HALF_BLOCK], tl.float32)
+        gb = tl.zeros([BM, HALF_BLOCK], tl.float32)
+        gda = tl.zeros([BM, HALF_BLOCK], tl.float32)
+        gdb = tl.zeros([BM, HALF_BLOCK], tl.float32)
+        for first in range(0, last_key, BN):
+            key = first + tl.arange(0, BN)
+            ka, kb, dka, dkb, v, dv, _cos, _sin = _load_keys(
+                k_ptr, v_ptr, dk_ptr, dv_ptr, cos_ptr, sin_ptr, start, key, n, stride_kv,
+                C, HALF_BLOCK, C_BLOCK, ROTARY, DUAL,
+            )  # fmt: skip
+            s, t = _scores(qa, qb, dqa, dqb, ka, kb, dka, dkb, _allowed(query, key, n, CAUSAL), scale, DUAL)
+            x = _dot(g, tl.trans(v))
+            w = x
+            if DUAL:
+                x += _dot(e, tl.trans(dv))
+                w = _dot(e, tl.trans(v))
+            p = tl.exp2(s - level[:, None])
+            gs, gt, _r = _gradients(p, t, x, w, mu[:, None], nu[:, None], c[:, None], DUAL)
+            gs = (gs * scale).to(v.dtype)
+            ga += _dot(gs, ka)
+            gb += _dot(gs, kb)
+            if DUAL:
+                gt = (gt * scale).to(v.dtype)
+                ga += _dot(gt, dka)
+                gb += _dot(gt, dkb)
+                gda += _dot(gt, ka)
+                gdb += _dot(gt, kb)
+        _store_turned_back(gq_ptr, ga, gb, q_rows, asked, stride_gq, q_cos, q_sin, HALF, HALF_BLOCK, TURN_Q)
+        if DUAL:
+            _store_turned_back(gdq_ptr, gda, gdb, q_rows, asked, stride_gq, q_cos, q_sin, HALF, HALF_BLOCK, TURN_Q)
+    tl.debug_barrier()  # the statistics were written by other threads of this program
+    for first in range(0, n, BN):
+        key = first + tl.arange(0, BN)
+        present, rows = key < n, start + key
+        ka, kb, dka, dkb, v, dv, cos, sin = _load_keys(
+            k_ptr, v_ptr, dk_ptr, dv_ptr, cos_ptr, sin_ptr, start, key, n, stride_kv,
+            C, HALF_BLOCK, C_BLOCK, ROTARY, DUAL,
+        )  # fmt: skip
+        ga = tl.zeros([BN, HALF_BLOCK], tl.float32)
+        gb = tl.zeros([BN, HALF_BLOCK], tl.float32)
+        gda = tl.zeros([BN, HALF_BLOCK], tl.float32)
+        gdb = tl.zeros([BN, HALF_BLOCK], tl.float32)
+        gv = tl.zeros([BN, C_BLOCK], tl.float32)
+        gdv = tl.zeros([BN, C_BLOCK], tl.float32)
+        first_tile = 0
+        if CAUSAL:
+            first_tile = tl.maximum(0, first - (n - count)) // BM * BM
+        for first_query in range(first_tile, count, BM):
+            local = first_query + tl.arange(0, BM)
+            query, asked, q_rows = n - count + local, local < count, q_start + local
+            qa, qb, dqa, dqb, _q_cos, _q_sin = _load_queries(
+                q_ptr, dq_ptr, cos_ptr, sin_ptr, q_start, local, count, n, stride_q, C, HALF_BLOCK, ROTARY, DUAL, LAST
+            )
+            g = _load(g_ptr, q_rows, asked, stride_g, channel, C)
+            e = g
+            if DUAL:
+                e = _load(e_ptr, q_rows, asked, stride_g, channel, C)
+            at = stats_ptr + q_rows * stride_stats
+            level = tl.load(at, mask=asked, other=0.0)
+            mu = tl.load(at + 1, mask=asked, other=0.0)
+            nu = tl.load(at + 2, mask=asked, other=0.0)
+            c = tl.load(at + 3, mask=asked, other=0.0)
+            s, t = _scores(qa, qb, dqa, dqb, ka, kb, dka, dkb, _allowed(query, key, n, CAUSAL), scale, DUAL)
+            x = _dot(g, tl.trans(v))
+            w = x
+            if DUAL:
+                x += _dot(e, tl.trans(dv))
+                w = _dot(e, tl.trans(v))
+            p = tl.exp2(s - level[:, None])
+            gs, gt, r = _gradients(p, t, x, w, mu[:, None], nu[:, None], c[:, None], DUAL)
+            p = tl.trans(p.to(v.dtype))
+            gv += _dot(p, g)
+            gs = tl.trans((gs * scale).to(v.dtype))
+            ga += _dot(gs, qa)
+            gb += _dot(gs, qb)
+            if DUAL:
+                gdv += _dot(p, e)
+                gv += _dot(tl.trans(r.to(v.dtype)), e)
+                gt = tl.trans((gt * scale).to(v.dtype))
+                ga += _dot(gt, dqa)
+                gb += _dot(gt, dqb)
+                gda += _dot(gt, qa)
+                gdb += _dot(gt, qb)
+        _store(gv_ptr, gv, rows, present, stride_gkv, channel, C)
+        _store_turned_back(gk_ptr, ga, gb, rows, present, stride_gkv, cos, sin, HALF, HALF_BLOCK, ROTARY)
+        if DUAL:
+            _store(gdv_ptr, gdv, rows, present, stride_gkv, channel, C)
+            _store_turned_back(gdk_ptr, gda, gdb, rows, present, stride_gkv, cos, sin, HALF, HALF_BLOCK, ROTARY)
+
+
+@triton.jit
+def _backward_kernel(
+    q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, g_ptr, e_ptr,
+    gq_ptr, gk_ptr, gv_ptr, gdq_ptr, gdk_ptr, gdv_ptr, bounds_ptr, cos_ptr, sin_ptr, stats_ptr,
+    padded_length, stride_q, stride_kv, stride_g, stride_gq, stride_gkv, scale,
+    HEADS: tl.constexpr, C: tl.constexpr, HALF_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
+    ROTARY: tl.constexpr, CAUSAL: tl.constexpr, DUAL: tl.constexpr, PADDED: tl.constexpr, LAST: tl.constexpr,
+    LONG: tl.constexpr,
+):  # fmt: skip
+    user, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
+    start, n = _history(bounds_ptr, user, padded_length, PADDED)
+    at = head * C
+    q_ptr += at
+    k_ptr += at
+    v_ptr += at
+    dq_ptr += at
+    dk_ptr += at
+    dv_ptr += at
+    g_ptr += at
+    e_ptr += at
+    gq_ptr += at
+    gk_ptr += at
+    gv_ptr += at
+    gdq_ptr += at
+    gdk_ptr += at
+    gdv_ptr += at
+    stats_ptr += head * 4
+    q_start = start
+    count = n
+    if LAST:
+        q_start = user.to(tl.int64)
+        count = tl.minimum(n, 1)
+        if n == 0:
+            _zero_rows(gq_ptr, q_start, 1, stride_gq, C, C_BLOCK)
+            if DUAL:
+                _zero_rows(gdq_ptr, q_start, 1, stride_gq, C, C_BLOCK)
+    if PADDED:
+        before, first = padded_length - n, start - (padded_length - n)
+        if not LAST:
+            _zero_rows(gq_ptr, first, before, stride_gq, C, C_BLOCK)
+        _zero_rows(gk_ptr, first, before, stride_gkv, C, C_BLOCK)
+        _zero_rows(gv_ptr, first, before, stride_gkv, C, C_BLOCK)
+        if DUAL:
+            if not LAST:
+                _zero_rows(gdq_ptr, first, before, stride_gq, C, C_BLOCK)
+            _zero_rows(gdk_ptr, first, before, stride_gkv, C, C_BLOCK)
+            _zero_rows(gdv_ptr, first, before, stride_gkv, C, C_BLOCK)
+    if LONG and n > 64:
+        _backward_long(
+            q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, g_ptr, e_ptr,
+            gq_ptr, gk_ptr, gv_ptr, gdq_ptr, gdk_ptr, gdv_ptr, cos_ptr, sin_ptr, stats_ptr,
+            q_start, start, n, count, stride_q, stride_kv, stride_g, stride_gq, stride_gkv, HEADS * 4, scale,
+            C, HALF_BLOCK, C_BLOCK, ROTARY, CAUSAL, DUAL, LAST, 16 if LAST else 32, 32,
+        )  # fmt: skip
+    elif n > 32:
+        _backward_tile(
+            q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, g_ptr, e_ptr,
+            gq_ptr, gk_ptr, gv_ptr, gdq_ptr, gdk_ptr, gdv_ptr, cos_ptr, sin_ptr,
+            q_start, start, n, count, stride_q, stride_kv, stride_g, stride_gq, stride_gkv, scale,
+            C, HALF_BLOCK, C_BLOCK, ROTARY, CAUSAL, DUAL, LAST, 16 if LAST else 64, 64,
+        )  # fmt: skip
+    elif n > 16:
+        _backward_tile(
+            q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, g_ptr, e_ptr,
+            gq_ptr, gk_ptr, gv_ptr, gdq_ptr, gdk_ptr, gdv_ptr, cos_ptr, sin_ptr,
+            q_start, start, n, count, stride_q, stride_kv, stride_g, stride_gq, stride_gkv, scale,
+            C, HALF_BLOCK, C_BLOCK, ROTARY, CAUSAL, DUAL, LAST, 16 if LAST else 32, 32,
+        )  # fmt: skip
+    elif n > 0:
+        _backward_tile(
+            q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, g_ptr, e_ptr,
+            gq_ptr, gk_ptr, gv_ptr, gdq_ptr, gdk_ptr, gdv_ptr, cos_ptr, sin_ptr,
+            q_start, start, n, count, stride_q, stride_kv, stride_g, stride_gq, stride_gkv, scale,
+            C, HALF_BLOCK, C_BLOCK, ROTARY, CAUSAL, DUAL, LAST, 16, 16,
+        )  # fmt: skip
+
+
+def _widths(channels):
+    half_block = max(16, triton.next_power_of_2(channels // 2))
+    return {"HALF_BLOCK": half_block, "C_BLOCK": 2 * half_block}
+
+
+def attention_forward(inputs, outputs, bounds, tables, padded_length, heads, causal, last, num_warps):
+    """Launch the forward pass.
+
+    Args:
+        inputs: (q, k, v), followed by their tangents for the dual form; [rows, D] views with channels contiguous, k and
+            v of equal row stride, tangents strided as what they belong to.
+        outputs: (o,) or (o, do), [rows of q, D].
+        bounds: offsets [B + 1], or lengths [B] where `padded_length` is given.
+        tables: None, or cosines and sines float32 [longest, D / heads / 2] by age; no history may have more items.
+        padded_length: L of padded histories, or None for packed ones.
+        heads: H; D / H is even.
+        causal: whether an item sees only those before it.
+        last: whether q has one row a history, the newest.
+        num_warps: of one program.
+    """
+    q, k, v, dq, dk, dv = (*inputs, *inputs)[:6]
+    o, do = (*outputs, *outputs)[:2]
+    cos, sin = tables or (q, q)
+    longest = padded_length if tables is None else len(cos)
+    users = len(bounds) if padded_length is not None else len(bounds) - 1
+    channels = q.shape[1] // heads
+    _forward_kernel[(users * heads,)](
+        q, k, v, dq, dk, dv, o, do, bounds, cos, sin, padded_length or 0, q.stride(0), k.stride(0), o.stride(0),
+        channels**-0.5, HEADS=heads, C=channels, **_widths(channels), ROTARY=tables is not None, CAUSAL=causal,
+        DUAL=len(inputs) == 6, PADDED=padded_length is not None, LAST=last, LONG=longest is None or longest > 64,
+        num_warps=num_warps, num_stages=1,
+    )  # fmt: skip
+
+
+def attention_backward(
+    inputs, upstream, gradients, stats, bounds, tables, padded_length, heads, causal, last, num_warps
+):
+    """Launch the backward pass; what is not named here is as for `attention_forward`.
+
+    From `upstream`, (g,) or (g, e) [rows of q, D], it writes `gradients`: for each of `inputs` one, q's and dq's of
+    equal strides, the others' likewise. `stats` is workspace, float32 [rows of q, H, 4]: histories of more than 64
+    items use it.
+    """
+    q, k, v, dq, dk, dv = (*inputs, *inputs)[:6]
+    g, e = (*upstream, *upstream)[:2]
+    gq, gk, gv, gdq, gdk, gdv = (*gradients, *gradients)[:6]
+    cos, sin = tables or (q, q)
+    longest = padded_length if tables is None else len(cos)
+    users = len(bounds) if padded_length is not None else len(bounds) - 1
+    channels = q.shape[1] // heads
+    _backward_kernel[(users * heads,)](
+        q, k, v, dq, dk, dv, g, e, gq, gk, gv, gdq, gdk, gdv, bounds, cos, sin, stats, padded_length or 0,
+        q.stride(0), k.stride(0), g.stride(0), gq.stride(0), gk.stride(0),
+        channels**-0.5, HEADS=heads, C=channels, **_widths(channels), ROTARY=tables is not None, CAUSAL=causal,
+        DUAL=len(inputs) == 6, PADDED=padded_length is not None, LAST=last, LONG=longest is None or longest > 64,
+        num_warps=num_warps, num_stages=1,
+    )  # fmt: skip
