@@ -1,0 +1,189 @@
+"""Triton kernels of cross_entropy over the catalogue: no score leaves the chip, forward or backward.
+
+Forward: each program keeps a running maximum and sum of exponentials of its rows over a span of items; a second kernel
+joins the spans. Backward: the products are computed again, once by rows for the endpoint's gradient and once by items
+for the table's, so that every sum has one owner and one order: no float atomics, the same bits in every run. All
+exponentials are powers of two.
+"""
+
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fave_fast.kernels.rank_count import _products
+
+JOIN_ROWS = 64
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _add(scores, highest, total):
+    """Running maximum and sum of 2^(score - maximum) [M] with the scores [M, T], in units of log 2, added."""
+    higher = tl.maximum(highest, tl.max(scores, 1) * LOG2_E)
+    # A row without a finite score so far has the maximum -inf, and -inf - -inf is NaN.
+    base = tl.where(higher == -float("inf"), 0.0, higher)
+    total = total * tl.exp2(highest - base) + tl.sum(tl.exp2(scores * LOG2_E - base[:, None]), 1)
+    return higher, total
+
+
+@triton.jit
+def _spans(
+    queries, table, highest_ptr, total_ptr, B, N, row_blocks, tiles, span_tiles,
+    M: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0) % row_blocks
+    span = tl.program_id(0) // row_blocks
+    start = span * span_tiles
+    full = N // T
+    query = queries.load([block * M, 0])
+    highest = tl.full([M], -float("inf"), tl.float32)
+    total = tl.zeros([M], tl.float32)
+    for tile in range(start, tl.minimum(start + span_tiles, full)):
+        scores = tl.dot(query, tl.trans(table.load([1 + tile * T, 0])), input_precision="ieee")
+        highest, total = _add(scores, highest, total)
+    if (start + span_tiles >= tiles) & (full < tiles):
+        scores = tl.dot(query, tl.trans(table.load([1 + full * T, 0])), input_precision="ieee")
+        real = full * T + tl.arange(0, T) < N
+        highest, total = _add(tl.where(real[None, :], scores, -float("inf")), highest, total)
+    row = block * M + tl.arange(0, M)
+    place = span.to(tl.int64) * B + row
+    tl.store(highest_ptr + place, highest, row < B)
+    tl.store(total_ptr + place, total, row < B)
+
+
+@triton.jit
+def _join(
+    queries_ptr, table_ptr, targets_ptr, highest_ptr, total_ptr, log_sum_ptr, losses_ptr, B, spans,
+    P: tl.constexpr, D: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * P + tl.arange(0, P)
+    live = row < B
+    target = tl.load(targets_ptr + row, live, 0)
+    score = _products(queries_ptr, table_ptr, tl.where(live, row, 0), target, P, D, BK)
+    highest = tl.full([P], -float("inf"), tl.float32)
+    total = tl.zeros([P], tl.float32)
+    for span in range(0, spans):
+        other = tl.load(highest_ptr + tl.cast(span, tl.int64) * B + row, live, 0.0)
+        part = tl.load(total_ptr + tl.cast(span, tl.int64) * B + row, live, 1.0)
+        higher = tl.maximum(highest, other)
+        base = tl.where(higher == -float("inf"), 0.0, higher)
+        total = total * tl.exp2(highest - base) + part * tl.exp2(other - base)
+        highest = higher
+    log_sum = highest + tl.log2(total)
+    tl.store(log_sum_ptr + row, log_sum, live)
+    tl.store(losses_ptr + row, log_sum / LOG2_E - score, live)
+
+
+@triton.jit
+def _by_rows(
+    queries, table, targets_ptr, log_sum_ptr, parts_ptr, B, N, row_blocks, tiles, span_tiles,
+    M: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Each span's part of (softmax - onehot) @ table, [B, D] float32."""
+    block = tl.program_id(0) % row_blocks
+    span = tl.program_id(0) // row_blocks
+    start = span * span_tiles
+    row = block * M + tl.arange(0, M)
+    live = row < B
+    target = tl.load(targets_ptr + row, live, 0).to(tl.int32)
+    log_sum = tl.load(log_sum_ptr + row, live, float("inf"))
+    query = queries.load([block * M, 0])
+    acc = tl.zeros([M, D], tl.float32)
+    for tile in range(start, tl.minimum(start + span_tiles, tiles)):
+        # Rows past the table's end are zeros: whatever weight they get, they add nothing.
+        items = table.load([1 + tile * T, 0])
+        scores = tl.dot(query, tl.trans(items), input_precision="ieee")
+        weights = tl.exp2(scores * LOG2_E - log_sum[:, None])
+        item = 1 + tile * T + tl.arange(0, T)
+        weights = tl.where(item[None, :] == target[:, None], weights - 1.0, weights)
+        acc = tl.dot(weights.to(items.dtype), items, acc, input_precision="ieee")
+    d = tl.arange(0, D)
+    place = (span.to(tl.int64) * B + row)[:, None] * D + d[None, :]
+    tl.store(parts_ptr + place, acc, live[:, None])
+
+
+@triton.jit
+def _sum_spans(parts_ptr, grad_ptr, result_ptr, B, spans, elements, BLOCK: tl.constexpr):
+    """The spans' parts added in order, times grad / B."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live = at < elements
+    acc = tl.zeros([BLOCK], tl.float32)
+    for span in range(0, spans):
+        acc += tl.load(parts_ptr + tl.cast(span, tl.int64) * elements + at, live, 0.0)
+    scale = tl.load(grad_ptr) / B
+    tl.store(result_ptr + at, (acc * scale).to(result_ptr.dtype.element_ty), live)
+
+
+@triton.jit
+def _by_items(
+    queries, table, targets_ptr, log_sum_ptr, grad_ptr, result_ptr, B, N, row_blocks,
+    M: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """(softmax - onehot)^T @ queries times grad / B for T items; the padding's row is zero."""
+    first = 1 + tl.program_id(0) * T
+    item = first + tl.arange(0, T)
+    items = table.load([first, 0])
+    acc = tl.zeros([T, D], tl.float32)
+    for block in range(0, row_blocks):
+        query = queries.load([block * M, 0])
+        row = block * M + tl.arange(0, M)
+        target = tl.load(targets_ptr + row, row < B, 0).to(tl.int32)
+        # 2^-inf is 0: rows past the end weigh nothing.
+        log_sum = tl.load(log_sum_ptr + row, row < B, float("inf"))
+        scores = tl.dot(items, tl.trans(query), input_precision="ieee")
+        weights = tl.exp2(scores * LOG2_E - log_sum[None, :])
+        weights = tl.where(item[:, None] == target[None, :], weights - 1.0, weights)
+        acc = tl.dot(weights.to(items.dtype), query, acc, input_precision="ieee")
+    scale = tl.load(grad_ptr) / B
+    d = tl.arange(0, D)
+    place = item.to(tl.int64)[:, None] * D + d[None, :]
+    tl.store(result_ptr + place, (acc * scale).to(result_ptr.dtype.element_ty), (item <= N)[:, None])
+    if first == 1:
+        tl.store(result_ptr + d, tl.zeros([D], result_ptr.dtype.element_ty))
+
+
+def _descriptors(queries, table, M, T):
+    (B, D), rows = queries.shape, len(table)
+    return TensorDescriptor(queries, [B, D], [D, 1], [M, D]), TensorDescriptor(table, [rows, D], [D, 1], [T, D])
+
+
+def forward(queries, table, targets, highest, total, log_sum, losses, *, M, T, span_tiles, num_warps, num_stages):
+    """Losses [B] and log2 of the sums of exponentials [B], float32.
+
+    queries [B, D] and table [N + 1, D]: contiguous, 16-byte base, D a power of two of 16 to 256. targets [B] int64.
+    highest and total: float32, [spans, B], overwritten; spans as `spans_of` says.
+    """
+    (B, D), N = queries.shape, len(table) - 1
+    row_blocks, tiles = triton.cdiv(B, M), triton.cdiv(N, T)
+    spans = triton.cdiv(tiles, span_tiles)
+    _spans[(row_blocks * spans,)](
+        *_descriptors(queries, table, M, T), highest, total, B, N, row_blocks, tiles, span_tiles,
+        M=M, T=T, num_warps=num_warps, num_stages=num_stages,
+    )  # fmt: skip
+    _join[(triton.cdiv(B, JOIN_ROWS),)](
+        queries, table, targets, highest, total, log_sum, losses, B, spans,
+        P=JOIN_ROWS, D=D, BK=D if queries.element_size() == 2 else 16, num_warps=4, num_stages=2,
+    )  # fmt: skip
+
+
+def backward_queries(
+    queries, table, targets, log_sum, grad, parts, result, *, M, T, span_tiles, num_warps, num_stages
+):
+    """The gradient of the mean loss by the queries, [B, D]; parts: float32 [spans, B, D], overwritten."""
+    (B, D), N = queries.shape, len(table) - 1
+    row_blocks, tiles = triton.cdiv(B, M), triton.cdiv(N, T)
+    spans = triton.cdiv(tiles, span_tiles)
+    _by_rows[(row_blocks * spans,)](
+        *_descriptors(queries, table, M, T), targets, log_sum, parts, B, N, row_blocks, tiles, span_tiles,
+        M=M, T=T, D=D, num_warps=num_warps, num_stages=num_stages,
+    )  # fmt: skip
+    _sum_spans[(triton.cdiv(B * D, 256),)](parts, grad, result, B, spans, B * D, BLOCK=256, num_warps=4)
+
+
+def backward_table(queries, table, targets, log_sum, grad, result, *, M, T, num_warps, num_stages):
+    """The gradient of the mean loss by the table, [N + 1, D]."""
+    (B, D), N = queries.shape, len(table) - 1
+    _by_items[(triton.cdiv(N, T),)](
+        *_descriptors(queries, table, M, T), targets, log_sum, grad, result, B, N, triton.cdiv(B, M),
+        M=M, T=T, D=D, num_warps=num_warps, num_stages=num_stages,
+    )  # fmt: skip
