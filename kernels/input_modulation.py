@@ -1,0 +1,489 @@
+"""Triton kernels of input_modulation: the time features of each user, then one pass over the rows of the histories.
+
+A program of the row kernels reads one user's history, and x_t + z once; its backward sums over the history in one
+order. Every row is normalised by the same lanes in the same order wherever it stands: its bits depend neither on the
+batch nor on padding. Random numbers are Philox4x32-10 words whose counter is (four channels, age, user) and whose key
+is the seed, age 0 being the newest position; backward passes draw them again.
+
+Weight gradients are sums over users: each program writes its own partial sum, and `_sums` adds those in order.
+"""
+
+import os
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait, libdevice
+
+# How the lambda of a row is had.
+CONSTANT = 0
+GIVEN = 1  # one row of lambda for each row of the histories
+SHARED = 2  # one row of lambda for each age, the newest last
+DRAWN = 3
+
+_CONSTANT = tl.constexpr(CONSTANT)
+_GIVEN = tl.constexpr(GIVEN)
+_SHARED = tl.constexpr(SHARED)
+_DRAWN = tl.constexpr(DRAWN)
+
+# The interpreter has neither the GPU's approximations nor a product of bfloat16 operands.
+_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+_TURN = tl.constexpr(6.283185307179586)
+
+
+@triton.jit
+def _philox_round(c0, c1, c2, c3, k0, k1):
+    # One 64-bit product has both halves: a single instruction, where Triton's own Philox takes two.
+    first = c0.to(tl.uint64) * 0xD2511F53
+    second = c2.to(tl.uint64) * 0xCD9E8D57
+    n0 = (second >> 32).to(tl.uint32) ^ c1 ^ k0
+    n2 = (first >> 32).to(tl.uint32) ^ c3 ^ k1
+    return n0, second.to(tl.uint32), n2, first.to(tl.uint32)
+
+
+@triton.jit
+def _philox(seed, user, age, lane):
+    """Four uint32 words of shape broadcast(age, lane)."""
+    k0 = seed.to(tl.uint32)
+    k1 = (seed >> 32).to(tl.uint32)
+    c0 = lane.to(tl.uint32)
+    c1 = age.to(tl.uint32)
+    c2 = user.to(tl.uint32)
+    c3 = (user >> 32).to(tl.uint32)
+    for _ in tl.static_range(10):
+        c0, c1, c2, c3 = _philox_round(c0, c1, c2, c3, k0, k1)
+        k0 = (k0.to(tl.uint64) + 0x9E3779B9).to(tl.uint32)
+        k1 = (k1.to(tl.uint64) + 0xBB67AE85).to(tl.uint32)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def _one_to_two(word):
+    """The upper 23 bits as the mantissa of a float in [1, 2): no conversion, which has a sixteenth of the rate."""
+    return ((word >> 9) | 0x3F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _normal_pair(first, second):
+    """Two independent N(0, 1) by Box and Muller; 23 bits of radius end at 5.6 standard deviations."""
+    chance = 2.0 - _one_to_two(first)  # in (0, 1]
+    angle = (_one_to_two(second) - 1.5) * _TURN
+    if _INTERPRETED:
+        bits, cosine, sine = tl.log2(chance), tl.cos(angle), tl.sin(angle)
+    else:
+        # Absolute errors of 2^-20 and less on noise: the exact functions would cost more than all the rest of the row.
+        bits, cosine, sine = libdevice.fast_log2f(chance), libdevice.fast_cosf(angle), libdevice.fast_sinf(angle)
+    radius = tl.sqrt(-1.3862943611198906 * bits)
+    return radius * cosine, radius * sine
+
+
+@triton.jit
+def _of_four(part, a, b, c, d):
+    """Four [T] as [T, V]: column i from the i-th of them, i modulo 4. The compiler knows i: nothing is chosen."""
+    a, b, c, d = a[:, None], b[:, None], c[:, None], d[:, None]
+    return tl.where(part % 4 == 0, a, tl.where(part % 4 == 1, b, tl.where(part % 4 == 2, c, d)))
+
+
+@triton.jit
+def _normals(seed, person, age, lane):
+    """Four N(0, 1) of shape broadcast(age, lane), one for each channel of the lane."""
+    w0, w1, w2, w3 = _philox(seed, person, age, lane)
+    n0, n1 = _normal_pair(w0, w1)
+    n2, n3 = _normal_pair(w2, w3)
+    return n0, n1, n2, n3
+
+
+@triton.jit
+def _lambda(
+    lam_ptr, lam_length, delta, seed, person, line, age, real, lane, channels,
+    D: tl.constexpr, V: tl.constexpr, LAMBDA: tl.constexpr,
+):  # fmt: skip
+    """Lambda [T, V] of eq. (9) in float32, or its constant."""
+    if LAMBDA == _GIVEN:
+        lam = tl.load(lam_ptr + line, real, 0.0).to(tl.float32)
+    elif LAMBDA == _SHARED:
+        lam = tl.load(lam_ptr + (lam_length - 1 - age)[:, None] * D + channels, real, 0.0).to(tl.float32)
+    elif LAMBDA == _DRAWN:
+        part = tl.arange(0, V)[None, :]
+        n0, n1, n2, n3 = _normals(seed, person, age, lane * (V // 4))
+        normal = _of_four(part, n0, n1, n2, n3)
+        if V == 8:
+            n0, n1, n2, n3 = _normals(seed, person, age, lane * 2 + 1)
+            normal = tl.where(part < 4, normal, _of_four(part, n0, n1, n2, n3))
+        lam = delta + delta * normal
+    else:
+        lam = tl.full([1, 1], delta, tl.float32)
+    return lam
+
+
+@triton.jit
+def _kept(seed, person, age, lane, drop_below, keep_scale, V: tl.constexpr):
+    """The dropout's factor [T, V]: 0 where the word is below `drop_below`, of 2^32, else `keep_scale`."""
+    # The highest bit of the lane sets these words apart from those of lambda.
+    part = tl.arange(0, V)[None, :]
+    quad = (lane * (V // 4)) | -0x80000000
+    w0, w1, w2, w3 = _philox(seed, person, age, quad)
+    word = _of_four(part, w0, w1, w2, w3)
+    if V == 8:
+        w0, w1, w2, w3 = _philox(seed, person, age, quad + 1)
+        word = tl.where(part < 4, word, _of_four(part, w0, w1, w2, w3))
+    return tl.where(word >= drop_below.to(tl.uint32), keep_scale, 0.0)
+
+
+@triton.jit
+def _row_means(x, G: tl.constexpr):
+    """Means over the channels of x [T, V], G lanes a row, as [T, 1]."""
+    T: tl.constexpr = x.shape[0]
+    total = tl.sum(tl.reshape(tl.sum(x, 1), (T // G, G)), 1, keep_dims=True) / (G * x.shape[1])
+    return tl.reshape(tl.broadcast_to(total, (T // G, G)), (T,))[:, None]
+
+
+@triton.jit
+def _normalised(e, eps, G: tl.constexpr):
+    """(e - mean) / deviation by rows of e [T, V] float32, and 1 / deviation [T, 1]."""
+    centred = e - _row_means(e, G)
+    scale = tl.rsqrt(_row_means(centred * centred, G) + eps)
+    return centred * scale, scale
+
+
+@triton.jit
+def _over_rows(x, G: tl.constexpr):
+    """Sums over the rows of x [T, V], as [G, V]."""
+    return tl.sum(tl.reshape(x, (x.shape[0] // G, G, x.shape[1])), 0)
+
+
+@triton.jit
+def _span(offsets_ptr, length, user):
+    """Where a user's rows begin, and how many there are: packed, or `length` each."""
+    if offsets_ptr is None:
+        begin, count = user * length, length
+    else:
+        begin = tl.load(offsets_ptr + user).to(tl.int64)
+        count = (tl.load(offsets_ptr + user + 1) - begin).to(tl.int32)
+    return begin, count
+
+
+@triton.jit(do_not_specialize=["length", "lam_length"])
+def _rows(
+    ids_ptr, offsets_ptr, length, table_ptr, weight_ptr, bias_ptr, eps,
+    x_ptr, keep_ptr, keep_stride, anchor_ptr, z_ptr, z_stride, dx_ptr, dz_ptr,
+    lam_ptr, lam_length, delta, seed_ptr, users_ptr, drop_below, keep_scale, out_ptr, dout_ptr,
+    D: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, LAMBDA: tl.constexpr, DROP: tl.constexpr,
+    AFTER: tl.constexpr,
+):  # fmt: skip
+    user = tl.program_id(0).to(tl.int64)
+    begin, count = _span(offsets_ptr, length, user)
+    # A tile is [T, V]: G lanes of V channels make a row, V being what a lane loads and draws at once.
+    G: tl.constexpr = D // V
+    lane = tl.arange(0, ROWS * G) % G
+    row = tl.arange(0, ROWS * G) // G
+    channels = lane[:, None] * V + tl.arange(0, V)[None, :]
+    weight = tl.load(weight_ptr + channels).to(tl.float32)
+    bias = tl.load(bias_ptr + channels).to(tl.float32)
+    seed, person = user, user
+    if LAMBDA == _DRAWN or DROP:
+        seed = tl.load(seed_ptr)
+        person = tl.load(users_ptr + user)
+    if x_ptr is not None:
+        x = tl.load(x_ptr + user * D + channels).to(tl.float32)
+    else:
+        place = count - 1 - tl.load(anchor_ptr + user)
+        item = tl.load(ids_ptr + begin + place, (place >= 0) & (place < count), 0).to(tl.int64)
+        x = tl.load(table_ptr + item * D + channels).to(tl.float32)
+        x *= tl.load(keep_ptr + user * keep_stride + channels).to(tl.float32)
+    if AFTER:
+        gdc_wait()  # z comes from the kernel before this one; nothing above needs it
+    shift = x + tl.load(z_ptr + user * z_stride + channels).to(tl.float32)
+    if dx_ptr is not None:
+        dshift = tl.load(dx_ptr + user * D + channels).to(tl.float32)
+        dshift += tl.load(dz_ptr + user * D + channels).to(tl.float32)
+    for first in range(tl.program_id(1) * ROWS, count, tl.num_programs(1) * ROWS):
+        index = first + row
+        there = index < count
+        item = tl.load(ids_ptr + begin + index, there, 0).to(tl.int64)
+        real = (item != 0)[:, None]
+        e = tl.load(table_ptr + item[:, None] * D + channels, real, 0.0).to(tl.float32)
+        age = count - 1 - index
+        if DROP:
+            e *= _kept(seed, person, age, lane, drop_below, keep_scale, V)
+        normal, _ = _normalised(e, eps, G)
+        line = (begin + index)[:, None] * D + channels
+        lam = _lambda(lam_ptr, lam_length, delta, seed, person, line, age, real, lane, channels, D, V, LAMBDA)
+        value = normal * weight + bias + lam * shift
+        tl.store(out_ptr + line, tl.where(real, value, 0.0), there[:, None])
+        if dx_ptr is not None:
+            tl.store(dout_ptr + line, tl.where(real, lam * dshift, 0.0), there[:, None])
+
+
+@triton.jit(do_not_specialize=["length", "lam_length"])
+def _rows_backward(
+    ids_ptr, offsets_ptr, length, table_ptr, weight_ptr, eps,
+    lam_ptr, lam_length, delta, seed_ptr, users_ptr, drop_below, keep_scale,
+    grad_ptr, dgrad_ptr, shift_grad_ptr, dshift_grad_ptr, norm_part_ptr, row_grad_ptr,
+    D: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, LAMBDA: tl.constexpr, DROP: tl.constexpr,
+):  # fmt: skip
+    user = tl.program_id(0).to(tl.int64)
+    begin, count = _span(offsets_ptr, length, user)
+    G: tl.constexpr = D // V
+    lane = tl.arange(0, ROWS * G) % G
+    row = tl.arange(0, ROWS * G) // G
+    channels = lane[:, None] * V + tl.arange(0, V)[None, :]
+    weight = tl.load(weight_ptr + channels).to(tl.float32)
+    seed, person = user, user
+    if LAMBDA == _DRAWN or DROP:
+        seed = tl.load(seed_ptr)
+        person = tl.load(users_ptr + user)
+    shift_grad = tl.zeros([ROWS * G, V], tl.float32)
+    dshift_grad = tl.zeros([ROWS * G, V], tl.float32)
+    weight_grad = tl.zeros([ROWS * G, V], tl.float32)
+    bias_grad = tl.zeros([ROWS * G, V], tl.float32)
+    for first in range(0, count, ROWS):
+        index = first + row
+        there = index < count
+        item = tl.load(ids_ptr + begin + index, there, 0).to(tl.int64)
+        real = (item != 0)[:, None]
+        line = (begin + index)[:, None] * D + channels
+        grad = tl.load(grad_ptr + line, real, 0.0).to(tl.float32)
+        age = count - 1 - index
+        lam = _lambda(lam_ptr, lam_length, delta, seed, person, line, age, real, lane, channels, D, V, LAMBDA)
+        shift_grad += lam * grad
+        if dgrad_ptr is not None:
+            dshift_grad += lam * tl.load(dgrad_ptr + line, real, 0.0).to(tl.float32)
+        if norm_part_ptr is not None:
+            e = tl.load(table_ptr + item[:, None] * D + channels, real, 0.0).to(tl.float32)
+            if DROP:
+                kept = _kept(seed, person, age, lane, drop_below, keep_scale, V)
+                e *= kept
+            normal, scale = _normalised(e, eps, G)
+            weight_grad += grad * normal
+            bias_grad += grad
+            if row_grad_ptr is not None:
+                inner = grad * weight
+                row_grad = scale * (inner - _row_means(inner, G) - normal * _row_means(inner * normal, G))
+                if DROP:
+                    row_grad *= kept
+                tl.store(row_grad_ptr + line, row_grad, there[:, None])
+    own = tl.arange(0, G)[:, None] * V + tl.arange(0, V)[None, :]
+    tl.store(shift_grad_ptr + user * D + own, _over_rows(shift_grad, G))
+    if dgrad_ptr is not None:
+        tl.store(dshift_grad_ptr + user * D + own, _over_rows(dshift_grad, G))
+    if norm_part_ptr is not None:
+        tl.store(norm_part_ptr + user * 2 * D + own, _over_rows(weight_grad, G))
+        tl.store(norm_part_ptr + user * 2 * D + D + own, _over_rows(bias_grad, G))
+
+
+@triton.jit
+def _dot(a, b, PRODUCT: tl.constexpr, PRECISION: tl.constexpr):
+    """A product with float32 sums, its operands rounded to PRODUCT."""
+    a, b = a.to(PRODUCT), b.to(PRODUCT)
+    if _INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def _waves(t, SCALE: tl.constexpr, D: tl.constexpr):
+    """The sinusoids [U, D] of t [U], cosines first, and their derivatives; float32.
+
+    Quarter turns are taken off in float64: angles reach SCALE radians, where float32 has steps of 6e-5. What is left
+    needs no library function, whose unused path for large angles alone would cost registers.
+    """
+    channel = tl.arange(0, D)
+    exponent = (channel % (D // 2)).to(tl.float64) * (-13.287712379549449 / (D // 2))  # log2 of 10,000
+    frequency = tl.exp2(exponent) * SCALE
+    ahead = tl.where(channel < D // 2, 1, 0)  # a cosine is a sine a quarter turn ahead
+    quarters = t.to(tl.float64)[:, None] * (frequency * 0.6366197723675814)[None, :]
+    whole = tl.floor(quarters + 0.5)
+    x = ((quarters - whole) * 1.5707963267948966).to(tl.float32)  # within pi / 4
+    y = x * x
+    sine = x + x * y * (-1 / 6 + y * (1 / 120 + y * (-1 / 5040 + y / 362880)))
+    cosine = 1 + y * (-1 / 2 + y * (1 / 24 + y * (-1 / 720 + y * (1 / 40320 - y / 3628800))))
+    turned = (whole.to(tl.int32) + ahead[None, :]) & 3
+    wave = tl.where(turned % 2 == 0, sine, cosine)
+    slope = tl.where(turned % 2 == 0, cosine, -sine)
+    wave, slope = tl.where(turned < 2, wave, -wave), tl.where(turned < 2, slope, -slope)
+    return wave, slope * frequency.to(tl.float32)[None, :]
+
+
+@triton.jit
+def _spans(t_ptr, r_ptr, B, USERS: tl.constexpr):
+    """The users of this program, which of them there are, t and r - t."""
+    user = tl.program_id(0).to(tl.int64) * USERS + tl.arange(0, USERS)
+    live = user < B
+    t = tl.load(t_ptr + user, live, 0.0).to(tl.float32)
+    return user, live, t, tl.load(r_ptr + user, live, 0.0).to(tl.float32) - t
+
+
+@triton.jit
+def _times(
+    t_ptr, r_ptr, hidden_ptr, hidden_bias_ptr, out_ptr, out_bias_ptr, z_ptr, dz_ptr, B,
+    D: tl.constexpr, USERS: tl.constexpr, PART: tl.constexpr, SCALE: tl.constexpr, PRODUCT: tl.constexpr,
+    PRECISION: tl.constexpr, BEFORE: tl.constexpr,
+):  # fmt: skip
+    """Z of eq. (8) for USERS users, and its derivative along dt = 1, dr = 0: PART hidden units at a time."""
+    if BEFORE:
+        gdc_launch_dependents()
+    user, live, t, gap = _spans(t_ptr, r_ptr, B, USERS)
+    channel = tl.arange(0, D)
+    waves, dwaves = _waves(t, SCALE, D)
+    gap_waves, gap_dwaves = _waves(gap, SCALE, D)
+    z = tl.zeros([USERS, D], tl.float32) + 2 * tl.load(out_bias_ptr + channel).to(tl.float32)[None, :]
+    dz = tl.zeros([USERS, D], tl.float32)
+    for first in range(0, D, PART):
+        unit = first + tl.arange(0, PART)
+        hidden = tl.load(hidden_ptr + unit[None, :] * D + channel[:, None])
+        bias = tl.load(hidden_bias_ptr + unit).to(tl.float32)[None, :]
+        out = tl.load(out_ptr + channel[None, :] * D + unit[:, None])
+        h = _dot(waves, hidden, PRODUCT, PRECISION) + bias
+        gap_h = _dot(gap_waves, hidden, PRODUCT, PRECISION) + bias
+        s, gap_s = tl.sigmoid(h), tl.sigmoid(gap_h)
+        z += _dot(h * s + gap_h * gap_s, out, PRODUCT, PRECISION)
+        if dz_ptr is not None:
+            dh = _dot(dwaves, hidden, PRODUCT, PRECISION)
+            gap_dh = _dot(gap_dwaves, hidden, PRODUCT, PRECISION)
+            da = s * (1 + h * (1 - s)) * dh - gap_s * (1 + gap_h * (1 - gap_s)) * gap_dh
+            dz += _dot(da, out, PRODUCT, PRECISION)
+    line = user[:, None] * D + channel[None, :]
+    tl.store(z_ptr + line, z, live[:, None])
+    if dz_ptr is not None:
+        tl.store(dz_ptr + line, dz, live[:, None])
+
+
+@triton.jit
+def _times_backward(
+    t_ptr, r_ptr, hidden_ptr, hidden_bias_ptr, out_ptr, grad_ptr, dgrad_ptr, part_ptr, B,
+    D: tl.constexpr, USERS: tl.constexpr, PART: tl.constexpr, SCALE: tl.constexpr, PRODUCT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One row of partial sums for each USERS users: hidden [D, D], out [D, D], hidden's bias [D], out's bias [D].
+
+    A program answers for PART hidden units: their rows of hidden, their columns of out.
+    """
+    user, live, t, gap = _spans(t_ptr, r_ptr, B, USERS)
+    channel = tl.arange(0, D)
+    unit = tl.program_id(1) * PART + tl.arange(0, PART)
+    hidden = tl.load(hidden_ptr + unit[None, :] * D + channel[:, None])
+    bias = tl.load(hidden_bias_ptr + unit).to(tl.float32)[None, :]
+    out = tl.load(out_ptr + channel[:, None] * D + unit[None, :])
+    line = user[:, None] * D + channel[None, :]
+    grad = tl.load(grad_ptr + line, live[:, None], 0.0)
+    waves, dwaves = _waves(t, SCALE, D)
+    gap_waves, gap_dwaves = _waves(gap, SCALE, D)
+    h = _dot(waves, hidden, PRODUCT, PRECISION) + bias
+    gap_h = _dot(gap_waves, hidden, PRODUCT, PRECISION) + bias
+    s, gap_s = tl.sigmoid(h), tl.sigmoid(gap_h)
+    slope, gap_slope = s * (1 + h * (1 - s)), gap_s * (1 + gap_h * (1 - gap_s))
+    a_grad = _dot(grad, out, PRODUCT, PRECISION)
+    h_grad, gap_h_grad = a_grad * slope, a_grad * gap_slope
+    out_part = _dot(tl.trans(grad), h * s + gap_h * gap_s, PRODUCT, PRECISION)
+    if dgrad_ptr is not None:
+        dgrad = tl.load(dgrad_ptr + line, live[:, None], 0.0)
+        dh = _dot(dwaves, hidden, PRODUCT, PRECISION)
+        gap_dh = _dot(gap_dwaves, hidden, PRODUCT, PRECISION)
+        da_grad = _dot(dgrad, out, PRODUCT, PRECISION)
+        h_grad += da_grad * s * (1 - s) * (2 + h * (1 - 2 * s)) * dh
+        gap_h_grad -= da_grad * gap_s * (1 - gap_s) * (2 + gap_h * (1 - 2 * gap_s)) * gap_dh
+        out_part += _dot(tl.trans(dgrad), slope * dh - gap_slope * gap_dh, PRODUCT, PRECISION)
+    hidden_part = _dot(tl.trans(h_grad), waves, PRODUCT, PRECISION)
+    hidden_part += _dot(tl.trans(gap_h_grad), gap_waves, PRODUCT, PRECISION)
+    if dgrad_ptr is not None:
+        hidden_part += _dot(tl.trans(da_grad * slope), dwaves, PRODUCT, PRECISION)
+        hidden_part -= _dot(tl.trans(da_grad * gap_slope), gap_dwaves, PRODUCT, PRECISION)
+    part_ptr += tl.program_id(0).to(tl.int64) * (2 * D * D + 2 * D)
+    tl.store(part_ptr + unit[:, None] * D + channel[None, :], hidden_part)
+    tl.store(part_ptr + D * D + channel[:, None] * D + unit[None, :], out_part)
+    tl.store(part_ptr + 2 * D * D + unit, tl.sum(h_grad + gap_h_grad, 0))
+    if tl.program_id(1) == 0:
+        tl.store(part_ptr + 2 * D * D + D + channel, 2 * tl.sum(grad, 0))
+
+
+@triton.jit
+def _sums(part_ptr, sum_ptr, rows, columns, span, R: tl.constexpr, C: tl.constexpr):
+    """Row i of the result [cdiv(rows, span), columns] is the sum of the i-th `span` rows of part [rows, columns]."""
+    column = tl.program_id(0) * C + tl.arange(0, C)
+    first = tl.program_id(1) * span
+    last = tl.minimum(first + span, rows)
+    total = tl.zeros([R, C], tl.float32)
+    for start in range(first, last, R):
+        row = start + tl.arange(0, R)
+        where = row.to(tl.int64)[:, None] * columns + column[None, :]
+        total += tl.load(part_ptr + where, (row < last)[:, None] & (column < columns)[None, :], 0.0)
+    where = tl.program_id(1).to(tl.int64) * columns + column
+    tl.store(sum_ptr + where, tl.sum(total, 0), column < columns)
+
+
+def _lanes(table, grad, shapes):
+    """V, what a lane takes of a row: 16 bytes of the widest tensor that is streamed; and the rows of a tile."""
+    v = 16 // max(table.element_size(), grad.element_size())
+    return v, max(1, shapes["lanes"] * v // table.shape[1])
+
+
+def launch_times(t, r, hidden, hidden_bias, out, out_bias, z, dz, *, scale, product, overlap, shapes):
+    """z, and dz unless it is None: float32 [B, D], in products of the torch dtype `product`."""
+    d = hidden.shape[0]
+    _times[(triton.cdiv(len(t), shapes["users"]),)](
+        t, r, hidden, hidden_bias, out, out_bias, z, dz, len(t), D=d, USERS=shapes["users"],
+        PART=min(d, shapes["part"]), SCALE=scale, BEFORE=overlap, num_warps=shapes["num_warps"],
+        num_stages=shapes["num_stages"], **_products(product),
+    )  # fmt: skip
+
+
+def launch_rows(
+    ids, offsets, table, norm_weight, norm_bias, eps, x, keep, anchor, z, dx, dz, lam, mode, delta, seed, users,
+    dropout, out, dout, *, count, overlap, shapes,
+):  # fmt: skip
+    """E into `out`, and its tangent into `dout` unless it is None; with `overlap` right behind `launch_times`."""
+    d = table.shape[1]
+    v, rows = _lanes(table, out, shapes)
+    # A small batch is cut into more programs than users: the rows of a history do not know of each other.
+    parts = min(triton.cdiv(out.numel() // d, rows), triton.cdiv(shapes["programs"], count))
+    _rows[(count, max(1, parts))](
+        ids, offsets, 0 if ids.dim() == 1 else ids.shape[1], table, norm_weight, norm_bias, eps,
+        x, keep, 0 if keep is None or keep.dim() == 1 else d, anchor, z, 0 if z.dim() == 1 else d, dx, dz,
+        lam, lam.shape[0] if mode == SHARED else 0, delta, seed, users, *_dropped(dropout), out, dout,
+        D=d, V=v, ROWS=rows, LAMBDA=mode, DROP=dropout > 0, AFTER=overlap, num_warps=shapes["num_warps"],
+        **({"launch_pdl": True} if overlap else {}),
+    )  # fmt: skip
+
+
+def launch_rows_backward(
+    ids, offsets, table, norm_weight, eps, lam, mode, delta, seed, users, dropout, grad, dgrad, shift_grad,
+    dshift_grad, norm_part, row_grad, *, shapes,
+):  # fmt: skip
+    """The gradients of x_t + z and of its tangent [B, D], of the norm [B, 2 D] a user, and of the gathered rows."""
+    d = table.shape[1]
+    v, rows = _lanes(table, grad, shapes)
+    _rows_backward[(len(shift_grad),)](
+        ids, offsets, 0 if ids.dim() == 1 else ids.shape[1], table, norm_weight, eps,
+        lam, lam.shape[0] if mode == SHARED else 0, delta, seed, users, *_dropped(dropout),
+        grad, dgrad, shift_grad, dshift_grad, norm_part, row_grad,
+        D=d, V=v, ROWS=rows, LAMBDA=mode, DROP=dropout > 0, num_warps=shapes["num_warps"],
+    )  # fmt: skip
+
+
+def launch_times_backward(t, r, hidden, hidden_bias, out, grad, dgrad, part, *, scale, product, shapes):
+    """Partial sums [cdiv(B, users), 2 D D + 2 D] float32 of the gradients of hidden, out and their biases."""
+    d = hidden.shape[0]
+    width = min(d, shapes["part"])
+    _times_backward[(len(part), d // width)](
+        t, r, hidden, hidden_bias, out, grad, dgrad, part, len(t), D=d, USERS=shapes["users"], PART=width,
+        SCALE=scale, num_warps=shapes["num_warps"], num_stages=1, **_products(product),
+    )  # fmt: skip
+
+
+def launch_sums(part, total, *, span, shapes):
+    """The sum of every `span` rows of part [P, C] float32 into one row of total [cdiv(P, span), C]."""
+    columns = part.shape[1]
+    _sums[(triton.cdiv(columns, shapes["columns"]), triton.cdiv(len(part), span))](
+        part, total, len(part), columns, span, R=shapes["rows"], C=shapes["columns"], num_warps=shapes["num_warps"]
+    )
+
+
+def _dropped(dropout):
+    return round(dropout * 2**32), 1 / (1 - dropout)
+
+
+def _products(dtype):
+    name = str(dtype).removeprefix("torch.")
+    # Three products of tensor cores are as exact as a float32 one here; tf32 alone is not.
+    return {"PRODUCT": getattr(tl, name), "PRECISION": "tf32x3" if name == "float32" else "ieee"}
