@@ -2,21 +2,34 @@
 
 The order is: higher score first, and of equal ones the lower id first. `torch.topk` leaves the order of equal scores
 open, so rows where a tie crosses the K-th place are settled by a stable sort; the others never pay for one.
+
+The Triton kernels (`kernels/score_topk.py`) hold no [B, N] matrix: of every group of neighbouring items they keep the
+largest score, choose groups, and compute the scores of these groups' items once more.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from fave_fast.ops.exclusions import Exclusions
-from fave_fast.ops.registry import Implementation, Op
+from fave_fast.ops.registry import Implementation, Op, not_interpreted, triton_kernels
 from fave_fast.ops.tiles import Tiles
+from fave_fast.ops.tuning import Shapes, tile_shapes
 
-_Run = Callable[[Tiles, int, Tensor | None], tuple[Tensor, Tensor]]
+# (tiles; K; deny; where scores [B, K] and ids [B, K] go, or None; workspace or None)
+_Run = Callable[[Tiles, int, Tensor | None, tuple[Tensor, Tensor] | None, Tensor | None], tuple[Tensor, Tensor]]
+
+MAX_K = 1024  # of the kernels
+MAX_WIDTH = 256  # D of the kernels
+MAX_WORKSPACE = 512 << 20  # bytes of group maxima at a time
+ROWS_AT_LEAST = 128  # at a time, though they need more
 
 
 @torch.no_grad()
@@ -28,11 +41,16 @@ def score_topk(
     deny: Tensor | None = None,
     *,
     tile: int | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
+    workspace: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The K best items of each row, out of the items 1 to N.
 
     An item that is excluded or denied, or whose score is -inf or NaN, never appears.
+
+    The triton backend never makes the host wait, and with contiguous tensors, `out` and `workspace` it allocates
+    nothing: a CUDA graph can hold the call. A row's list is, bit for bit, the same in any batch.
 
     Args:
         queries: [B, D] floating point.
@@ -40,8 +58,10 @@ def score_topk(
         k: K, at least 1; may exceed N.
         exclude: ids that are no candidates, row by row.
         deny: [N + 1] bool, True for items that are no candidates in any row.
-        tile: columns computed at a time; by default as many as keep B * tile within 2^24 scores.
-        backend: auto or reference.
+        tile: columns computed at a time by the reference; by default as many as keep B * tile within 2^24 scores.
+        out: scores [B, K] float32 and ids [B, K] int64, contiguous: written and returned.
+        workspace: at least `workspace_bytes` of uint8 for the triton backend; its contents do not matter and change.
+        backend: auto, reference, or triton (K up to 1,024, D up to 256, N below 2^31).
 
     Returns:
         Scores [B, K] float32, and ids [B, K] int64; where fewer than K candidates remain, -inf and 0.
@@ -58,10 +78,38 @@ def score_topk(
             f"deny is {deny.dtype} {list(deny.shape)} on {deny.device}; expected bool {list(table.shape[:1])} "
             f"on {table.device}"
         )
-    return OP.resolve(backend, queries.device, queries.dtype)(tiles, k, deny)
+    shape = (len(queries), k)
+    for name, given, dtype in zip(("scores", "ids"), out or (), (torch.float32, torch.int64), strict=False):
+        fits = given.shape == shape and given.dtype == dtype and given.device == queries.device
+        if not (fits and given.is_contiguous()):
+            raise ValueError(
+                f"out's {name} are {given.dtype} {list(given.shape)} on {given.device}; expected contiguous {dtype} "
+                f"{list(shape)} on {queries.device}"
+            )
+    run = OP.resolve(backend, queries.device, queries.dtype, _beyond_the_kernels(queries.shape[1], k, len(table)))
+    return run(tiles, k, deny, out, workspace)
 
 
-def _run(tiles: Tiles, k: int, deny: Tensor | None) -> tuple[Tensor, Tensor]:
+def workspace_bytes(queries: Tensor, table: Tensor, k: int, excluded: int = 0) -> int:
+    """Bytes of workspace that `score_topk` needs with the triton backend for these tensors.
+
+    Args:
+        queries: [B, D]; only shape, dtype and device matter.
+        table: [N + 1, D].
+        k: K.
+        excluded: length of `exclude.ids`.
+    """
+    return _Plan.make(len(queries), len(table) - 1, queries, k, excluded).bytes
+
+
+def _run(
+    tiles: Tiles, k: int, deny: Tensor | None, out: tuple[Tensor, Tensor] | None, workspace: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    scores, ids = _lists(tiles, k, deny)
+    return (scores, ids) if out is None else (out[0].copy_(scores), out[1].copy_(ids))
+
+
+def _lists(tiles: Tiles, k: int, deny: Tensor | None) -> tuple[Tensor, Tensor]:
     shape = (len(tiles.queries), 0)
     best = torch.empty(shape, device=tiles.queries.device)
     best_ids = torch.empty(shape, dtype=torch.int64, device=tiles.queries.device)
@@ -106,4 +154,173 @@ def _sorted(scores: Tensor) -> tuple[Tensor, Tensor]:
     return values, order
 
 
-OP: Op[_Run] = Op("score_topk", (Implementation("reference", _run),))
+@dataclass(frozen=True)
+class _Plan:
+    """How the kernels cut the catalogue and the batch, and what workspace that takes.
+
+    Attributes:
+        rows: rows at a time.
+        group: items of a group.
+        tiles: tiles of the catalogue.
+        chunks: stretches of tiles that programs take.
+        spans_of_chunk: spans of a stretch; 0 where the groups are few enough to choose from them at once.
+        tiles_of_span: tiles of a span.
+        capacity: groups chosen at most.
+        scan: shapes of the scan.
+        finish: shapes of the rest.
+        sizes: workspace, each buffer's name, dtype and number of elements.
+    """
+
+    rows: int
+    group: int
+    tiles: int
+    chunks: int
+    spans_of_chunk: int
+    tiles_of_span: int
+    capacity: int
+    scan: Shapes
+    finish: Shapes
+    sizes: tuple[tuple[str, torch.dtype, int], ...]
+
+    @classmethod
+    def make(cls, batch: int, items: int, queries: Tensor, k: int, excluded: int) -> _Plan:
+        device, d = queries.device, queries.shape[1]
+        kind = "32bit" if queries.dtype == torch.float32 else "16bit"
+        few = "few" if batch <= 64 else "many"
+        finish = tile_shapes("score_topk", f"finish_{kind}_{few}", device)
+        scan = dict(tile_shapes("score_topk", f"scan_{kind}_{few}", device))
+        scan["BN"] = max(16, scan["BN"] * 128 // max(128, _power_of_two(d)))  # a tile keeps its bytes
+        if torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] < 9:
+            scan["TMA"] = 0
+        group = min(scan["BN"], _group_size(batch, items))
+        tiles = _parts(items, scan["BN"])
+        rows = MAX_WORKSPACE * group // (4 * items) // ROWS_AT_LEAST * ROWS_AT_LEAST
+        rows = min(batch, max(ROWS_AT_LEAST, rows))
+        chunks = max(1, scan["PER_SM"] * _multiprocessors(device) // _parts(rows, scan["M"]))
+        chunks = min(chunks, tiles)
+        groups = tiles * (scan["BN"] // group)
+        spans_of_chunk, tiles_of_span = 0, 1
+        if groups > finish["WIDTH"]:
+            longest = _parts(tiles, chunks)
+            tiles_of_span = _parts(longest, max(1, finish["WIDTH"] // chunks))
+            spans_of_chunk = _parts(longest, tiles_of_span)
+        capacity = k + max(4, k * finish["SLACK"] // 100)
+        buffer = _power_of_two(max(128, k, k + finish["W"]))
+        sizes = (
+            ("entries", torch.int64, rows * buffer),
+            ("group_max", torch.float32, rows * groups),
+            ("span_max", torch.float32, rows * chunks * spans_of_chunk),
+            ("bounds", torch.float32, excluded),
+            ("span_starts", torch.int32, rows * _power_of_two(capacity)),
+            ("span_stops", torch.int32, rows * _power_of_two(capacity)),
+            ("chosen_groups", torch.int32, rows * capacity + excluded),
+            ("keys", torch.int32, rows * finish["W"]),
+        )
+        return cls(rows, group, tiles, chunks, spans_of_chunk, tiles_of_span, capacity, scan, finish, sizes)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the workspace."""
+        return sum(_aligned(dtype, size) for _, dtype, size in self.sizes)
+
+    def buffers(self, workspace: Tensor) -> dict[str, Tensor]:
+        """The buffers within the workspace."""
+        buffers, at = {}, 0
+        for name, dtype, size in self.sizes:
+            buffers[name] = workspace[at : at + size * dtype.itemsize].view(dtype)
+            at += _aligned(dtype, size)
+        return buffers
+
+
+def _aligned(dtype: torch.dtype, size: int) -> int:
+    return _parts(size * dtype.itemsize, 256) * 256
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def _parts(n: int, size: int) -> int:
+    return -(-n // size)
+
+
+def _group_size(batch: int, items: int) -> int:
+    """Small groups cost memory for their maxima, large ones work when their items are scored again."""
+    if items <= 1 << 16 or (batch <= 64 and items <= 1 << 22):
+        return 16
+    return 32 if items <= 1 << 22 else 64 if items <= 1 << 25 else 128
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    # Without a GPU, in the interpreter: some, so that tiles are shared out there too.
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
+def _beyond_the_kernels(d: int, k: int, length: int) -> dict[str, str]:
+    """Why a call is not for the kernels, by backend."""
+    for name, value, limit in (("K", k, MAX_K), ("D", d, MAX_WIDTH), ("N", length - 1, (1 << 31) - 2)):
+        if value > limit:
+            return {"triton": f"its kernels take {name} up to {limit}, not {value}"}
+    return {}
+
+
+def _run_triton(
+    tiles: Tiles, k: int, deny: Tensor | None, out: tuple[Tensor, Tensor] | None, workspace: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    from fave_fast.kernels import score_topk as kernels
+
+    queries, table = tiles.queries.contiguous(), tiles.table.contiguous()
+    batch, items, device = len(queries), len(table) - 1, queries.device
+    if out is None:
+        out = (
+            torch.empty(batch, k, device=device),
+            torch.empty(batch, k, dtype=torch.int64, device=device),
+        )
+    scores, ids = out
+    if batch == 0 or items == 0:
+        scores.fill_(-math.inf)
+        ids.zero_()
+        return out
+    exclude = tiles.exclude if tiles.exclude is not None and len(tiles.exclude.ids) > 0 else None
+    plan = _Plan.make(batch, items, queries, k, 0 if exclude is None else len(exclude.ids))
+    if workspace is None:
+        workspace = torch.empty(plan.bytes, dtype=torch.uint8, device=device)
+    if workspace.dtype != torch.uint8 or workspace.numel() < plan.bytes or workspace.device != device:
+        raise ValueError(
+            f"workspace is {workspace.dtype} {list(workspace.shape)} on {workspace.device}; "
+            f"expected uint8 [{plan.bytes}] on {device}"
+        )
+    # The copy engine reads rows of whole 16 bytes.
+    scan = plan.scan if table.shape[1] * table.element_size() % 16 == 0 else {**plan.scan, "TMA": 0}
+    buffers = plan.buffers(workspace)
+    for start in range(0, batch, plan.rows):
+        part = slice(start, min(start + plan.rows, batch))
+        kernels.score_topk(
+            queries[part],
+            table,
+            deny,
+            None if exclude is None else (exclude.ids, exclude.offsets[start:]),
+            buffers,
+            scores[part],
+            ids[part],
+            k=k,
+            capacity=plan.capacity,
+            group=plan.group,
+            tiles=plan.tiles,
+            chunks=plan.chunks,
+            spans_of_chunk=plan.spans_of_chunk,
+            tiles_of_span=plan.tiles_of_span,
+            scan_shapes=scan,
+            finish_shapes=plan.finish,
+        )
+    return out
+
+
+OP: Op[_Run] = Op(
+    "score_topk",
+    (
+        Implementation("triton", _run_triton, triton_kernels, not_interpreted),
+        Implementation("reference", _run),
+    ),
+)

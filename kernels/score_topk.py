@@ -1,0 +1,586 @@
+"""The exact top K of a catalogue by inner product, without a matrix of scores.
+
+A tournament instead of a threshold. Cut the ids 1 to N into groups of neighbours and order the groups by (largest
+score descending, index ascending): every one of the top K items, ordered by (score descending, id ascending), stands in
+one of the first K groups. For if K groups come before an item's group, the best item of each comes before that item.
+The same holds of groups within spans of neighbouring groups. So:
+
+1. `scan` reads the table once and keeps of every group, and of every span, the largest score.
+2. `finish`, one program a row, chooses K spans, of their groups K groups, computes the scores of these groups' items
+   again and chooses K of them.
+
+Nothing depends on how scores are spread: no threshold that data can defeat, no list that can overflow, no order of
+arrival. Both kernels form a score by the same sequence of matrix instructions, whatever the batch, so that a group's
+largest score is, bit for bit, the score of one of its items, and a row's list is the same in any batch.
+
+Excluded ids: the maximum of a group that holds one is only an upper bound. `finish` takes such groups out of the
+tournament and adds to the chosen ones those whose bound reaches the last chosen maximum.
+
+Scores are compared as integers in the same order; the bits of a NaN count as those of -inf, those of -0 as those of 0.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+BUFFERS = ("group_max", "span_max", "bounds", "span_starts", "span_stops", "chosen_groups", "keys", "entries")
+
+_LOWEST = tl.constexpr(-2139095041)  # the key of -inf: anything above it is a candidate
+_EMPTY = tl.constexpr(-8388608)  # the bits of -inf
+_LAST_ID = tl.constexpr(0x7FFFFFFF)
+_NO_ENTRY = tl.constexpr(-(1 << 63))
+
+
+@triton.jit
+def _order(x):
+    """float32 -> int32 in the same order, NaN as -inf and -0 as 0."""
+    x = tl.where(x == x, x, -float("inf"))
+    bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _number(key):
+    """The float32 of a key of `_order`."""
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _group_maxima(scores, M: tl.constexpr, GROUPS: tl.constexpr, G: tl.constexpr, INTERPRETED: tl.constexpr):
+    if INTERPRETED:  # the GPU's maximum passes over a NaN, NumPy's does not
+        scores = tl.where(scores == scores, scores, -float("inf"))
+    return tl.max(tl.reshape(scores, [M, GROUPS, G]), axis=2)
+
+
+@triton.jit(do_not_specialize=["rows", "items", "tiles", "chunks", "spans_of_chunk", "tiles_of_span"])
+def scan(
+    queries,
+    table,
+    table_tiles,
+    deny,
+    group_max,
+    span_max,
+    rows,
+    items,
+    tiles,
+    chunks,
+    spans_of_chunk,
+    tiles_of_span,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    M: tl.constexpr,
+    BN: tl.constexpr,
+    G: tl.constexpr,
+    STAGES: tl.constexpr,
+    SPANS: tl.constexpr,
+    DENY: tl.constexpr,
+    TMA: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """Group maxima [rows, tiles * BN / G], and span maxima [rows, chunks * spans_of_chunk] where SPANS.
+
+    A program takes M rows and one of `chunks` stretches of tiles. The programs of one stretch start side by side, so
+    that all but the first read its tiles from L2.
+    """
+    GROUPS: tl.constexpr = BN // G
+    row_blocks = tl.cdiv(rows, M)
+    chunk = tl.program_id(0) // row_blocks
+    row = (tl.program_id(0) % row_blocks) * M + tl.arange(0, M)
+    column = tl.arange(0, DP)
+    present = row < rows
+    row = row.to(tl.int64)
+    q = tl.load(queries + row[:, None] * D + column, mask=present[:, None] & (column < D), other=0.0)
+    first = ((chunk * tiles.to(tl.int64)) // chunks).to(tl.int32)
+    stop = (((chunk + 1) * tiles.to(tl.int64)) // chunks).to(tl.int32)
+    full = tl.minimum(stop, items // BN)
+    group_row = group_max + (row * tiles * GROUPS)[:, None] + tl.arange(0, GROUPS)
+    span_row = span_max + row * chunks * spans_of_chunk + chunk * spans_of_chunk
+    item = tl.arange(0, BN)
+    best = tl.full([M], -float("inf"), tl.float32)
+    for tile in tl.range(first, full, num_stages=STAGES):
+        if TMA:
+            x = table_tiles.load([tile * BN, 0])
+        else:
+            at = table + (1 + tile * BN + item).to(tl.int64)[:, None] * D + column
+            x = tl.load(at) if D == DP else tl.load(at, mask=(column < D)[None, :], other=0.0)
+        scores = tl.dot(q, x.T, input_precision="ieee")
+        if DENY:
+            denied = tl.load(deny + 1 + tile * BN + item)
+            scores = tl.where(denied[None, :] != 0, -float("inf"), scores)
+        maxima = _group_maxima(scores, M, GROUPS, G, INTERPRETED)
+        tl.store(group_row + tile * GROUPS, maxima, mask=present[:, None])
+        if SPANS:
+            span = (tile - first) // tiles_of_span
+            starts = (tile - first) % tiles_of_span == 0
+            best = tl.maximum(tl.where(starts, -float("inf"), best), tl.max(maxima, axis=1))
+            tl.store(span_row + span, best, mask=present)
+    if full < stop:
+        tile = full
+        here = item < items - tile * BN
+        at = table + (1 + tile * BN + item).to(tl.int64)[:, None] * D + column
+        x = tl.load(at, mask=here[:, None] & (column < D), other=0.0)
+        scores = tl.dot(q, x.T, input_precision="ieee")
+        if DENY:
+            here = here & (tl.load(deny + 1 + tile * BN + item, mask=here, other=1) == 0)
+        maxima = _group_maxima(tl.where(here[None, :], scores, -float("inf")), M, GROUPS, G, INTERPRETED)
+        tl.store(group_row + tile * GROUPS, maxima, mask=present[:, None])
+        if SPANS:
+            span = (tile - first) // tiles_of_span
+            starts = (tile - first) % tiles_of_span == 0
+            best = tl.maximum(tl.where(starts, -float("inf"), best), tl.max(maxima, axis=1))
+            tl.store(span_row + span, best, mask=present)
+    if SPANS:
+        # Stretches differ by one tile, so the shorter ones may lack the last span.
+        written = (stop - first + tiles_of_span - 1) // tiles_of_span
+        if written < spans_of_chunk:
+            tl.store(span_row + written, tl.full([M], -float("inf"), tl.float32), mask=present)
+
+
+@triton.jit
+def _maxima(at, count, values, starts, stops, width, NESTED: tl.constexpr):
+    """Keys and indices of values[at], or, NESTED, of value at % width of the slot at // width's stretch."""
+    valid = at < count
+    index = at
+    if NESTED:
+        start = tl.load(starts + at // width, mask=valid, other=0)
+        index = start + at % width
+        valid = valid & (index < tl.load(stops + at // width, mask=valid, other=0))
+    return _order(tl.load(values + index, mask=valid, other=-float("inf"))), index
+
+
+@triton.jit
+def _cuts(low, high):
+    """Two keys that cut an interval at about its thirds; both lie within it where it holds more than one key."""
+    step = tl.maximum((high >> 2) - (low >> 2) + (high >> 4) - (low >> 4), 1)
+    return tl.minimum(low + step, high - 1), tl.minimum(low + 2 * step, high - 1)
+
+
+@triton.jit
+def _two_counts(keys, cut_1, cut_2):
+    """How many of at most 2^15 keys reach each cut: both counts in one sum."""
+    both = tl.where(keys >= cut_1.to(keys.dtype), 1, 0) + tl.where(keys >= cut_2.to(keys.dtype), 0x10000, 0)
+    both = tl.sum(both, axis=0)
+    return both & 0xFFFF, both >> 16
+
+
+@triton.jit
+def _narrow(low, high, reach_low, reach_high, cut_1, cut_2, reach_1, reach_2, k):
+    """The part of the interval that holds the k-th largest key, and how many keys reach its ends."""
+    upper = reach_2 >= k
+    middle = reach_1 >= k
+    reach_high = tl.where(upper, reach_high, tl.where(middle, reach_2, reach_1))
+    reach_low = tl.where(upper, reach_2, tl.where(middle, reach_1, reach_low))
+    high = tl.where(upper, high, tl.where(middle, cut_2, cut_1))
+    low = tl.where(upper, cut_2, tl.where(middle, cut_1, low))
+    return low, high, reach_low, reach_high
+
+
+@triton.jit
+def _choose_maxima(values, starts, stops, width, count, chosen, k, capacity, WIDTH: tl.constexpr, NESTED: tl.constexpr):
+    """Write to `chosen` the indices, ascending, of the first k maxima by (value descending, index ascending).
+
+    A few more, up to `capacity`, where that ends the search sooner. Returns how many, and a key that all of them reach
+    and, unless there are fewer than k, that the k-th best item reaches too. The first WIDTH keys stay in registers.
+    """
+    lane = tl.arange(0, WIDTH)
+    keys, index = _maxima(lane, count, values, starts, stops, width, NESTED)
+    reach_low = tl.sum((keys > _LOWEST).to(tl.int32), axis=0)
+    low = tl.min(tl.where(keys > _LOWEST, keys, 0x7FFFFFFF), axis=0)
+    high = tl.max(keys, axis=0)
+    for at in range(WIDTH, count, WIDTH):
+        more, _ = _maxima(at + lane, count, values, starts, stops, width, NESTED)
+        reach_low += tl.sum((more > _LOWEST).to(tl.int32), axis=0)
+        low = tl.minimum(low, tl.min(tl.where(more > _LOWEST, more, 0x7FFFFFFF), axis=0))
+        high = tl.maximum(high, tl.max(more, axis=0))
+    low = low.to(tl.int64)
+    high = high.to(tl.int64) + 1
+    reach_high = reach_low * 0
+    while (reach_low > capacity) & (low < high - 1):
+        cut_1, cut_2 = _cuts(low, high)
+        reach_1, reach_2 = _two_counts(keys, cut_1, cut_2)
+        for at in range(WIDTH, count, WIDTH):
+            more, _ = _maxima(at + lane, count, values, starts, stops, width, NESTED)
+            more_1, more_2 = _two_counts(more, cut_1, cut_2)
+            reach_1 += more_1
+            reach_2 += more_2
+        low, high, reach_low, reach_high = _narrow(low, high, reach_low, reach_high, cut_1, cut_2, reach_1, reach_2, k)
+    # Either all that reach `low` fit, or `low` is the k-th key itself and the first of its equals fill the rest.
+    fits = reach_low <= capacity
+    cut = tl.where(fits, low - 1, low).to(tl.int32)
+    equals = tl.where(fits, 0, k - reach_high)
+    above_before = reach_low * 0
+    equal_before = reach_low * 0
+    for at in range(0, count, WIDTH):
+        if at > 0:
+            keys, index = _maxima(at + lane, count, values, starts, stops, width, NESTED)
+        above = (keys > cut) & (keys > _LOWEST)
+        equal = (keys == cut) & (keys > _LOWEST)
+        both = tl.where(above, 1, 0) + tl.where(equal, 0x10000, 0)
+        upto = tl.cumsum(both, axis=0)
+        equal_upto = equal_before + (upto >> 16)
+        place = above_before + (upto & 0xFFFF) + tl.minimum(equal_upto, equals) - 1
+        tl.store(chosen + place, index, mask=above | (equal & (equal_upto <= equals)))
+        if at + WIDTH < count:
+            both_sum = tl.sum(both, axis=0)
+            above_before += both_sum & 0xFFFF
+            equal_before += both_sum >> 16
+    tl.debug_barrier()
+    number = tl.where(fits, reach_low, k)
+    return number, tl.where(number >= k, low, _LOWEST + 1)
+
+
+@triton.jit
+def _choose_entries(entries, fill, k, SIZE: tl.constexpr):
+    """Keep the k largest of `fill` > k distinct entries, at the front; returns the least of them."""
+    lane = tl.arange(0, SIZE)
+    entry = tl.load(entries + lane, mask=lane < fill, other=_NO_ENTRY)
+    low = tl.min(tl.where(lane < fill, entry, 0x7FFFFFFFFFFFFFFF), axis=0)
+    high = tl.max(entry, axis=0) + 1
+    reach_low = fill
+    reach_high = fill * 0
+    while (reach_low > k) & (low < high - 1):
+        cut_1, cut_2 = _cuts(low, high)
+        reach_1, reach_2 = _two_counts(entry, cut_1, cut_2)
+        low, high, reach_low, reach_high = _narrow(low, high, reach_low, reach_high, cut_1, cut_2, reach_1, reach_2, k)
+    kept = entry >= low
+    place = tl.cumsum(kept.to(tl.int32), axis=0) - 1
+    tl.debug_barrier()
+    tl.store(entries + place, entry, mask=kept)
+    tl.debug_barrier()
+    return low
+
+
+@triton.jit
+def _span_of(group, tiles, chunks, spans_of_chunk, tiles_of_span, GROUPS: tl.constexpr):
+    tile = group // GROUPS
+    chunk = ((tile + 1) * chunks - 1) // tiles
+    return chunk * spans_of_chunk + (tile - tiles * chunk // chunks) // tiles_of_span
+
+
+@triton.jit
+def _groups_of(span, tiles, chunks, spans_of_chunk, tiles_of_span, GROUPS: tl.constexpr):
+    """The first group of a span, and the one after its last."""
+    chunk = span // spans_of_chunk
+    start = tiles * chunk // chunks + span % spans_of_chunk * tiles_of_span
+    stop = tl.minimum(start + tiles_of_span, tiles * (chunk + 1) // chunks)
+    return start * GROUPS, stop * GROUPS
+
+
+@triton.jit
+def _take_out(
+    excluded_ids,
+    begin,
+    end,
+    group_max,
+    span_max,
+    bounds,
+    items,
+    tiles,
+    chunks,
+    spans_of_chunk,
+    tiles_of_span,
+    G: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SPANS: tl.constexpr,
+):
+    """Set the maxima of groups with an excluded id to -inf, and those of their spans to what is left.
+
+    The exchange gives a group's bound to exactly one of its excluded ids: bounds[i] belongs to the group of id i.
+    """
+    lane = tl.arange(0, 128)
+    group_bits = group_max.to(tl.pointer_type(tl.int32), bitcast=True)
+    for at in range(begin, end, 128):
+        item = tl.load(excluded_ids + at + lane, mask=at + lane < end, other=0)
+        within = (item >= 1) & (item <= items)
+        group = ((item - 1) // G).to(tl.int32)
+        bits = tl.atomic_xchg(group_bits + group, tl.full([128], _EMPTY, tl.int32), mask=within, sem="relaxed")
+        bound = bits.to(tl.float32, bitcast=True)
+        tl.store(bounds + at + lane, tl.where(within, bound, -float("inf")), mask=at + lane < end)
+    tl.debug_barrier()
+    if SPANS:
+        column = tl.arange(0, 32)
+        for at in range(begin, end, 128):
+            bound = tl.load(bounds + at + lane, mask=at + lane < end, other=-float("inf"))
+            item = tl.load(excluded_ids + at + lane, mask=at + lane < end, other=1)
+            group = tl.where(bound > -float("inf"), (item - 1) // G, 0).to(tl.int32)
+            span = _span_of(group, tiles, chunks, spans_of_chunk, tiles_of_span, GROUPS)
+            # A span keeps its maximum unless a group that had it went. (Another lane may have written the new one.)
+            changes = (bound > -float("inf")) & (bound >= tl.load(span_max + span))
+            start, stop = _groups_of(span, tiles, chunks, spans_of_chunk, tiles_of_span, GROUPS)
+            best = tl.full([128], -float("inf"), tl.float32)
+            for offset in range(0, tiles_of_span * GROUPS, 32):
+                other = start[:, None] + offset + column
+                value = tl.load(group_max + other, mask=changes[:, None] & (other < stop[:, None]), other=-float("inf"))
+                best = tl.maximum(best, tl.max(tl.where(value == value, value, -float("inf")), axis=1))
+            tl.store(span_max + span, best, mask=changes)
+        tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["k", "capacity", "items", "tiles", "chunks", "spans_of_chunk", "tiles_of_span"])
+def finish(
+    queries,
+    table,
+    deny,
+    excluded_ids,
+    excluded_offsets,
+    group_max,
+    span_max,
+    bounds,
+    span_starts,
+    span_stops,
+    chosen_groups,
+    keys,
+    entries,
+    scores_out,
+    ids_out,
+    k,
+    capacity,
+    items,
+    tiles,
+    chunks,
+    spans_of_chunk,
+    tiles_of_span,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    G: tl.constexpr,
+    GROUPS: tl.constexpr,
+    M: tl.constexpr,
+    R: tl.constexpr,
+    W: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LISTED: tl.constexpr,
+    BUFFER: tl.constexpr,
+    RANKED: tl.constexpr,
+    STAGES: tl.constexpr,
+    SPANS: tl.constexpr,
+    DENY: tl.constexpr,
+    EXCLUDE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """The list of one row from its maxima."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, DP)
+    group_max += row * tiles * GROUPS
+    span_max += row * chunks * spans_of_chunk
+    chosen_groups += row * capacity
+    keys += row * W
+    entries += row * BUFFER
+    # All M rows are this one: a product of the same shape as in `scan`, any row of which is the result.
+    q = tl.load(queries + row * D + column, mask=column < D, other=0.0)
+    q = tl.broadcast_to(q[None, :], [M, DP])
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    begin = 0
+    end = 0
+    if EXCLUDE:
+        begin = tl.load(excluded_offsets + row)
+        end = tl.load(excluded_offsets + row + 1)
+        chosen_groups += begin
+        _take_out(
+            excluded_ids, begin, end, group_max, span_max, bounds,
+            items, tiles, chunks, spans_of_chunk, tiles_of_span, G, GROUPS, SPANS,
+        )  # fmt: skip
+    if SPANS:
+        span_starts += row * LISTED
+        span_stops += row * LISTED
+        spans, _ = _choose_maxima(
+            span_max, span_max, span_max, 1, chunks * spans_of_chunk, span_starts, k, capacity, WIDTH, False
+        )
+        slot = tl.arange(0, LISTED)
+        span = tl.load(span_starts + slot, mask=slot < spans, other=0)
+        start, stop = _groups_of(span, tiles, chunks, spans_of_chunk, tiles_of_span, GROUPS)
+        tl.debug_barrier()
+        tl.store(span_starts + slot, start, mask=slot < spans)
+        tl.store(span_stops + slot, stop, mask=slot < spans)
+        tl.debug_barrier()
+        width = tiles_of_span * GROUPS
+        clean, floor = _choose_maxima(
+            group_max, span_starts, span_stops, width, spans * width, chosen_groups, k, capacity, WIDTH, True
+        )
+    else:
+        clean, floor = _choose_maxima(
+            group_max, group_max, group_max, 1, tiles * GROUPS, chosen_groups, k, capacity, WIDTH, False
+        )
+    groups = clean
+    if EXCLUDE:
+        lane = tl.arange(0, 128)
+        for at in range(begin, end, 128):
+            bound = _order(tl.load(bounds + at + lane, mask=at + lane < end, other=-float("inf")))
+            item = tl.load(excluded_ids + at + lane, mask=at + lane < end, other=1)
+            reaches = bound >= floor
+            place = tl.cumsum(reaches.to(tl.int32), axis=0)
+            tl.store(chosen_groups + groups + place - 1, ((item - 1) // G).to(tl.int32), mask=reaches)
+            groups += tl.sum(reaches.to(tl.int32), axis=0)
+        tl.debug_barrier()
+
+    # An entry is a key over an id that counts down: entries differ, and the larger one comes first.
+    floor = floor << 32
+    fill = groups * 0
+    total = groups * G
+    lane = tl.arange(0, W)
+    part_lane = tl.arange(0, R)
+    for at in range(0, total, W):
+        for part in tl.range(0, tl.cdiv(tl.minimum(total - at, W), R), num_stages=STAGES):
+            place = at + part * R + part_lane
+            group = tl.load(chosen_groups + place // G, mask=place < total, other=0)
+            item = group * G + place % G + 1
+            valid = (place < total) & (item <= items)
+            x = tl.load(table + item.to(tl.int64)[:, None] * D + column, mask=valid[:, None] & (column < D), other=0.0)
+            key = _order(tl.max(tl.dot(q, x.T, input_precision="ieee"), axis=0))
+            if DENY:
+                valid = valid & (tl.load(deny + item, mask=valid, other=1) == 0)
+            tl.store(keys + part * R + part_lane, tl.where(valid, key, _LOWEST))
+        tl.debug_barrier()
+        place = at + lane
+        group = tl.load(chosen_groups + place // G, mask=place < total, other=0)
+        item = group * G + place % G + 1
+        key = tl.load(keys + lane, mask=place < total, other=_LOWEST)
+        entry = (key.to(tl.int64) << 32) | (item ^ _LAST_ID).to(tl.int64)
+        kept = (key > _LOWEST) & (entry >= floor)
+        if EXCLUDE:
+            # Groups without an excluded id came first; from `clean` on each item is looked up.
+            for other in range(tl.where(at + W > clean * G, begin, end), end, 16):
+                index = other + tl.arange(0, 16)
+                excluded = tl.load(excluded_ids + index, mask=index < end, other=0)
+                kept = kept & (tl.sum((item[:, None] == excluded[None, :]).to(tl.int32), axis=1) == 0)
+        number = tl.sum(kept.to(tl.int32), axis=0)
+        if fill + number > BUFFER:
+            floor = _choose_entries(entries, fill, k, BUFFER)
+            fill = k
+            kept = kept & (entry >= floor)
+            number = tl.sum(kept.to(tl.int32), axis=0)
+        tl.store(entries + fill + tl.cumsum(kept.to(tl.int32), axis=0) - 1, entry, mask=kept)
+        fill += number
+        tl.debug_barrier()
+
+    if fill > RANKED:
+        floor = _choose_entries(entries, fill, k, BUFFER)
+        fill = k
+    lane = tl.arange(0, RANKED)
+    entry = tl.load(entries + lane, mask=lane < fill, other=_NO_ENTRY)
+    rank = tl.zeros([RANKED], tl.int32)
+    for at in range(0, fill, 16):
+        index = at + tl.arange(0, 16)
+        other = tl.load(entries + index, mask=index < fill, other=_NO_ENTRY)
+        rank += tl.sum((other[None, :] > entry[:, None]).to(tl.int32), axis=1)
+    listed = (lane < fill) & (rank < k)
+    tl.store(scores_out + row * k + rank, _number((entry >> 32).to(tl.int32)), mask=listed)
+    tl.store(ids_out + row * k + rank, (entry & _LAST_ID) ^ _LAST_ID, mask=listed)
+    missing = (lane >= fill) & (lane < k)
+    tl.store(scores_out + row * k + lane, tl.full([RANKED], -float("inf"), tl.float32), mask=missing)
+    tl.store(ids_out + row * k + lane, tl.zeros([RANKED], tl.int64), mask=missing)
+
+
+def score_topk(
+    queries: Tensor,
+    table: Tensor,
+    deny: Tensor | None,
+    excluded: tuple[Tensor, Tensor] | None,
+    buffers: dict[str, Tensor],
+    scores: Tensor,
+    ids: Tensor,
+    *,
+    k: int,
+    capacity: int,
+    group: int,
+    tiles: int,
+    chunks: int,
+    spans_of_chunk: int,
+    tiles_of_span: int,
+    scan_shapes: dict[str, int],
+    finish_shapes: dict[str, int],
+) -> None:
+    """Write the lists of queries [B, D] over table [N + 1, D] to scores [B, k] float32 and ids [B, k] int64.
+
+    Args:
+        queries: contiguous, float32, bfloat16 or float16.
+        table: contiguous, same dtype; row 0 is never read as an item.
+        deny: [N + 1] bool, or None.
+        excluded: ids [E] and offsets [B + 1], int64, or None. The offsets may start anywhere in the ids.
+        buffers: `group_max` and `span_max` float32, `bounds` [E] float32, `span_starts`, `span_stops`, `chosen_groups`
+            and `keys` int32, `entries` int64: contents do not matter and change.
+        scores: written.
+        ids: written.
+        k: K, at most 1,024.
+        capacity: groups and spans that are chosen at most, at least k.
+        group: items of a group, a power of two, at most a tile's.
+        tiles: tiles of the catalogue, the last one perhaps not full.
+        chunks: stretches of tiles, one a program of `scan` and block of rows.
+        spans_of_chunk: spans of a stretch, 0 where groups are few enough to be chosen from at once.
+        tiles_of_span: tiles of a span.
+        scan_shapes: M, BN, num_warps, num_stages, TMA.
+        finish_shapes: M, R, W, WIDTH, num_warps, num_stages, PDL.
+    """
+    rows, d = queries.shape
+    items = len(table) - 1
+    padded = max(16, triton.next_power_of_2(d))
+    m, bn = scan_shapes["M"], scan_shapes["BN"]
+    tma = bool(scan_shapes["TMA"])
+    nested = spans_of_chunk > 0
+    scan[(triton.cdiv(rows, m) * chunks,)](
+        queries,
+        table,
+        TensorDescriptor.from_tensor(table[1:], [bn, padded]) if tma else table,
+        table if deny is None else deny.view(torch.int8),
+        buffers["group_max"],
+        buffers["span_max"],
+        rows,
+        items,
+        tiles,
+        chunks,
+        spans_of_chunk,
+        tiles_of_span,
+        D=d,
+        DP=padded,
+        M=m,
+        BN=bn,
+        G=group,
+        STAGES=scan_shapes["num_stages"],
+        SPANS=nested,
+        DENY=deny is not None,
+        TMA=tma,
+        INTERPRETED=not queries.is_cuda,
+        num_warps=scan_shapes["num_warps"],
+    )
+    pdl = bool(finish_shapes["PDL"])
+    ranked = max(128, triton.next_power_of_2(k))
+    excluded_ids, excluded_offsets = (ids, ids) if excluded is None else excluded
+    finish[(rows,)](
+        queries,
+        table,
+        table if deny is None else deny.view(torch.int8),
+        excluded_ids,
+        excluded_offsets,
+        *(buffers[name] for name in BUFFERS),
+        scores,
+        ids,
+        k,
+        capacity,
+        items,
+        tiles,
+        chunks,
+        spans_of_chunk,
+        tiles_of_span,
+        D=d,
+        DP=padded,
+        G=group,
+        GROUPS=bn // group,
+        M=finish_shapes["M"],
+        R=finish_shapes["R"],
+        W=finish_shapes["W"],
+        WIDTH=finish_shapes["WIDTH"],
+        LISTED=triton.next_power_of_2(capacity),
+        BUFFER=triton.next_power_of_2(max(ranked, k + finish_shapes["W"])),
+        RANKED=ranked,
+        STAGES=finish_shapes["num_stages"],
+        SPANS=nested,
+        DENY=deny is not None,
+        EXCLUDE=excluded is not None,
+        PDL=pdl,
+        num_warps=finish_shapes["num_warps"],
+        **({"launch_pdl": True} if pdl else {}),
+    )

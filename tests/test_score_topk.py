@@ -1,0 +1,312 @@
+"""The Triton kernels of the exact top K against the reference.
+
+Whole numbers unless a test says otherwise: their inner products are exact in every dtype and order of summation, so
+lists are compared for equality, ties included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib import import_module
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fave_fast.errors import BackendError
+from fave_fast.ops import Exclusions, score_topk
+from fave_fast.ops.registry import why_no_triton
+from fave_fast.ops.score_topk import workspace_bytes
+
+pytestmark = pytest.mark.skipif(why_no_triton() is not None, reason=str(why_no_triton()))
+
+OP_MODULE = import_module("fave_fast.ops.score_topk")  # the package's attribute of this name is the function
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SPECIAL = (float("nan"), float("inf"), float("-inf"), -0.0)
+
+# So narrow that catalogues of a thousand items have spans, and choices go on in memory after the first keys.
+NARROW = {
+    "scan": {"M": 16, "BN": 32, "num_warps": 4, "num_stages": 2, "TMA": 0, "PER_SM": 1},
+    "finish": {"M": 16, "R": 32, "W": 64, "WIDTH": 32, "SLACK": 25, "num_warps": 4, "num_stages": 2, "PDL": 0},
+}
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(OP_MODULE, "tile_shapes", lambda op, variant, device: NARROW[variant.split("_")[0]])
+    return
+
+
+def whole_numbers(
+    batch: int, items: int, d: int, seed: int = 0, spread: int = 3, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    queries = torch.randint(-spread, spread + 1, (batch, d), generator=generator)
+    table = torch.randint(-spread, spread + 1, (items + 1, d), generator=generator)
+    table[0] = 100  # the padding would win nearly everywhere if it were a candidate
+    return queries.to(DEVICE, dtype), table.to(DEVICE, dtype)
+
+
+def exclusions(batch: int, items: int, lengths: tuple[int, ...], seed: int = 0) -> Exclusions:
+    rng = np.random.default_rng(seed)
+    # 0 and N + 1 are no items, and ids repeat
+    lists = [rng.integers(0, items + 2, rng.choice(lengths)).tolist() for _ in range(batch)]
+    return Exclusions.from_lists(lists).to(DEVICE)
+
+
+def denied(items: int, share: float, seed: int = 0) -> Tensor:
+    return (torch.rand(items + 1, generator=torch.Generator().manual_seed(seed)) < share).to(DEVICE)
+
+
+def poisoned(
+    queries: Tensor, table: Tensor, k: int, exclude: Exclusions | None = None
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Outputs that no list holds, and a workspace that someone used."""
+    out = (
+        torch.full((len(queries), k), torch.nan, device=DEVICE),
+        torch.full((len(queries), k), -7, dtype=torch.int64, device=DEVICE),
+    )
+    size = workspace_bytes(queries, table, k, 0 if exclude is None else len(exclude.ids))
+    return out, torch.randint(0, 256, (size,), dtype=torch.uint8, device=DEVICE)
+
+
+def assert_equals_the_reference(
+    queries: Tensor, table: Tensor, k: int, exclude: Exclusions | None = None, deny: Tensor | None = None
+) -> None:
+    out, workspace = poisoned(queries, table, k, exclude)
+    scores, ids = score_topk(queries, table, k, exclude, deny, out=out, workspace=workspace, backend="triton")
+    assert (scores.data_ptr(), ids.data_ptr()) == (out[0].data_ptr(), out[1].data_ptr())
+    expected_scores, expected_ids = score_topk(queries, table, k, exclude, deny, backend="reference")
+    assert torch.equal(ids, expected_ids)
+    assert torch.equal(scores, expected_scores)
+
+
+@pytest.mark.parametrize(
+    ("batch", "items", "d", "k", "spread"),
+    [
+        (1, 1, 4, 3, 3),
+        (3, 97, 8, 1, 3),
+        (2, 97, 5, 20, 0),
+        (2, 700, 16, 20, 3),
+        (17, 200, 4, 7, 1),
+        (1, 60, 33, 100, 3),
+    ],
+)
+def test_lists_equal_the_reference(narrow: None, batch: int, items: int, d: int, k: int, spread: int) -> None:
+    assert_equals_the_reference(*whole_numbers(batch, items, d, spread=spread), k)
+
+
+@pytest.mark.parametrize(("lengths", "share", "spread"), [((0, 3, 150), None, 3), ((400,), 0.3, 1), ((0,), 1.0, 3)])
+def test_exclusions_and_a_deny_list(narrow: None, lengths: tuple[int, ...], share: float | None, spread: int) -> None:
+    queries, table = whole_numbers(2, 700, 8, spread=spread)
+    deny = None if share is None else denied(700, share)
+    assert_equals_the_reference(queries, table, 20, exclusions(2, 700, lengths), deny)
+
+
+def test_excluding_the_best_items_of_every_group(narrow: None) -> None:
+    """All groups but one are upper bounds only, and the best of what is left stands behind excluded items."""
+    queries, table = whole_numbers(1, 640, 8)
+    _, order = score_topk(queries, table, 640, backend="reference")
+    exclude = Exclusions(order[0, :300].contiguous(), torch.tensor([0, 300], device=DEVICE))
+    assert_equals_the_reference(queries, table, 30, exclude)
+
+
+def test_every_item_excluded(narrow: None) -> None:
+    queries, table = whole_numbers(2, 97, 8)
+    exclude = Exclusions.from_lists([range(1, 98), [5]]).to(DEVICE)
+    scores, ids = score_topk(queries, table, 4, exclude, backend="triton")
+    assert scores[0].eq(-torch.inf).all()
+    assert ids[0].eq(0).all()
+    assert ids[1].gt(0).all()
+
+
+def test_all_scores_equal(narrow: None) -> None:
+    queries, table = whole_numbers(2, 700, 4, spread=0)
+    _, ids = score_topk(queries, table, 50, backend="triton")
+    assert torch.equal(ids, torch.arange(1, 51, device=DEVICE).expand(2, 50))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_nan_and_infinite_scores(narrow: None, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    queries, table = whole_numbers(2, 300, 4, seed)
+    queries[1] = 0  # half of its products are 0, half are -0
+    for row in rng.choice(301, 200, replace=False):
+        table[row, 0] = rng.choice(SPECIAL)
+    assert_equals_the_reference(queries, table, 40, exclusions(2, 300, (0, 20), seed))
+    assert_equals_the_reference(queries, table, 301)
+    table[:] = torch.nan
+    assert_equals_the_reference(queries, table, 3)
+
+
+def test_minus_zero_ties_with_zero(narrow: None) -> None:
+    table = torch.tensor([[9.0], [-0.0], [0.0], [-0.0]], device=DEVICE).repeat_interleave(4, 1)
+    assert score_topk(torch.ones(1, 4, device=DEVICE), table, 3, backend="triton")[1].tolist() == [[1, 2, 3]]
+
+
+def test_half_precision_and_the_shipped_shapes() -> None:
+    queries, table = whole_numbers(2, 300, 24, dtype=torch.float16)
+    assert_equals_the_reference(queries, table, 20, exclusions(2, 300, (40,)), denied(300, 0.1))
+
+
+def test_scores_are_as_close_as_pytorchs_and_lists_complete(narrow: None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    queries, table = torch.randn(3, 32, generator=generator), torch.randn(701, 32, generator=generator)
+    check_floats(queries.to(DEVICE), table.to(DEVICE), 20)
+
+
+def check_floats(queries: Tensor, table: Tensor, k: int) -> None:
+    scores, ids = score_topk(queries, table, k, backend="triton")
+    exact = queries.double() @ table[1:].double().T
+    if queries.dtype != torch.float32 and queries.is_cuda:
+        plain = torch.mm(queries, table[1:].T, out_dtype=torch.float32)
+    else:
+        plain = (queries.float() @ table[1:].float().T).float()
+    bound = 2 * (plain - exact).abs().max()
+    assert (scores - exact.gather(1, ids - 1)).abs().max() <= bound
+    assert scores.diff(dim=1).le(0).all()
+    left_out = exact.scatter(1, ids - 1, -torch.inf).max(dim=1).values
+    assert (left_out <= scores[:, -1] + 2 * bound).all()
+    assert all(len(set(row)) == k for row in ids.tolist())
+
+
+def test_a_list_does_not_depend_on_the_batch(narrow: None) -> None:
+    generator = torch.Generator().manual_seed(1)
+    queries, table = torch.randn(17, 32, generator=generator), torch.randn(101, 32, generator=generator)
+    check_batch_invariance(queries.to(DEVICE), table.to(DEVICE), exclusions(17, 100, (0, 10)), (0, 16))
+
+
+def check_batch_invariance(queries: Tensor, table: Tensor, exclude: Exclusions, rows: tuple[int, ...]) -> None:
+    scores, ids = score_topk(queries, table, 10, exclude, backend="triton")
+    again = score_topk(queries, table, 10, exclude, backend="triton")
+    assert torch.equal(again[0], scores)
+    assert torch.equal(again[1], ids)
+    for row in rows:
+        alone = score_topk(queries[row : row + 1], table, 10, exclude.rows(row, row + 1), backend="triton")
+        assert torch.equal(alone[0], scores[row : row + 1])
+        assert torch.equal(alone[1], ids[row : row + 1])
+
+
+def test_a_batch_that_needs_more_workspace_goes_in_parts(narrow: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OP_MODULE, "MAX_WORKSPACE", 0)
+    monkeypatch.setattr(OP_MODULE, "ROWS_AT_LEAST", 8)
+    assert_equals_the_reference(*whole_numbers(19, 40, 4), 3, exclusions(19, 40, (0, 5)))
+
+
+def test_no_rows_and_no_items() -> None:
+    queries, table = whole_numbers(2, 5, 4)
+    assert score_topk(queries[:0], table, 3, backend="triton")[1].shape == (0, 3)
+    assert score_topk(queries, table[:1], 3, backend="triton")[1].tolist() == [[0, 0, 0]] * 2
+
+
+@pytest.mark.parametrize(("k", "d", "what"), [(1025, 4, "K up to 1024, not 1025"), (3, 300, "D up to 256, not 300")])
+def test_what_is_beyond_the_kernels_is_refused_by_name_only(k: int, d: int, what: str) -> None:
+    queries, table = whole_numbers(1, 5, d)
+    with pytest.raises(BackendError, match=what):
+        score_topk(queries, table, k, backend="triton")
+    assert score_topk(queries, table, k)[1].shape == (1, k)
+
+
+def test_buffers_that_do_not_fit_are_refused() -> None:
+    queries, table = whole_numbers(2, 5, 4)
+    scores, ids = torch.empty(2, 3, device=DEVICE), torch.empty(2, 3, dtype=torch.int64, device=DEVICE)
+    for out in ((scores[:1], ids), (scores, ids.int()), (scores.double(), ids), (scores, ids.T.contiguous().T)):
+        with pytest.raises(ValueError, match=r"out's (scores|ids) are"):
+            score_topk(queries, table, 3, out=out)
+    with pytest.raises(ValueError, match=r"workspace is torch.uint8 \[8\]"):
+        score_topk(queries, table, 3, workspace=ids.new_empty(8, dtype=torch.uint8), backend="triton")
+
+
+def test_the_reference_writes_where_it_is_told() -> None:
+    queries, table = whole_numbers(2, 50, 4)
+    out, _ = poisoned(queries, table, 3)
+    got = score_topk(queries, table, 3, out=out, backend="reference")
+    assert got[0] is out[0]
+    assert torch.equal(out[1], score_topk(queries, table, 3, backend="reference")[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("items", [1, 97, 1682, 12_101, 1_000_003])
+@pytest.mark.parametrize("batch", [1, 2, 3, 63, 132, 513])
+def test_the_matrix_of_sizes(batch: int, items: int) -> None:
+    for k in (1, 20, 100, 1024):
+        assert_equals_the_reference(*whole_numbers(batch, items, 128, dtype=torch.bfloat16), k)
+    queries, table = whole_numbers(batch, items, 128, spread=1, dtype=torch.bfloat16)
+    assert_equals_the_reference(queries, table, 20, exclusions(batch, items, (0, 50, 700)), denied(items, 0.2))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("d", [4, 16, 32, 50, 64, 100, 128, 256])
+def test_dtypes_and_widths(dtype: torch.dtype, d: int) -> None:
+    queries, table = whole_numbers(70, 12_101, d, dtype=dtype)
+    assert_equals_the_reference(queries, table, 20, exclusions(70, 12_101, (0, 50)))
+    assert_equals_the_reference(queries[:3], table, 20, deny=denied(12_101, 0.2))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("batch", "items"), [(3, 12_101), (132, 1_000_003)])
+def test_random_floats(batch: int, items: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    queries, table = torch.randn(batch, 128, generator=generator), torch.randn(items + 1, 128, generator=generator)
+    queries, table = queries.to(DEVICE, dtype), table.to(DEVICE, dtype)
+    check_floats(queries, table, 20)
+    check_batch_invariance(queries, table, exclusions(batch, items, (0, 50)), (0, batch - 1))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch", [3, 130])
+def test_both_kernels_form_the_same_bits(batch: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(2)
+    queries = torch.randn(batch, 128, generator=generator).to(DEVICE, dtype)
+    table = torch.randn(1009, 128, generator=generator).to(DEVICE, dtype)
+    out, workspace = poisoned(queries, table, 1008)
+    scores, ids = score_topk(queries, table, 1008, out=out, workspace=workspace, backend="triton")
+    plan = OP_MODULE._Plan.make(batch, 1008, queries, 1008, 0)
+    maxima = plan.buffers(workspace)["group_max"].view(batch, -1)[:, : 1008 // plan.group]
+    by_id = torch.empty_like(scores).scatter_(1, ids - 1, scores)
+    assert torch.equal(by_id.view(batch, -1, plan.group).amax(2), maxima)
+
+
+@pytest.mark.gpu
+def test_graph_replay_follows_its_inputs_and_allocates_nothing() -> None:
+    queries, table = whole_numbers(70, 100_003, 128, dtype=torch.bfloat16)
+    exclude = exclusions(70, 100_003, (0, 50))
+    out, workspace = poisoned(queries, table, 20, exclude)
+
+    def call() -> None:
+        score_topk(queries, table, 20, exclude, out=out, workspace=workspace, backend="triton")
+
+    call()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    call()
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    for seed in (1, 2):
+        fresh, _ = whole_numbers(70, 1, 128, seed=seed, dtype=torch.bfloat16)
+        queries.copy_(fresh)
+        out[0].fill_(torch.nan)
+        workspace.random_(0, 256)
+        graph.replay()
+        expected = score_topk(queries, table, 20, exclude, backend="reference")
+        assert torch.equal(out[0], expected[0])
+        assert torch.equal(out[1], expected[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_a_table_of_more_than_2_to_the_31_elements() -> None:
+    items = 17_000_000
+    table = torch.randint(-3, 4, (items + 1, 128), dtype=torch.int8, device=DEVICE).to(torch.bfloat16)
+    assert table.numel() > 1 << 31
+    queries, _ = whole_numbers(3, 1, 128, dtype=torch.bfloat16)
+    table[-1] = queries[0] * 2  # the very last item leads the first list
+    assert_equals_the_reference(queries, table, 20, exclusions(3, items, (50,)))
+    assert score_topk(queries, table, 1, backend="triton")[1][0].item() == items
