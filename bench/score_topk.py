@@ -1,0 +1,105 @@
+"""Exact top 20 beside matmul + topk and the bare matrix product; `python -m bench.score_topk`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from bench.measure import Row, table, time_us
+from fave_fast.ops import Exclusions, score_topk
+from fave_fast.ops.score_topk import workspace_bytes
+
+D, K = 128, 20
+CASES = (
+    (12_101, (1, 512)),
+    (1_000_000, (1, 128, 512)),
+    (10_000_000, (1, 16, 512)),
+)
+EXCLUDED = 50  # ids a row, a full history
+SLOW = 10**9  # scores from which on a peer is timed a few times only
+
+
+def catalogue(n: int) -> Tensor:
+    """A random table [n + 1, D] in bfloat16, made in parts: its float32 form need not fit beside it."""
+    source = torch.Generator("cuda").manual_seed(0)
+    items = torch.empty(n + 1, D, dtype=torch.bfloat16, device="cuda")
+    for part in items.split(1 << 20):
+        part.copy_(torch.randn(part.shape, device="cuda", generator=source))
+    return items
+
+
+def exclusions(batch: int, n: int) -> Exclusions:
+    source = torch.Generator("cuda").manual_seed(1)
+    ids = torch.randint(1, n + 1, (batch * EXCLUDED,), device="cuda", generator=source)
+    return Exclusions(ids, torch.arange(batch + 1, device="cuda") * EXCLUDED)
+
+
+def buffers(queries: Tensor, items: Tensor, exclude: Exclusions | None) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    out = (
+        torch.full((len(queries), K), torch.nan, device="cuda"),
+        torch.zeros(len(queries), K, dtype=torch.int64, device="cuda"),
+    )
+    size = workspace_bytes(queries, items, K, 0 if exclude is None else len(exclude.ids))
+    return out, torch.empty(size, dtype=torch.uint8, device="cuda")
+
+
+def check(batch: int, items: Tensor, exclude: Exclusions) -> None:
+    """Ours equals the reference where sums are exact: on the signs of the embeddings."""
+    queries = torch.randn(batch, D, device="cuda").sign().to(items.dtype)
+    signs = items.sign()
+    for some in (None, exclude):
+        out, workspace = buffers(queries, signs, some)
+        score_topk(queries, signs, K, some, out=out, workspace=workspace, backend="triton")
+        expected = score_topk(queries, signs, K, some, backend="reference")
+        if not (torch.equal(out[0], expected[0]) and torch.equal(out[1], expected[1])):
+            raise AssertionError(f"lists of {batch} rows among {len(items) - 1} items are not the reference's")
+
+
+def measure(batch: int, items: Tensor) -> Iterator[Row]:
+    """Ours with and without exclusions, matmul + topk, and the product alone."""
+    n = len(items) - 1
+    queries = torch.randn(batch, D, device="cuda").to(items.dtype)
+    exclude = exclusions(batch, n)
+    check(batch, items, exclude)
+    case = f"B {batch}, N {n}, bfloat16"
+    size = {
+        "floor_bytes": (n + batch) * D * items.dtype.itemsize + batch * K * 12,
+        "floor_operations": 2 * batch * n * D,
+    }
+    for who, some in (("triton", None), (f"triton, {EXCLUDED} excluded a row", exclude)):
+        out, workspace = buffers(queries, items, some)
+
+        def ours(
+            some: Exclusions | None = some,
+            out: tuple[Tensor, Tensor] = out,
+            workspace: Tensor = workspace,
+        ) -> None:
+            score_topk(queries, items, K, some, out=out, workspace=workspace, backend="triton")
+
+        yield Row("score_topk", case, who, time_us(ours), **size)
+        del out, workspace, ours
+    repeats = 5 if batch * n > SLOW else 30
+    scores = torch.empty(batch, n, dtype=items.dtype, device="cuda")
+    alone = time_us(lambda: torch.mm(queries, items[1:].T, out=scores), repeats)
+    yield Row("score_topk", case, "torch.mm alone", alone, **size)
+    peer = time_us(lambda: torch.mm(queries, items[1:].T, out=scores).topk(K), repeats)
+    yield Row("score_topk", case, "torch.mm + topk", peer, **size)
+
+
+def main() -> None:
+    gpu = torch.cuda.get_device_name()
+    rows = []
+    for n, batches in CASES:
+        items = catalogue(n)
+        for batch in batches:
+            rows += measure(batch, items)
+        del items
+    print(table(rows, gpu))
+    print(json.dumps({"gpu": gpu, "rows": [row.as_dict(gpu) for row in rows]}))
+
+
+if __name__ == "__main__":
+    main()
