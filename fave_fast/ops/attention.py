@@ -91,8 +91,8 @@ class Histories:
     def grid(self) -> tuple[Tensor, Tensor]:
         """Row of each place of a left-padded grid int64 [B, L], and whether an item is there; waits for the device."""
         if self.padded_length is None:
-            lengths, length = self.bounds.diff(), max(1, int(self.bounds.diff().max()))
-            ends = self.bounds[1:]
+            lengths, ends = self.bounds.diff(), self.bounds[1:]
+            length = max(1, int(lengths.max())) if len(self) else 1
         else:
             lengths, length = self.bounds, self.padded_length
             ends = torch.arange(1, len(lengths) + 1, device=lengths.device) * length

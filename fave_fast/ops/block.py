@@ -1,0 +1,450 @@
+"""A pre-norm transformer block on packed histories, and its value with its tangent, each under reverse mode.
+
+    h = x + drop(attention(norm(x) Wqkv^T) Wo^T)          y = h + drop(gelu(norm(h) W1^T) W2^T)
+
+attention as in `fave_fast.ops.attention`, gelu(a) = a Phi(a) with the normal distribution Phi and its density phi.
+The tangents of the parts, with c the (LayerNorm: centred) row, r = (mean(c^2) + eps)^(-1/2) and the gain's factor left
+out, are
+
+    norm:  n = r c           dn = r (dc - r^2 m c), m = mean(c dc)
+    gelu:  u = a Phi(a)      du = (Phi(a) + a phi(a)) da,
+
+and their gradients, from p with respect to n or u and s with respect to dn or du,
+
+    norm:  gdc = r s - r^3 k c, k = mean(s c)
+           gc = r p - r^3 (m s + k dc + w c), w = mean(p c + s dc) - 3 r^2 m k
+    gelu:  gda = s (Phi(a) + a phi(a))
+           ga = p (Phi(a) + a phi(a)) + s phi(a) (2 - a^2) da.
+
+The gc line: dn holds c directly, in m, and in r, and d r / d c = -r^3 c / D.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fave_fast.ops import attention as attention_op
+from fave_fast.ops.attention import Histories, Tables, refuse_forward_mode
+from fave_fast.ops.registry import Implementation, Op, not_interpreted, triton_kernels
+from fave_fast.ops.tuning import Shapes, tile_shapes
+
+
+class BlockWeights(NamedTuple):
+    """A block's parameters, all of one dtype and contiguous. With biases its norms are LayerNorms, without RMSNorms."""
+
+    attention_gain: Tensor  # [D]
+    attention_bias: Tensor | None  # [D]
+    qkv: Tensor  # [3 D, D]
+    attention_out: Tensor  # [D, D]
+    ffn_gain: Tensor  # [D]
+    ffn_bias: Tensor | None  # [D]
+    ffn_in: Tensor  # [hidden, D]
+    ffn_out: Tensor  # [D, hidden]
+
+    @property
+    def eps(self) -> float:
+        """What the norms add to the mean square: 1e-6 in RMSNorm, 1e-5 in LayerNorm."""
+        return 1e-6 if self.attention_bias is None else 1e-5
+
+
+@dataclass(frozen=True)
+class BlockDropout:
+    """Dropout from a counter-based generator: the mask is a function of seed, layer, place and element, kept nowhere.
+
+    Masks repeat after 2^32 elements.
+
+    Attributes:
+        p: probability of a zero, from 0 up to, not including, 1; others are multiplied by 1 / (1 - p).
+        seed: [1] int64 on the block's device; to be changed between steps, in place where a CUDA graph reads it.
+        layer: which block it is; blocks of equal seed and layer get equal masks.
+    """
+
+    p: float
+    seed: Tensor
+    layer: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.p < 1:
+            raise ValueError(f"p is {self.p}; expected at least 0 and below 1")
+        if self.seed.shape != (1,) or self.seed.dtype != torch.int64:
+            raise ValueError(f"seed is {self.seed.dtype} {list(self.seed.shape)}; expected int64 [1]")
+
+    def factors(self, second: bool, rows: int, d: int) -> Tensor:
+        """0 or 1 / (1 - p), float32 [rows, d]: what multiplies the block's first or second residual branch."""
+        low, high = self.seed & _WORD, (self.seed >> 32) & _WORD
+        key = _mix(_mix(low ^ (2 * self.layer + second)) ^ high)
+        position = torch.arange(rows * d, device=self.seed.device) & _WORD
+        bits = _mix(_mix((position + key) & _WORD) ^ key)
+        return ((bits >= self.threshold()).float() / (1 - self.p)).view(rows, d)
+
+    def threshold(self) -> int:
+        """An element is kept where its 32 bits are at least this."""
+        return min(round(self.p * 2**32), _WORD)
+
+
+_WORD = 0xFFFFFFFF
+
+
+def _mix(x: Tensor) -> Tensor:
+    """`_mix` of the kernels on uint32 values in int64, whose overflow keeps the low 32 bits that matter."""
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _WORD
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & _WORD
+    return x ^ (x >> 16)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def block(
+    x: Tensor,
+    weights: BlockWeights,
+    offsets: Tensor,
+    heads: int,
+    rotary: Tables | None = None,
+    *,
+    causal: bool = False,
+    last_only: bool = False,
+    dropout: BlockDropout | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """One block over packed histories, differentiable in reverse mode with respect to x and the weights.
+
+    Args:
+        x: [total, D], a history's rows oldest first, each history of at least one row where `last_only`.
+        weights: of x's dtype and device.
+        offsets: [B + 1] int32 or int64, from 0 to total.
+        heads: H; D / H is even.
+        rotary: tables of `rotary_by_age` that reach the longest history, or None.
+        causal: whether an item attends only to itself and older ones.
+        last_only: compute the newest row of each history alone.
+        dropout: None outside training.
+        backend: auto, reference or triton.
+
+    Returns:
+        [total, D], or [B, D] with `last_only`.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit.
+        BackendError: the backend cannot run here.
+        NotImplementedError: under forward-mode differentiation or in a `torch.func` transform.
+    """
+    histories = Histories(offsets, None, heads, rotary, causal, last_only)
+    (y,) = _apply("block", (x,), weights, histories, dropout, backend)
+    return y
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def block_dual(
+    x: Tensor,
+    dx: Tensor,
+    weights: BlockWeights,
+    offsets: Tensor,
+    heads: int,
+    rotary: Tables | None = None,
+    *,
+    causal: bool = False,
+    last_only: bool = False,
+    dropout: BlockDropout | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`block` and its derivative along the tangent `dx` [total, D] of x; the dropout masks are the value's.
+
+    Both results are differentiable in reverse mode with respect to x, dx and the weights.
+    """
+    histories = Histories(offsets, None, heads, rotary, causal, last_only)
+    y, dy = _apply("block_dual", (x, dx), weights, histories, dropout, backend)
+    return y, dy
+
+
+def _apply(
+    op: str,
+    x: tuple[Tensor, ...],
+    weights: BlockWeights,
+    histories: Histories,
+    dropout: BlockDropout | None,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    given = [one for one in weights if one is not None]
+    refuse_forward_mode(op, *x, *given)
+    _check(x, weights, histories)
+    if dropout is not None and dropout.p == 0:
+        dropout = None
+    run = OP.resolve(backend, x[0].device, x[0].dtype)
+    return run(x, weights, histories, dropout)
+
+
+def _check(x: tuple[Tensor, ...], weights: BlockWeights, histories: Histories) -> None:
+    first = x[0]
+    if first.dim() != 2 or first.shape[1] % (2 * histories.heads) != 0:
+        raise ValueError(f"x is {list(first.shape)}; expected [total, D], D a multiple of {2 * histories.heads}")
+    d, hidden = first.shape[1], len(weights.ffn_in)
+    shapes = [(d,), (d,), (3 * d, d), (d, d), (d,), (d,), (hidden, d), (d, hidden)]
+    if (weights.attention_bias is None) != (weights.ffn_bias is None):
+        raise ValueError("one norm has a bias and the other none; expected two norms of one kind")
+    named = zip(BlockWeights._fields, weights, shapes, strict=True)
+    wanted = [(name, one, shape) for name, one, shape in named if one is not None]
+    wanted += [("dx", one, tuple(first.shape)) for one in x[1:]]
+    for name, one, shape in wanted:
+        if one.shape != shape or one.dtype != first.dtype or one.device != first.device:
+            raise ValueError(
+                f"{name} is {one.dtype} {list(one.shape)} on {one.device}; expected {first.dtype} {list(shape)} on "
+                f"{first.device}"
+            )
+    bounds = histories.bounds
+    if bounds.dim() != 1 or len(bounds) == 0 or bounds.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"offsets are {bounds.dtype} {list(bounds.shape)}; expected int32 or int64 [B + 1]")
+    if bounds.device != first.device:
+        raise ValueError(f"offsets are on {bounds.device} and x on {first.device}; expected one device")
+
+
+def norm_dual(x: tuple[Tensor, ...], gain: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, ...]:
+    """Plain PyTorch: RMSNorm (LayerNorm with a bias) of x [..., D] and, where x has a second tensor, its tangent."""
+    wide = [one if one.dtype == torch.float64 else one.float() for one in x]
+    if bias is not None:
+        wide = [one - one.mean(-1, keepdim=True) for one in wide]
+    c = wide[0]
+    r = torch.rsqrt(c.square().mean(-1, keepdim=True) + eps)
+    results = [c * r * gain if bias is None else c * r * gain + bias]
+    if len(wide) == 2:
+        m = (c * wide[1]).mean(-1, keepdim=True)
+        results.append((wide[1] - c * (r * r * m)) * r * gain)
+    return tuple(one.to(x[0].dtype) for one in results)
+
+
+def gelu_dual(a: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Plain PyTorch: GELU of a and, where a has a second tensor, its tangent."""
+    if len(a) == 1:
+        return (F.gelu(a[0]),)
+    wide = a[0] if a[0].dtype == torch.float64 else a[0].float()
+    below, density = 0.5 + 0.5 * torch.erf(wide * 0.5**0.5), torch.exp(-0.5 * wide.square()) * 0.3989422804014327
+    return (wide * below).to(a[0].dtype), ((below + wide * density) * a[1]).to(a[0].dtype)
+
+
+def linear_dual(x: tuple[Tensor, ...], weight: Tensor) -> tuple[Tensor, ...]:
+    """x weight^T of value and tangent [rows, D] in one matrix product."""
+    return F.linear(torch.cat(x), weight).chunk(len(x))
+
+
+def reference(
+    x: tuple[Tensor, ...], weights: BlockWeights, histories: Histories, dropout: BlockDropout | None
+) -> tuple[Tensor, ...]:
+    """Plain PyTorch on (x,) or (x, dx)."""
+    heads_of = attention_op.reference
+    d = x[0].shape[1]
+
+    def dropped(branch: tuple[Tensor, ...], second: bool) -> tuple[Tensor, ...]:
+        if dropout is None:
+            return branch
+        factor = dropout.factors(second, len(branch[0]), d).to(x[0].dtype)
+        return tuple(one * factor for one in branch)
+
+    n = norm_dual(x, weights.attention_gain, weights.attention_bias, weights.eps)
+    residual = x
+    if histories.last:
+        rows = histories.newest_rows()
+        residual = tuple(one[rows] for one in x)
+        queries = linear_dual(tuple(one[rows] for one in n), weights.qkv[:d])
+        o = heads_of(linear_dual(n, weights.qkv[d:]), queries, histories)
+    else:
+        o = heads_of(linear_dual(n, weights.qkv), (), histories)
+    branch = dropped(linear_dual(o, weights.attention_out), False)
+    h = tuple(one + two for one, two in zip(residual, branch, strict=True))
+    n = norm_dual(h, weights.ffn_gain, weights.ffn_bias, weights.eps)
+    branch = dropped(linear_dual(gelu_dual(linear_dual(n, weights.ffn_in)), weights.ffn_out), True)
+    return tuple(one + two for one, two in zip(h, branch, strict=True))
+
+
+def _shapes(kernel: str, dual: bool, device: torch.device) -> Shapes:
+    return tile_shapes("block", f"{kernel}_dual" if dual else kernel, device)
+
+
+class _Rows:
+    """Value, or value and tangent, in one buffer [1 or 2, rows, width], so that one product takes both."""
+
+    def __init__(self, like: Tensor, count: int, rows: int, width: int) -> None:
+        self.buffer = torch.empty(count, rows, width, dtype=like.dtype, device=like.device)
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        return tuple(self.buffer.unbind(0))
+
+    @property
+    def flat(self) -> Tensor:
+        return self.buffer.flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """The launches of one block, forward and backward."""
+
+    weights: BlockWeights
+    histories: Histories
+    dropout: BlockDropout | None
+    dual: bool
+    d: int
+
+    def _mask(self, x: Tensor) -> tuple[Tensor, int, int, float] | None:
+        if self.dropout is None:
+            return None
+        return self.dropout.seed, 2 * self.dropout.layer, self.dropout.threshold(), 1 / (1 - self.dropout.p)
+
+    def _norms(self) -> tuple[tuple[Tensor, Tensor | None, float], tuple[Tensor, Tensor | None, float]]:
+        w = self.weights
+        return (w.attention_gain, w.attention_bias, w.eps), (w.ffn_gain, w.ffn_bias, w.eps)
+
+    def _views(self, projected: Tensor, queries: Tensor | None) -> tuple[Tensor, ...]:
+        return attention_op.views(tuple(projected.unbind(0)), () if queries is None else tuple(queries.unbind(0)))
+
+    def forward(self, x: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """(y,) or (y, dy), and the tensors that `backward` needs."""
+        from fave_fast.kernels import block as kernels
+
+        w, d, device = self.weights, self.d, x[0].device
+        norm, ffn_norm = self._norms()
+        count, total, last = len(x), len(x[0]), self.histories.last
+        shapes = _shapes("norm_linear", self.dual, device)
+        residual, queries = x, None
+        weight = w.qkv
+        if last:
+            rows = self.histories.newest_rows()
+            residual = tuple(one.index_select(0, rows) for one in x)
+            queries = _Rows(x[0], count, len(rows), d)
+            kernels.norm_linear(residual, norm, weight[:d], queries.parts, shapes)
+            weight = weight[d:]
+        projected = _Rows(x[0], count, total, len(weight))
+        kernels.norm_linear(x, norm, weight, projected.parts, shapes)
+        o, h, y = (_Rows(x[0], count, len(residual[0]), d) for _ in range(3))
+        views = self._views(projected.buffer, None if queries is None else queries.buffer)
+        attention_op.forward_into(views, o.parts, self.histories)
+        kernels.tail(
+            o.parts, residual, (w.attention_out, w.ffn_in, w.ffn_out), ffn_norm, self._mask(x[0]), h.parts, y.parts,
+            _shapes("tail", self.dual, device),
+        )  # fmt: skip
+        saved = (projected.buffer, o.buffer, h.buffer) + (() if queries is None else (queries.buffer,))
+        return y.parts, saved
+
+    def backward(
+        self, x: tuple[Tensor, ...], saved: tuple[Tensor, ...], upstream: tuple[Tensor, ...]
+    ) -> tuple[tuple[Tensor, ...], BlockWeights]:
+        """Gradients of x (and dx) and of the weights."""
+        w, d, count = self.weights, self.d, len(x)
+        projected, o, h = saved[:3]
+        queries = saved[3] if self.histories.last else None
+        gh, go, ffn = self._feed_forward_backward(h, upstream)
+        g_projected = torch.empty_like(projected)
+        g_queries = None if queries is None else torch.empty_like(queries)
+        attention_op.backward_into(
+            self._views(projected, queries), go.parts, self._views(g_projected, g_queries), self.histories
+        )
+        g_out = ffn.pop("gz").t() @ o.flatten(0, 1)
+        weight = w.qkv if queries is None else w.qkv[d:]
+        newest, ng_queries = None, None
+        if g_queries is not None:
+            rows = self.histories.newest_rows()
+            owner = torch.full((len(x[0]),), -1, dtype=torch.int32, device=rows.device)
+            owner.index_copy_(0, rows, torch.arange(len(rows), dtype=torch.int32, device=rows.device))
+            newest = (owner, tuple(g_queries.unbind(0)), w.qkv[:d])
+            ng_queries = (g_queries, rows)
+        gx, n = (_Rows(x[0], count, len(x[0]), d) for _ in range(2))
+        g_norm = self._norm_backward(tuple(g_projected.unbind(0)), weight, x, 0, gh.parts, newest, None, gx, n)
+        g_qkv = g_projected.flatten(0, 1).t() @ n.flat
+        if ng_queries is not None:
+            newest_n = n.buffer.index_select(1, ng_queries[1]).flatten(0, 1)
+            g_qkv = torch.cat((ng_queries[0].flatten(0, 1).t() @ newest_n, g_qkv))
+        gradients = BlockWeights(*g_norm, g_qkv, g_out, *ffn["norm"], ffn["in"], ffn["out"])
+        return gx.parts, gradients
+
+    def _feed_forward_backward(self, h: Tensor, upstream: tuple[Tensor, ...]) -> tuple[_Rows, _Rows, dict[str, Any]]:
+        """Gradients of h and of the attention's output, and of the feed-forward's weights."""
+        from fave_fast.kernels import block as kernels
+
+        w, d = self.weights, self.d
+        count, rows, _ = h.shape
+        mask, hidden = self._mask(h), len(w.ffn_in)
+        u, ga = (_Rows(h, count, rows, hidden) for _ in range(2))
+        # Without a mask and a tangent the upstream gradient itself is what the weights' product needs.
+        gz = _Rows(h, count, rows, d) if self.dual or mask is not None else None
+        kernels.gelu_backward(
+            tuple(h.unbind(0)), self._norms()[1], upstream, (w.ffn_in, w.ffn_out), mask, u.parts, ga.parts,
+            None if gz is None else gz.parts, _shapes("gelu_backward", self.dual, h.device),
+        )  # fmt: skip
+        g_out = (upstream[0] if gz is None else gz.flat).t() @ u.flat
+        gh, go, n = (_Rows(h, count, rows, d) for _ in range(3))
+        attention_gz = gh if mask is None else _Rows(h, count, rows, d)
+        project = (w.attention_out, mask, attention_gz.parts, go.parts)
+        g_norm = self._norm_backward(ga.parts, w.ffn_in, tuple(h.unbind(0)), 1, upstream, None, project, gh, n)
+        return gh, go, {"norm": g_norm, "in": ga.flat.t() @ n.flat, "out": g_out, "gz": attention_gz.flat}
+
+    def _norm_backward(
+        self,
+        g: tuple[Tensor, ...],
+        weight: Tensor,
+        x: tuple[Tensor, ...],
+        which: int,
+        residual: tuple[Tensor, ...],
+        newest: tuple[Tensor, tuple[Tensor, ...], Tensor] | None,
+        project: tuple[Any, ...] | None,
+        gx: _Rows,
+        n: _Rows,
+    ) -> tuple[Tensor, Tensor | None]:
+        from fave_fast.kernels import block as kernels
+
+        norm = self._norms()[which]
+        shapes = _shapes("linear_norm_backward", self.dual, weight.device)
+        programs = -(-len(x[0]) // shapes["BM"])
+        sums = torch.empty(programs, 2, self.d, dtype=torch.float32, device=weight.device)
+        kernels.linear_norm_backward(g, weight, x, norm, residual, newest, project, gx.parts, n.parts, sums, shapes)
+        gain, bias = sums.sum(0).to(weight.dtype)
+        return gain, None if norm[1] is None else bias
+
+
+class _BlockFunction(torch.autograd.Function):
+    """The kernels under autograd. Without `setup_context` and `jvp`: forward mode and torch.func raise."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, histories: Histories, dropout: BlockDropout | None, dual: bool, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        x = tuple(one.contiguous() for one in tensors[: 1 + dual] if one is not None)
+        weights = BlockWeights(*(one if one is None else one.contiguous() for one in tensors[1 + dual :]))
+        ctx.block = (histories, dropout, dual)
+        launches = _Block(weights, histories, dropout, dual, x[0].shape[1])
+        outputs, saved = launches.forward(x)
+        ctx.count = len(saved)
+        ctx.save_for_backward(*saved, *x, *weights)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        histories, dropout, dual = ctx.block
+        tensors = ctx.saved_tensors
+        saved, rest = tensors[: ctx.count], tensors[ctx.count :]
+        x, weights = rest[: 1 + dual], BlockWeights(*rest[1 + dual :])
+        launches = _Block(weights, histories, dropout, dual, x[0].shape[1])
+        gx, gradients = launches.backward(x, saved, tuple(one.contiguous() for one in upstream))
+        return None, None, None, *gx, *gradients
+
+
+Run = Callable[[tuple[Tensor, ...], BlockWeights, Histories, BlockDropout | None], tuple[Tensor, ...]]
+
+
+def _run_triton(
+    x: tuple[Tensor, ...], weights: BlockWeights, histories: Histories, dropout: BlockDropout | None
+) -> tuple[Tensor, ...]:
+    if len(x[0]) == 0:
+        return reference(x, weights, histories, dropout)
+    result: tuple[Tensor, ...] = _BlockFunction.apply(histories, dropout, len(x) == 2, *x, *weights)  # type: ignore[no-untyped-call]
+    return result
+
+
+OP: Op[Run] = Op(
+    "block",
+    (
+        Implementation("triton", _run_triton, triton_kernels, not_interpreted),
+        Implementation("reference", reference),
+    ),
+)

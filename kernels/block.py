@@ -1,0 +1,388 @@
+"""What a transformer block does around its attention, row by row, on values and (DUAL) on their tangents.
+
+Four kernels: norm and projection; everything after the attention, with the feed-forward's hidden layer kept on the chip;
+the backward pass through GELU, which writes what the weight gradients need; a product and the norm's backward pass.
+A program takes BM rows whatever else is in the batch and sums in a fixed order, so a row's results have the same bits
+in any batch. Value and tangent of a row are in one program: a tile of weights is read once for both.
+
+The formulas are those of `fave_fast.ops.block`.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _dot(a, b):
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def _mix(x):
+    """A bijection of uint32 whose output bits each depend on all input bits (a multiply-xorshift hash)."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _dropout_scale(seed_ptr, stream, first, row, channel, threshold, scale, D: tl.constexpr):
+    """0 or `scale` for each element, from (seed, stream, position)."""
+    seed = tl.load(seed_ptr)
+    low, high = (seed & 0xFFFFFFFF).to(tl.uint32), ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    key = _mix(_mix(low ^ stream.to(tl.uint32)) ^ high)
+    position = (first * D).to(tl.uint32) + (row[:, None] * D + channel[None, :]).to(tl.uint32)
+    bits = _mix(_mix(position + key) ^ key)
+    return tl.where(bits >= threshold.to(tl.uint32), scale, 0.0)
+
+
+@triton.jit
+def _load_rows(ptr, first, row, keep, channel, WIDTH: tl.constexpr):
+    """Rows `first` + `row` of a contiguous [., WIDTH]; only the scalar `first` needs 64 bits."""
+    mask = keep[:, None] & (channel < WIDTH)[None, :]
+    return tl.load(ptr + first * WIDTH + (row[:, None] * WIDTH + channel[None, :]), mask=mask, other=0.0)
+
+
+@triton.jit
+def _store_rows(ptr, value, first, row, keep, channel, WIDTH: tl.constexpr):
+    mask = keep[:, None] & (channel < WIDTH)[None, :]
+    at = ptr + first * WIDTH + (row[:, None] * WIDTH + channel[None, :])
+    tl.store(at, value.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _load_matrix(ptr, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A tile of a weight matrix [ROWS, COLUMNS]."""
+    mask = (row < ROWS)[:, None] & (column < COLUMNS)[None, :]
+    return tl.load(ptr + row[:, None] * COLUMNS + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _load_vector(ptr, channel, D: tl.constexpr):
+    return tl.load(ptr + channel, mask=channel < D, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _centred(x, channel, D: tl.constexpr, LAYER: tl.constexpr):
+    x = x.to(tl.float32)
+    if LAYER:
+        x = tl.where((channel < D)[None, :], x - tl.sum(x, 1)[:, None] / D, 0.0)
+    return x
+
+
+@triton.jit
+def _normed(x, dx, gain_ptr, bias_ptr, channel, eps, D: tl.constexpr, LAYER: tl.constexpr, DUAL: tl.constexpr):
+    """Norm of rows and its tangent, float32."""
+    gain = _load_vector(gain_ptr, channel, D)
+    c = _centred(x, channel, D, LAYER)
+    r = tl.rsqrt(tl.sum(c * c, 1) / D + eps)[:, None]
+    n = c * r * gain
+    dn = n
+    if DUAL:
+        dc = _centred(dx, channel, D, LAYER)
+        m = tl.sum(c * dc, 1)[:, None] / D
+        dn = (dc - c * (r * r * m)) * r * gain
+    if LAYER:
+        n += _load_vector(bias_ptr, channel, D)
+    return n, dn
+
+
+@triton.jit
+def _gelu_parts(x):
+    """Phi(x), phi(x): the normal distribution and its density."""
+    return 0.5 + 0.5 * tl.erf(x * 0.7071067811865476), 0.3989422804014327 * tl.exp2(x * x * -0.7213475204444817)
+
+
+@triton.jit
+def _norm_linear_kernel(
+    x_ptr, dx_ptr, gain_ptr, bias_ptr, w_ptr, y_ptr, dy_ptr, count, eps,
+    D: tl.constexpr, D_BLOCK: tl.constexpr, WIDTH: tl.constexpr, LAYER: tl.constexpr, DUAL: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    first, row = tl.program_id(0).to(tl.int64) * BM, tl.arange(0, BM)
+    keep, channel = row < count - first, tl.arange(0, D_BLOCK)
+    x = _load_rows(x_ptr, first, row, keep, channel, D)
+    dx = x
+    if DUAL:
+        dx = _load_rows(dx_ptr, first, row, keep, channel, D)
+    n, dn = _normed(x, dx, gain_ptr, bias_ptr, channel, eps, D, LAYER, DUAL)
+    n = n.to(w_ptr.dtype.element_ty)
+    dn = dn.to(w_ptr.dtype.element_ty)
+    for start in range(0, WIDTH, BN):
+        column = start + tl.arange(0, BN)
+        w = tl.trans(_load_matrix(w_ptr, column, channel, WIDTH, D))
+        _store_rows(y_ptr, _dot(n, w), first, row, keep, column, WIDTH)
+        if DUAL:
+            _store_rows(dy_ptr, _dot(dn, w), first, row, keep, column, WIDTH)
+
+
+@triton.jit
+def _tail_kernel(
+    o_ptr, do_ptr, x_ptr, dx_ptr, wo_ptr, gain_ptr, bias_ptr, w1_ptr, w2_ptr, seed_ptr,
+    h_ptr, dh_ptr, y_ptr, dy_ptr, count, stream, threshold, scale, eps,
+    D: tl.constexpr, D_BLOCK: tl.constexpr, HIDDEN: tl.constexpr, LAYER: tl.constexpr, DUAL: tl.constexpr,
+    DROP: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr,
+):  # fmt: skip
+    first, row = tl.program_id(0).to(tl.int64) * BM, tl.arange(0, BM)
+    keep, channel = row < count - first, tl.arange(0, D_BLOCK)
+    wo = tl.trans(_load_matrix(wo_ptr, channel, channel, D, D))
+    h = _dot(_load_rows(o_ptr, first, row, keep, channel, D), wo)
+    dh = h
+    if DUAL:
+        dh = _dot(_load_rows(do_ptr, first, row, keep, channel, D), wo)
+    if DROP:
+        factor = _dropout_scale(seed_ptr, stream, first, row, channel, threshold, scale, D)
+        h *= factor
+        if DUAL:
+            dh *= factor
+    h = (h + _load_rows(x_ptr, first, row, keep, channel, D).to(tl.float32)).to(h_ptr.dtype.element_ty)
+    _store_rows(h_ptr, h, first, row, keep, channel, D)
+    if DUAL:
+        dh = (dh + _load_rows(dx_ptr, first, row, keep, channel, D).to(tl.float32)).to(h_ptr.dtype.element_ty)
+        _store_rows(dh_ptr, dh, first, row, keep, channel, D)
+    n, dn = _normed(h, dh, gain_ptr, bias_ptr, channel, eps, D, LAYER, DUAL)
+    n = n.to(w1_ptr.dtype.element_ty)
+    dn = dn.to(w1_ptr.dtype.element_ty)
+    y = tl.zeros([BM, D_BLOCK], tl.float32)
+    dy = y
+    for start in range(0, HIDDEN, BH):
+        hidden = start + tl.arange(0, BH)
+        w1 = tl.trans(_load_matrix(w1_ptr, hidden, channel, HIDDEN, D))
+        w2 = tl.trans(_load_matrix(w2_ptr, channel, hidden, D, HIDDEN))
+        a = _dot(n, w1)
+        below, density = _gelu_parts(a)
+        y += _dot((a * below).to(w2.dtype), w2)
+        if DUAL:
+            dy += _dot(((below + a * density) * _dot(dn, w1)).to(w2.dtype), w2)
+    if DROP:
+        factor = _dropout_scale(seed_ptr, stream + 1, first, row, channel, threshold, scale, D)
+        y *= factor
+        if DUAL:
+            dy *= factor
+    # h again instead of keeping 2 x 32 registers through the loop; other threads may have written it.
+    tl.debug_barrier()
+    h = _load_rows(h_ptr, first, row, keep, channel, D)
+    _store_rows(y_ptr, y + h.to(tl.float32), first, row, keep, channel, D)
+    if DUAL:
+        dh = _load_rows(dh_ptr, first, row, keep, channel, D)
+        _store_rows(dy_ptr, dy + dh.to(tl.float32), first, row, keep, channel, D)
+
+
+@triton.jit
+def _gelu_backward_kernel(
+    h_ptr, dh_ptr, gain_ptr, bias_ptr, g_ptr, e_ptr, w1_ptr, w2_ptr, seed_ptr,
+    u_ptr, du_ptr, ga_ptr, gda_ptr, gz_ptr, gdz_ptr, count, stream, threshold, scale, eps,
+    D: tl.constexpr, D_BLOCK: tl.constexpr, HIDDEN: tl.constexpr, LAYER: tl.constexpr, DUAL: tl.constexpr,
+    DROP: tl.constexpr, STORE_GZ: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr,
+):  # fmt: skip
+    first, row = tl.program_id(0).to(tl.int64) * BM, tl.arange(0, BM)
+    keep, channel = row < count - first, tl.arange(0, D_BLOCK)
+    h = _load_rows(h_ptr, first, row, keep, channel, D)
+    g = _load_rows(g_ptr, first, row, keep, channel, D)
+    dh, e = h, g
+    if DUAL:
+        dh = _load_rows(dh_ptr, first, row, keep, channel, D)
+        e = _load_rows(e_ptr, first, row, keep, channel, D)
+    n, dn = _normed(h, dh, gain_ptr, bias_ptr, channel, eps, D, LAYER, DUAL)
+    n = n.to(w1_ptr.dtype.element_ty)
+    dn = dn.to(w1_ptr.dtype.element_ty)
+    if DROP:
+        factor = _dropout_scale(seed_ptr, stream + 1, first, row, channel, threshold, scale, D)
+        g = (g.to(tl.float32) * factor).to(g_ptr.dtype.element_ty)
+        if DUAL:
+            e = (e.to(tl.float32) * factor).to(g_ptr.dtype.element_ty)
+    if STORE_GZ:
+        _store_rows(gz_ptr, g, first, row, keep, channel, D)
+        if DUAL:
+            _store_rows(gdz_ptr, e, first, row, keep, channel, D)
+    for start in range(0, HIDDEN, BH):
+        hidden = start + tl.arange(0, BH)
+        w1 = tl.trans(_load_matrix(w1_ptr, hidden, channel, HIDDEN, D))
+        w2 = _load_matrix(w2_ptr, channel, hidden, D, HIDDEN)
+        a = _dot(n, w1)
+        below, density = _gelu_parts(a)
+        slope = below + a * density
+        gu = _dot(g, w2)
+        _store_rows(u_ptr, a * below, first, row, keep, hidden, HIDDEN)
+        ga = gu * slope
+        if DUAL:
+            da = _dot(dn, w1)
+            gdu = _dot(e, w2)
+            _store_rows(du_ptr, slope * da, first, row, keep, hidden, HIDDEN)
+            _store_rows(gda_ptr, gdu * slope, first, row, keep, hidden, HIDDEN)
+            ga += gdu * (density * (2.0 - a * a) * da)
+        _store_rows(ga_ptr, ga, first, row, keep, hidden, HIDDEN)
+
+
+@triton.jit
+def _linear_norm_backward_kernel(
+    g_ptr, e_ptr, w_ptr, x_ptr, dx_ptr, gain_ptr, bias_ptr, residual_ptr, dresidual_ptr, owner_ptr, gq_ptr, gdq_ptr, wq_ptr,
+    wo_ptr, seed_ptr, gx_ptr, gdx_ptr, n_ptr, dn_ptr, gz_ptr, gdz_ptr, go_ptr, gdo_ptr, sums_ptr,
+    count, stream, threshold, scale, eps,
+    D: tl.constexpr, D_BLOCK: tl.constexpr, WIDTH: tl.constexpr, LAYER: tl.constexpr, DUAL: tl.constexpr,
+    DROP: tl.constexpr, PROJECT: tl.constexpr, SPARSE: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    first, row = tl.program_id(0).to(tl.int64) * BM, tl.arange(0, BM)
+    keep, channel = row < count - first, tl.arange(0, D_BLOCK)
+    gn = tl.zeros([BM, D_BLOCK], tl.float32)
+    gdn = gn
+    for start in range(0, WIDTH, BK):
+        inner = start + tl.arange(0, BK)
+        w = _load_matrix(w_ptr, inner, channel, WIDTH, D)
+        gn += _dot(_load_rows(g_ptr, first, row, keep, inner, WIDTH), w)
+        if DUAL:
+            gdn += _dot(_load_rows(e_ptr, first, row, keep, inner, WIDTH), w)
+    if SPARSE:
+        # The newest items alone had a query and a residual stream.
+        owner = tl.load(owner_ptr + first + row, mask=keep, other=-1).to(tl.int64)
+        owners, stored, owned = first * 0, tl.maximum(owner, 0), owner >= 0
+        wq = _load_matrix(wq_ptr, channel, channel, D, D)
+        gn += _dot(_load_rows(gq_ptr, owners, stored, owned, channel, D), wq)
+        if DUAL:
+            gdn += _dot(_load_rows(gdq_ptr, owners, stored, owned, channel, D), wq)
+    else:
+        owners, stored, owned = first, row, keep
+    gain = _load_vector(gain_ptr, channel, D)
+    c = _centred(_load_rows(x_ptr, first, row, keep, channel, D), channel, D, LAYER)
+    r = tl.rsqrt(tl.sum(c * c, 1) / D + eps)[:, None]
+    n = c * r
+    a = gn * gain
+    to_gain = gn * n
+    if DUAL:
+        dc = _centred(_load_rows(dx_ptr, first, row, keep, channel, D), channel, D, LAYER)
+        m = tl.sum(c * dc, 1)[:, None] / D
+        dn = (dc - c * (r * r * m)) * r
+        e = gdn * gain
+        to_gain += gdn * dn
+        along = tl.sum(e * c, 1)[:, None] / D
+        through_r = tl.sum(a * c + e * dc, 1)[:, None] / D - 3.0 * r * r * m * along
+        cube = r * r * r
+        gdx = r * e - cube * along * c
+        gx = r * a - cube * (m * e + along * dc + through_r * c)
+        if LAYER:
+            gdx = tl.where((channel < D)[None, :], gdx - tl.sum(gdx, 1)[:, None] / D, 0.0)
+        gdx += _load_rows(dresidual_ptr, owners, stored, owned, channel, D).to(tl.float32)
+        _store_rows(gdx_ptr, gdx, first, row, keep, channel, D)
+        _store_rows(dn_ptr, dn * gain, first, row, keep, channel, D)
+    else:
+        gx = r * a - n * (r * tl.sum(a * n, 1)[:, None] / D)
+    tl.store(sums_ptr + tl.program_id(0) * (2 * D) + channel, tl.sum(to_gain, 0), mask=channel < D)
+    n *= gain
+    if LAYER:
+        gx = tl.where((channel < D)[None, :], gx - tl.sum(gx, 1)[:, None] / D, 0.0)
+        n += _load_vector(bias_ptr, channel, D)
+        tl.store(sums_ptr + tl.program_id(0) * (2 * D) + D + channel, tl.sum(gn, 0), mask=channel < D)
+    _store_rows(n_ptr, n, first, row, keep, channel, D)
+    gx += _load_rows(residual_ptr, owners, stored, owned, channel, D).to(tl.float32)
+    _store_rows(gx_ptr, gx, first, row, keep, channel, D)
+    if PROJECT:
+        if DROP:
+            factor = _dropout_scale(seed_ptr, stream, first, row, channel, threshold, scale, D)
+            gx *= factor
+            _store_rows(gz_ptr, gx, first, row, keep, channel, D)
+            if DUAL:
+                gdx *= factor
+                _store_rows(gdz_ptr, gdx, first, row, keep, channel, D)
+        wo = _load_matrix(wo_ptr, channel, channel, D, D)
+        _store_rows(go_ptr, _dot(gx.to(wo.dtype), wo), first, row, keep, channel, D)
+        if DUAL:
+            _store_rows(gdo_ptr, _dot(gdx.to(wo.dtype), wo), first, row, keep, channel, D)
+
+
+def _pair(tensors):
+    """Value and tangent; the value twice where there is no tangent."""
+    return (*tensors, *tensors)[:2]
+
+
+def _block_of(d):
+    return max(16, triton.next_power_of_2(d))
+
+
+def norm_linear(x, norm, weight, y, shapes):
+    """y = norm(x) weight^T.
+
+    Args:
+        x, y: tuples of value, or of value and tangent: [rows, D] and [rows, WIDTH], contiguous.
+        norm: (gain [D], bias [D] or None, eps); with a bias it is LayerNorm, without one RMSNorm.
+        weight: [WIDTH, D], contiguous.
+        shapes: BM, BN, num_warps, num_stages.
+    """
+    count, d = x[0].shape
+    gain, bias, eps = norm
+    _norm_linear_kernel[(triton.cdiv(count, shapes["BM"]),)](
+        *_pair(x), gain, gain if bias is None else bias, weight, *_pair(y), count, eps, D=d,
+        D_BLOCK=_block_of(d), WIDTH=len(weight), LAYER=bias is not None, DUAL=len(x) == 2, **shapes,
+    )  # fmt: skip
+
+
+def tail(o, x, weights, norm, dropout, h, y, shapes):
+    """h = x + dropout(o Wo^T); y = h + dropout(gelu(norm(h) W1^T) W2^T).
+
+    Args:
+        o, x, h, y: tuples of value, or of value and tangent, each [rows, D], contiguous; h and y are written.
+        weights: (Wo [D, D], W1 [hidden, D], W2 [D, hidden]), contiguous.
+        norm: as for `norm_linear`.
+        dropout: None, or (seed int64 [1], stream, threshold, scale); the second use takes stream + 1.
+        shapes: BM, BH, num_warps, num_stages.
+    """
+    count, d = x[0].shape
+    gain, bias, eps = norm
+    wo, w1, w2 = weights
+    seed, stream, threshold, scale = dropout or (gain, 0, 0, 1.0)
+    _tail_kernel[(triton.cdiv(count, shapes["BM"]),)](
+        *_pair(o), *_pair(x), wo, gain, gain if bias is None else bias, w1, w2, seed, *_pair(h), *_pair(y), count,
+        stream, threshold, scale, eps, D=d, D_BLOCK=_block_of(d), HIDDEN=len(w1), LAYER=bias is not None,
+        DUAL=len(x) == 2, DROP=dropout is not None, **shapes,
+    )  # fmt: skip
+
+
+def gelu_backward(h, norm, upstream, weights, dropout, u, ga, gz, shapes):
+    """From gradients of y of `tail` to those of a = norm(h) W1^T, and u = gelu(a) again.
+
+    Args:
+        h, upstream: tuples of value, or of value and tangent, [rows, D].
+        norm, dropout: as for `tail`.
+        weights: (W1, W2).
+        u, ga: written, [rows, hidden].
+        gz: None, or written: gradients [rows, D] of what `dropout` was applied to second.
+        shapes: BM, BH, num_warps, num_stages.
+    """
+    count, d = h[0].shape
+    gain, bias, eps = norm
+    w1, w2 = weights
+    seed, stream, threshold, scale = dropout or (gain, 0, 0, 1.0)
+    _gelu_backward_kernel[(triton.cdiv(count, shapes["BM"]),)](
+        *_pair(h), gain, gain if bias is None else bias, *_pair(upstream), w1, w2, seed, *_pair(u), *_pair(ga),
+        *_pair(gz or u), count, stream, threshold, scale, eps, D=d, D_BLOCK=_block_of(d), HIDDEN=len(w1),
+        LAYER=bias is not None, DUAL=len(h) == 2, DROP=dropout is not None, STORE_GZ=gz is not None, **shapes,
+    )  # fmt: skip
+
+
+def linear_norm_backward(g, weight, x, norm, residual, newest, project, gx, n, sums, shapes):
+    """Gradients of x, given those of norm(x) weight^T and of x by the residual stream.
+
+    Args:
+        g: tuple of value, or of value and tangent: [rows, WIDTH], contiguous.
+        weight: [WIDTH, D], contiguous.
+        x: likewise [rows, D].
+        norm: as for `norm_linear`.
+        residual: gradients [rows, D], or with `newest` [B, D].
+        newest: None, or (owner int32 [rows], gq [B, D], Wq [D, D]): row by row the history whose newest item it is, or -1;
+            norm(x) Wq^T of those rows has the gradient gq.
+        project: None, or (Wo, dropout, gz, go): go = gz Wo is written, gz being gx times the dropout of `tail`'s stream,
+            written where `dropout` is not None.
+        gx, n: written: gradients of x, and norm(x) with its tangent.
+        sums: float32 [programs, 2, D], written: each program's share of the gain's and (LayerNorm) the bias's gradient.
+        shapes: BM, BK, num_warps, num_stages.
+    """
+    count, d = x[0].shape
+    gain, bias, eps = norm
+    owner, gq, wq = newest or (gain, gx, weight)
+    wo, dropout, gz, go = project or (gain, None, None, gx)
+    seed, stream, threshold, scale = dropout or (gain, 0, 0, 1.0)
+    _linear_norm_backward_kernel[(triton.cdiv(count, shapes["BM"]),)](
+        *_pair(g), weight, *_pair(x), gain, gain if bias is None else bias, *_pair(residual), owner, *_pair(gq), wq, wo,
+        seed, *_pair(gx), *_pair(n), *_pair(gz or gx), *_pair(go), sums, count, stream,
+         threshold, scale, eps, D=d, D_BLOCK=_block_of(d), WIDTH=len(weight), LAYER=bias is not None,
+        DUAL=len(g) == 2, DROP=dropout is not None, PROJECT=project is not None, SPARSE=newest is not None, **shapes,
+    )  # fmt: skip
