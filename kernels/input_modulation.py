@@ -436,7 +436,8 @@ def launch_rows(
     d = table.shape[1]
     v, rows = _lanes(table, out, shapes)
     # A small batch is cut into more programs than users: the rows of a history do not know of each other.
-    parts = min(triton.cdiv(out.numel() // d, rows), triton.cdiv(shapes["programs"], count))
+    longest = len(ids) if ids.dim() == 1 else ids.shape[1]
+    parts = min(triton.cdiv(longest, rows), triton.cdiv(shapes["programs"], count))
     _rows[(count, max(1, parts))](
         ids, offsets, 0 if ids.dim() == 1 else ids.shape[1], table, norm_weight, norm_bias, eps,
         x, keep, 0 if keep is None or keep.dim() == 1 else d, anchor, z, 0 if z.dim() == 1 else d, dx, dz,

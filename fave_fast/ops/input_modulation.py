@@ -561,7 +561,7 @@ def _summed(call: _Call, part: Tensor, dtype: torch.dtype) -> Tensor:
         return part.new_zeros(part.shape[1], dtype=dtype)
     shapes = _shapes("sums", call)
     while len(part) > shapes["span"]:
-        fewer = part.new_empty(-(-len(part) // shapes["span"]), part.shape[1])
+        fewer = torch.empty(-(-len(part) // shapes["span"]), part.shape[1], device=part.device)
         kernels.launch_sums(part, fewer, span=shapes["span"], shapes=shapes)
         part = fewer
     total = torch.empty(1, part.shape[1], dtype=dtype, device=part.device)
