@@ -8,11 +8,11 @@ exponentials are powers of two.
 
 import triton
 import triton.language as tl
+from fave_fast.kernels.rank_count import _products
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fave_fast.kernels.rank_count import _products
-
 JOIN_ROWS = 64
+JOIN_SPANS = 64
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -54,7 +54,7 @@ def _spans(
 @triton.jit
 def _join(
     queries_ptr, table_ptr, targets_ptr, highest_ptr, total_ptr, log_sum_ptr, losses_ptr, B, spans,
-    P: tl.constexpr, D: tl.constexpr, BK: tl.constexpr,
+    P: tl.constexpr, D: tl.constexpr, BK: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * P + tl.arange(0, P)
     live = row < B
@@ -62,12 +62,15 @@ def _join(
     score = _products(queries_ptr, table_ptr, tl.where(live, row, 0), target, P, D, BK)
     highest = tl.full([P], -float("inf"), tl.float32)
     total = tl.zeros([P], tl.float32)
-    for span in range(0, spans):
-        other = tl.load(highest_ptr + tl.cast(span, tl.int64) * B + row, live, 0.0)
-        part = tl.load(total_ptr + tl.cast(span, tl.int64) * B + row, live, 1.0)
-        higher = tl.maximum(highest, other)
+    for start in range(0, spans, S):
+        span = start + tl.arange(0, S)
+        place = span.to(tl.int64)[None, :] * B + row[:, None]
+        there = live[:, None] & (span < spans)[None, :]
+        others = tl.load(highest_ptr + place, there, -float("inf"))
+        parts = tl.load(total_ptr + place, there, 0.0)
+        higher = tl.maximum(highest, tl.max(others, 1))
         base = tl.where(higher == -float("inf"), 0.0, higher)
-        total = total * tl.exp2(highest - base) + part * tl.exp2(other - base)
+        total = total * tl.exp2(highest - base) + tl.sum(parts * tl.exp2(others - base[:, None]), 1)
         highest = higher
     log_sum = highest + tl.log2(total)
     tl.store(log_sum_ptr + row, log_sum, live)
@@ -162,13 +165,11 @@ def forward(queries, table, targets, highest, total, log_sum, losses, *, M, T, s
     )  # fmt: skip
     _join[(triton.cdiv(B, JOIN_ROWS),)](
         queries, table, targets, highest, total, log_sum, losses, B, spans,
-        P=JOIN_ROWS, D=D, BK=D if queries.element_size() == 2 else 16, num_warps=4, num_stages=2,
+        P=JOIN_ROWS, D=D, BK=D if queries.element_size() == 2 else 16, S=JOIN_SPANS, num_warps=4, num_stages=2,
     )  # fmt: skip
 
 
-def backward_queries(
-    queries, table, targets, log_sum, grad, parts, result, *, M, T, span_tiles, num_warps, num_stages
-):
+def backward_queries(queries, table, targets, log_sum, grad, parts, result, *, M, T, span_tiles, num_warps, num_stages):
     """The gradient of the mean loss by the queries, [B, D]; parts: float32 [spans, B, D], overwritten."""
     (B, D), N = queries.shape, len(table) - 1
     row_blocks, tiles = triton.cdiv(B, M), triton.cdiv(N, T)

@@ -7,6 +7,7 @@ permutation.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 
 import pytest
@@ -198,7 +199,7 @@ def shapes(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, int]], None]:
         def changed(op: str, variant: str, device: torch.device) -> dict[str, int]:
             return {**tile_shapes(op, variant, device), **change}
 
-        monkeypatch.setattr("fave_fast.ops.rank_count.tile_shapes", changed)
+        monkeypatch.setattr(importlib.import_module("fave_fast.ops.rank_count"), "tile_shapes", changed)
 
     return put
 

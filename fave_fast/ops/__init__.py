@@ -2,17 +2,30 @@
 
 from typing import Any
 
+from fave_fast.ops import cross_entropy as _cross_entropy
 from fave_fast.ops import input_modulation as _input_modulation
 from fave_fast.ops import rank_count as _rank_count
 from fave_fast.ops import score_topk as _score_topk
 from fave_fast.ops.exclusions import Exclusions
 from fave_fast.ops.registry import BACKENDS, Op
 
-OPS: tuple[Op[Any], ...] = (_input_modulation.OP, _rank_count.OP, _score_topk.OP)
+OPS: tuple[Op[Any], ...] = (_cross_entropy.OP, _input_modulation.OP, _rank_count.OP, _score_topk.OP)
 
+cross_entropy = _cross_entropy.cross_entropy
+sampled_cross_entropy = _cross_entropy.sampled_cross_entropy
 input_modulation = _input_modulation.input_modulation
 input_modulation_dual = _input_modulation.input_modulation_dual
 rank_count = _rank_count.rank_count
 score_topk = _score_topk.score_topk
 
-__all__ = ["BACKENDS", "OPS", "Exclusions", "input_modulation", "input_modulation_dual", "rank_count", "score_topk"]
+__all__ = [
+    "BACKENDS",
+    "OPS",
+    "Exclusions",
+    "cross_entropy",
+    "input_modulation",
+    "input_modulation_dual",
+    "rank_count",
+    "sampled_cross_entropy",
+    "score_topk",
+]
