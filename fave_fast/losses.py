@@ -7,12 +7,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fave_fast import flow
 from fave_fast.config import Config
 from fave_fast.model import FAVE, Prediction
+from fave_fast.ops import cross_entropy
 
 Reduction = Literal["mean", "sum"]
 
@@ -48,8 +48,7 @@ def target_loss(endpoint: Tensor, embedding: Tensor, targets: Tensor) -> Tensor:
         embedding: [N + 1, D]; row 0 is padding and no candidate.
         targets: int64 [B], from 1 to N.
     """
-    logits = F.linear(endpoint, embedding[1:])
-    return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), targets - 1)
+    return cross_entropy(endpoint, embedding, targets)
 
 
 def absent_items(history: Tensor, num_items: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
