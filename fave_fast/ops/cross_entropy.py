@@ -37,7 +37,6 @@ _KERNEL_WIDTHS = (16, 32, 64, 128, 256)
 _Run = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def cross_entropy(endpoint: Tensor, table: Tensor, targets: Tensor, *, backend: str = "auto") -> Tensor:
     """Mean over rows of log sum_j exp(e . t_j) - e . t_target, j over the items 1 to N; differentiable once.
 
@@ -55,6 +54,12 @@ def cross_entropy(endpoint: Tensor, table: Tensor, targets: Tensor, *, backend: 
         ValueError: shapes, dtypes or devices that do not fit; or, on the CPU, a target that is no item.
         BackendError: the backend cannot run here.
     """
+    loss: Tensor = _cross_entropy(endpoint, table, targets, backend)
+    return loss
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _cross_entropy(endpoint: Tensor, table: Tensor, targets: Tensor, backend: str) -> Tensor:
     device = endpoint.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
