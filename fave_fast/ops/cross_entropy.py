@@ -25,9 +25,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from fave_fast.ops.registry import Implementation, Op, interpreting, not_interpreted, triton_kernels
+from fave_fast.ops.tiles import whole_rows
 from fave_fast.ops.tuning import Shapes, tile_shapes
 
 MAX_SCORES = 1 << 26  # 256 MiB of float32; autograd keeps about four times that
@@ -162,6 +164,7 @@ class _Chunked(torch.autograd.Function):
         return (log_sum - (_wide(endpoint) * _wide(table[targets])).sum(1)).mean()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         endpoint, table, targets, log_sum = ctx.saved_tensors
         scale = grads[0] / len(endpoint)
@@ -194,7 +197,7 @@ class _Fused(torch.autograd.Function):
     def forward(ctx: Any, endpoint: Tensor, table: Tensor, targets: Tensor) -> Tensor:
         from fave_fast.kernels import cross_entropy as kernels
 
-        endpoint, table, targets = endpoint.contiguous(), table.contiguous(), targets.contiguous()
+        endpoint, table, targets = whole_rows(endpoint), whole_rows(table), targets.contiguous()
         shapes = _shapes("forward", endpoint)
         length, spans = _spans(endpoint, table, shapes)
         highest, total = torch.empty(2, spans, len(endpoint), device=endpoint.device)
@@ -205,6 +208,7 @@ class _Fused(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         from fave_fast.kernels import cross_entropy as kernels
 

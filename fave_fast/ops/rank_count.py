@@ -15,11 +15,10 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from fave_fast.ops.exclusions import Exclusions
 from fave_fast.ops.registry import Implementation, Op, cpu_extension, interpreting, not_interpreted, triton_kernels
-from fave_fast.ops.tiles import Tile, Tiles
+from fave_fast.ops.tiles import Tile, Tiles, whole_rows
 from fave_fast.ops.tuning import tile_shapes
 
 # (scores [B, T], NaN where there is no candidate; first id; target scores [B]; targets [B]; counts [B], added to)
@@ -113,7 +112,7 @@ def _run(tiles: Tiles, targets: Tensor, ranks: Tensor, workspace: Tensor | None,
 def _run_triton(tiles: Tiles, targets: Tensor, ranks: Tensor, workspace: Tensor | None) -> None:
     from fave_fast.kernels import rank_count as kernels
 
-    queries, table = _whole_rows(tiles.queries), _whole_rows(tiles.table)
+    queries, table = whole_rows(tiles.queries), whole_rows(tiles.table)
     if workspace is None:
         workspace = torch.empty(2, len(targets), device=targets.device)
     shapes = tile_shapes("rank_count", _variant(queries), queries.device)
@@ -147,16 +146,6 @@ def _variant(queries: Tensor) -> str:
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def _whole_rows(rows: Tensor) -> Tensor:
-    """`rows` if it lies as the kernels need it (contiguous, base and rows of whole 16 bytes), else a copy that does."""
-    unit = 16 // rows.element_size()
-    missing = -rows.shape[1] % unit
-    if missing:
-        return functional.pad(rows, (0, missing))
-    rows = rows.contiguous()
-    return rows if rows.data_ptr() % 16 == 0 else rows.clone()
 
 
 def _count_torch(scores: Tensor, first_id: int, target_scores: Tensor, targets: Tensor, counts: Tensor) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from fave_fast.ops.exclusions import Exclusions
 
@@ -101,3 +102,13 @@ def _product(queries: Tensor, items: Tensor) -> Tensor:
             return torch.mm(queries, items.T, out_dtype=torch.float32)
         return queries.float() @ items.float().T
     return (queries @ items.T).float()
+
+
+def whole_rows(rows: Tensor) -> Tensor:
+    """`rows` if it lies as the kernels need it (contiguous, base and rows of whole 16 bytes), else a copy that does."""
+    unit = 16 // rows.element_size()
+    missing = -rows.shape[1] % unit
+    if missing:
+        return functional.pad(rows, (0, missing))
+    rows = rows.contiguous()
+    return rows if rows.data_ptr() % 16 == 0 else rows.clone()
