@@ -1,0 +1,277 @@
+"""All transformer blocks of a batch of histories in one launch: the newest item's final state, f of eq. (10).
+
+One program holds M rows: M / T histories in slots of T rows, T a power of two from 8 to M. A history fills its slot
+from the end (its newest item is the slot's last row), and rows before its oldest item are masked. The residual stream
+stays in float32 registers from the first block to the last; what a block reads is its weights.
+
+A history's bits do not depend on M, T, its slot or its neighbours: a product's row sees that row alone, and attention
+sums over all M keys with exact zeros at the keys of others, in an order that is fixed relative to a multiple of eight
+keys. (Only a NaN or an infinity spreads: zero times it is NaN.)
+
+The last block answers for the newest rows alone: its feed-forward runs on 16 rows, row j standing for whatever newest
+row there is among the tile's rows j M / 16 to (j + 1) M / 16 - 1. (Its attention does not: a loop that mixes products
+of 16 and of 64 rows is not pipelined, and waits for every weight.)
+
+Weights are one matrix of rows of D channels, block after block: for each head its C query, C key and C value rows and
+its C rows of the transposed output projection; then the F rows of the feed-forward's first matrix and the F of its
+transposed second. Queries and keys interleave the channels (i, i + C / 2) of a rotary pair, so that a pair is two
+neighbours, which one thread holds.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+NEWEST = tl.constexpr(16)  # rows of the last block: the tensor cores' smallest product
+MASKED = tl.constexpr(-1e30)  # finite, so that a row without any key stays finite
+
+
+@triton.jit
+def _gelu(x, EXACT: tl.constexpr):
+    """The GELU x Phi(x).
+
+    Unless EXACT, Phi(x) = (1 + tanh(x p(x^2))) / 2 with p a least-maximum fit: |error| < 2.9e-5, and one instruction of
+    the special-function unit, whose own error (2^-11 of tanh) stays under bf16's rounding of the result.
+    """
+    if EXACT:
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    square = tl.minimum(x * x, 16.0)
+    inner = x * (0.797489124 + square * (0.0369928986 + square * -0.000348455954))
+    tanh = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [inner], tl.float32, is_pure=True, pack=1)
+    half = 0.5 * x
+    return half + half * tanh
+
+
+@triton.jit
+def _norm(h, gain_ptr, D: tl.constexpr, LAYER: tl.constexpr, EPS: tl.constexpr):
+    """RMSNorm or LayerNorm of rows [*, D]; gain [D], then bias [D]."""
+    channel = tl.arange(0, D)
+    gain = tl.load(gain_ptr + channel)[None, :]
+    if LAYER:
+        centred = h - (tl.sum(h, 1) * (1.0 / D))[:, None]
+        scale = tl.rsqrt(tl.sum(centred * centred, 1) * (1.0 / D) + EPS)
+        return centred * scale[:, None] * gain + tl.load(gain_ptr + D + channel)[None, :]
+    return h * tl.rsqrt(tl.sum(h * h, 1) * (1.0 / D) + EPS)[:, None] * gain
+
+
+@triton.jit
+def _turn(x, cos, sin, M: tl.constexpr, C: tl.constexpr):
+    """Rotate the pairs of neighbours of x [M, C] by the angles of cos and sin [M, C / 2]."""
+    first, second = tl.split(tl.reshape(x, [M, C // 2, 2]))
+    return tl.reshape(tl.join(first * cos - second * sin, first * sin + second * cos), [M, C])
+
+
+@triton.jit
+def _project(x, at, cos, sin, M: tl.constexpr, D: tl.constexpr, C: tl.constexpr, ROTARY: tl.constexpr):
+    """Queries, keys and values [M, C] of one head, whose weights begin at `at`."""
+    # One product for two results: the wait after each costs as much as a product of 32 columns.
+    qk = _dot(x, tl.trans(_tile(at, 2 * C, D)))
+    v = _dot(x, tl.trans(_tile(at + 2 * C * D, C, D)))
+    q, k = tl.split(tl.permute(tl.reshape(qk, [M, 2, C]), [0, 2, 1]))
+    if ROTARY:
+        q = _turn(q, cos, sin, M, C)
+        k = _turn(k, cos, sin, M, C)
+    return q.to(x.dtype), k.to(x.dtype), v.to(x.dtype)
+
+
+@triton.jit
+def _newest(x, age, M: tl.constexpr, W: tl.constexpr):
+    """The newest rows of x [M, W] as NEWEST rows, each where its part of the tile is; zeros where a part has none."""
+    return tl.sum(tl.reshape(tl.where((age == 0)[:, None], x, 0.0), [NEWEST, M // NEWEST, W]), 1)
+
+
+@triton.jit
+def _dot(a, b):
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def _attend(q, k, v, query_slot, key_slot, age, SCALE: tl.constexpr, CAUSAL: tl.constexpr):
+    """Attention of q [M, C] on k, v [M, C] of the same slot; float32 [M, C]."""
+    scores = _dot(q, tl.trans(k))
+    allowed = query_slot[:, None] == key_slot[None, :]
+    if CAUSAL:
+        allowed &= age[:, None] <= age[None, :]
+    scores = tl.where(allowed, scores, MASKED)
+    top = tl.max(scores, 1) * (SCALE * LOG2_E)
+    p = tl.exp2(scores * (SCALE * LOG2_E) - top[:, None])
+    return _dot(p.to(v.dtype), v) / tl.sum(p, 1)[:, None]
+
+
+@triton.jit
+def _tile(ptr, ROWS: tl.constexpr, D: tl.constexpr):
+    offsets = tl.arange(0, ROWS)[:, None] * D + tl.arange(0, D)[None, :]
+    return tl.load(ptr + offsets)
+
+
+@triton.jit
+def _feed_forward(
+    h, x, w_ptr, D: tl.constexpr, F: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """H + gelu(x W1) W2 for rows [R, D]."""
+    for chunk in tl.range(0, F // CHUNK, num_stages=STAGES):
+        at = w_ptr + chunk * (CHUNK * D)
+        first = _tile(at, CHUNK, D)
+        second = _tile(at + F * D, CHUNK, D)
+        hidden = _gelu(_dot(x, tl.trans(first)), EXACT).to(x.dtype)
+        h = tl.dot(hidden, second, h, input_precision="ieee")
+    return h
+
+
+@triton.jit
+def _places(
+    bounds_ptr, ids_ptr, order_ptr, first, count, shift, L, B,
+    M: tl.constexpr, PADDED: tl.constexpr, IDS: tl.constexpr, ORDERED: tl.constexpr,
+):  # fmt: skip
+    """For each of a program's rows: its row in the input (int64), its age, and whether an item is there."""
+    row = tl.arange(0, M)
+    slot = row >> shift
+    age = ((slot + 1) << shift) - 1 - row
+    index = first + slot
+    live = (slot < count) & (index < B)
+    user = tl.where(live, index, 0)
+    if ORDERED:
+        user = tl.load(order_ptr + user, live, 0)
+    if PADDED:
+        end = (user + 1).to(tl.int64) * L
+        n = tl.zeros([M], tl.int32) + L
+        if not IDS:
+            n = tl.load(bounds_ptr + user, live, 0).to(tl.int32)
+    else:
+        end = tl.load(bounds_ptr + user + 1, live, 0).to(tl.int64)
+        n = (end - tl.load(bounds_ptr + user, live, 0).to(tl.int64)).to(tl.int32)
+    source = end - 1 - age
+    present = live & (age < n)
+    if PADDED and IDS:
+        present &= tl.load(ids_ptr + source, present, 0) != 0
+    return source, age, present
+
+
+@triton.jit
+def _embed(
+    ids_ptr, table_ptr, norm_ptr, shift_ptr, scale_ptr, source, age, present, slot, anchor, longest,
+    M: tl.constexpr, D: tl.constexpr, ANCHOR: tl.constexpr, EPS: tl.constexpr,
+):  # fmt: skip
+    """E [M, D] of eq. (9) from ids: LayerNorm(e) + a[age] (+ b[age] * the anchor's embedding), zeros where no item is.
+
+    a = lambda (x_0 + z) without the anchor's part, b = lambda m, both float32 by age.
+    """
+    channel = tl.arange(0, D)[None, :]
+    item = tl.load(ids_ptr + source, present, 0).to(tl.int64)
+    embedded = tl.load(table_ptr + item[:, None] * D + channel).to(tl.float32)
+    e = _norm(embedded, norm_ptr, D, True, EPS)
+    known = tl.minimum(age, longest - 1)[:, None] * D + channel
+    e += tl.load(shift_ptr + known)
+    if ANCHOR:
+        # How many items the row's history has, counted in its slot.
+        n = tl.sum((slot[:, None] == tl.where(present, slot, -1)[None, :]).to(tl.int32), 1)
+        oldest_first = tl.minimum((anchor * n.to(tl.float32)).to(tl.int32), n - 1)
+        which = source + age - (n - 1 - oldest_first)
+        anchor_item = tl.load(ids_ptr + which, present, 0).to(tl.int64)
+        e += tl.load(scale_ptr + known) * tl.load(table_ptr + anchor_item[:, None] * D + channel).to(tl.float32)
+    return tl.where(present[:, None], e, 0.0)
+
+
+@triton.jit(do_not_specialize=["anchor", "longest", "L", "B", "blocks", "uniform_shift"])
+def _encode(
+    input_ptr, bounds_ptr, order_ptr, programs_ptr, weights_ptr, norms_ptr, cos_ptr, sin_ptr, out_ptr,
+    table_ptr, input_norm_ptr, shift_ptr, scale_ptr, anchor, longest, L, B, blocks, uniform_shift,
+    M: tl.constexpr, D: tl.constexpr, H: tl.constexpr, F: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
+    LAYER: tl.constexpr, EPS: tl.constexpr, ROTARY: tl.constexpr, CAUSAL: tl.constexpr, EXACT: tl.constexpr,
+    INPUT_EPS: tl.constexpr, IDS: tl.constexpr, ANCHOR: tl.constexpr, PADDED: tl.constexpr, ORDERED: tl.constexpr,
+):  # fmt: skip
+    C: tl.constexpr = D // H
+    SCALE: tl.constexpr = C**-0.5
+    dtype: tl.constexpr = weights_ptr.dtype.element_ty
+    pid = tl.program_id(0)
+    if ORDERED:
+        first = tl.load(programs_ptr + 3 * pid)
+        count = tl.load(programs_ptr + 3 * pid + 1)
+        shift = tl.load(programs_ptr + 3 * pid + 2)
+        if count == 0:
+            return
+    else:
+        shift = uniform_shift
+        count = M >> shift
+        first = pid * count
+    source, age, present = _places(bounds_ptr, input_ptr, order_ptr, first, count, shift, L, B, M, PADDED, IDS, ORDERED)
+    row = tl.arange(0, M)
+    slot = row >> shift
+    key_slot = tl.where(present, slot, -1)
+    channel = tl.arange(0, D)
+    if IDS:
+        h = _embed(
+            input_ptr, table_ptr, input_norm_ptr, shift_ptr, scale_ptr, source, age, present, slot, anchor, longest,
+            M, D, ANCHOR, INPUT_EPS,
+        )  # fmt: skip
+    else:
+        h = tl.load(input_ptr + source[:, None] * D + channel[None, :], present[:, None], 0.0).to(tl.float32)
+    cos, sin = 0.0, 0.0
+    if ROTARY:
+        turn = tl.minimum(age, longest - 1)[:, None] * (C // 2) + tl.arange(0, C // 2)[None, :]
+        cos = tl.load(cos_ptr + turn)
+        sin = tl.load(sin_ptr + turn)
+
+    w_ptr = weights_ptr
+    gain_ptr = norms_ptr
+    for block in tl.range(0, blocks, num_stages=1):
+        x = _norm(h, gain_ptr, D, LAYER, EPS).to(dtype)
+        for head in tl.range(0, H, num_stages=STAGES):
+            at = w_ptr + head * (4 * C * D)
+            q, k, v = _project(x, at, cos, sin, M, D, C, ROTARY)
+            o = _attend(q, k, v, slot, key_slot, age, SCALE, CAUSAL)
+            h = tl.dot(o.to(dtype), _tile(at + 3 * C * D, C, D), h, input_precision="ieee")
+        if block < blocks - 1:
+            x = _norm(h, gain_ptr + 2 * D, D, LAYER, EPS).to(dtype)
+            h = _feed_forward(h, x, w_ptr + 4 * D * D, D, F, CHUNK, STAGES, EXACT)
+            w_ptr += 4 * D * D + 2 * F * D
+            gain_ptr += 4 * D
+
+    h = _newest(h, age, M, D)
+    x = _norm(h, gain_ptr + 2 * D, D, LAYER, EPS).to(dtype)
+    h = _feed_forward(h, x, w_ptr + 4 * D * D, D, F, CHUNK, STAGES, EXACT)
+    f = _norm(h, gain_ptr + 4 * D, D, LAYER, EPS)
+    # A history without items has zeros: its rows saw whatever else was in the tile.
+    items = tl.sum(tl.reshape(((age == 0) & present).to(tl.int32), [NEWEST, M // NEWEST]), 1)
+    f = tl.where((items > 0)[:, None], f, 0.0)
+
+    # Row j holds a user's newest row if its last tile row ends a slot.
+    query = tl.arange(0, NEWEST)
+    query_slot = (query * (M // NEWEST)) >> shift
+    after = (query + 1) * (M // NEWEST)
+    done = first + query_slot
+    keep = ((after & ((1 << shift) - 1)) == 0) & (query_slot < count) & (done < B)
+    done = tl.where(keep, done, 0)
+    if ORDERED:
+        done = tl.load(order_ptr + done, keep, 0)
+    where = done.to(tl.int64)[:, None] * D + channel[None, :]
+    tl.store(out_ptr + where, f.to(out_ptr.dtype.element_ty), keep[:, None])
+
+
+def encode(
+    rows, bounds, order, programs, matrices, norms, cos, sin, out, table, input_norm, shift, scale, anchor,
+    *, padded_length, longest, heads, hidden, blocks, slot_rows, layer_norm, eps, input_eps, rotary, causal, exact,
+    M, CHUNK, num_warps, num_stages,
+):  # fmt: skip
+    """One launch, from `rows` to `out` [B, D].
+
+    `rows` is E, or with `table` the ids, of packed histories or of ones padded to `padded_length`. `bounds` are offsets
+    or lengths, None for padded ids, whose zeros say where no item is. `order` int32 [B] and `programs` int32 [P, 3]
+    give a program's first user in `order`, how many it has, and log2 of its slots' rows; without them the users' own
+    order is kept, in slots of `slot_rows`.
+    """
+    users, d = out.shape
+    ids = table is not None
+    uniform_shift = slot_rows.bit_length() - 1
+    grid = (triton.cdiv(users, M >> uniform_shift) if programs is None else len(programs),)
+    _encode[grid](
+        rows, rows if bounds is None else bounds,
+        out if order is None else order, out if programs is None else programs,
+        matrices, norms, cos, sin, out, table if ids else out, input_norm if ids else norms,
+        shift if ids else norms, scale if scale is not None else norms,
+        anchor, longest, padded_length or 0, users, blocks, uniform_shift,
+        M=M, D=d, H=heads, F=hidden, CHUNK=CHUNK, STAGES=num_stages,
+        LAYER=layer_norm, EPS=eps, ROTARY=rotary, CAUSAL=causal, EXACT=exact,
+        INPUT_EPS=input_eps, IDS=ids, ANCHOR=scale is not None, PADDED=padded_length is not None,
+        ORDERED=programs is not None, num_warps=num_warps, num_stages=num_stages,
+    )  # fmt: skip
