@@ -142,6 +142,11 @@ class Plan:
         table = torch.stack((first.clamp_max(max(0, len(lengths) - 1)), count, shifts[bucket]), 1)
         return cls(order.int(), table.int(), rows)
 
+    def trimmed(self) -> Plan:
+        """Without the programs that have no users; waits for the device."""
+        used = int((self.programs[:, 1] > 0).sum())
+        return Plan(self.order, self.programs[:used].contiguous(), self.rows)
+
 
 @dataclass(frozen=True)
 class _Call:
@@ -320,7 +325,7 @@ def _run_reference(call: _Call) -> None:
         if call.bounds is not None:
             present = torch.arange(call.padded_length, 0, -1, device=rows.device) <= call.bounds[:, None]
     if call.path is None:
-        e = (call.rows[rows] * present[..., None]).to(call.out.dtype)
+        e = torch.where(present[..., None], call.rows[rows], 0).to(call.out.dtype)
         endpoint = model.encode(e, present).endpoint
     else:
         history = torch.where(present, call.rows[rows], 0).long()

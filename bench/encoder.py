@@ -1,0 +1,118 @@
+"""The encoder beside PyTorch in bf16, eager and compiled; `python -m bench.encoder`."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench.measure import Row, table, time_us
+from fave_fast.config import FlowConfig, ModelConfig
+from fave_fast.flow import InferenceNoise
+from fave_fast.model import FAVE
+from fave_fast.ops.encoder import EncoderWeights, InputPath, Plan, encode, encode_ids
+
+ITEMS = 12_101
+LENGTH = 50
+BATCHES = (1, 64, 132, 512, 4096)
+COMPILED = (1, 512)
+BEAUTY = (512, 4096, 16_384)
+
+
+def operations(lengths: Tensor, config: ModelConfig) -> int:
+    """Floating-point operations of histories of `lengths`, the last block's as if only the newest row were answered."""
+    d, n = config.d, lengths.double()
+    dense = (4 + 2 * config.ffn_mult) * d * d
+    whole = n * dense + 2 * n * n * d
+    last = 2 * n * d * d + (dense - 2 * d * d) + 2 * n * d
+    return int(2 * ((config.blocks - 1) * whole + last).sum())
+
+
+def beauty_like(batch: int) -> Tensor:
+    """Lengths from 3 to 50 with the mean of Amazon Beauty's histories, 8."""
+    drawn = 2 + np.random.default_rng(0).geometric(1 / 6.1, batch)
+    return torch.from_numpy(np.clip(drawn, 3, LENGTH)).cuda()
+
+
+def offsets_of(lengths: Tensor) -> Tensor:
+    return torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
+
+
+class Bench:
+    """One model, its packed weights, and the same model in float64."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.flow = FlowConfig()
+        self.model = FAVE(ModelConfig(), ITEMS).cuda().bfloat16().eval()
+        self.weights = EncoderWeights.pack(self.model)
+        self.path = InputPath.pack(self.model, self.flow, InferenceNoise.draw(self.model, self.flow))
+        self.oracle = EncoderWeights.pack(copy.deepcopy(self.model).double())
+
+    def check(self, e: Tensor, offsets: Tensor, got: Tensor) -> None:
+        """At most twice the error of eager bf16, against float64."""
+        want = encode(self.oracle, e.double(), offsets, backend="reference")
+        usual = encode(self.weights, e, offsets, backend="reference")
+        if not (got - want).norm() <= 2 * (usual - want).norm():
+            raise AssertionError(f"{len(got)} endpoints are not the network's")
+
+    def row(self, case: str, who: str, call: object, lengths: Tensor, graph: bool = True) -> Row:
+        count = operations(lengths, self.model.config)
+        return Row("encoder", case, who, time_us(call, 25, graph), self.weights.matrices.nbytes, count)  # type: ignore[arg-type]
+
+    def uniform(self, batch: int) -> Iterator[Row]:
+        """All histories of the longest length: from E, from ids, and PyTorch from E."""
+        lengths = torch.full((batch,), LENGTH, device="cuda")
+        offsets, case = offsets_of(lengths), f"B {batch}, L {LENGTH}"
+        e = torch.randn(batch * LENGTH, self.model.config.d, device="cuda").bfloat16()
+        ids = torch.randint(1, ITEMS + 1, (batch * LENGTH,), device="cuda")
+        out = torch.empty(batch, e.shape[1], dtype=e.dtype, device="cuda")
+        self.check(e, offsets, encode(self.weights, e, offsets, backend="triton"))
+        yield self.row(case, "triton, E", lambda: encode(self.weights, e, offsets, out=out, backend="triton"), lengths)
+        yield self.row(
+            case,
+            "triton, ids",
+            lambda: encode_ids(self.weights, self.path, ids, offsets, out=out, backend="triton"),
+            lengths,
+        )
+        grid, present = e.view(batch, LENGTH, -1), torch.ones(batch, LENGTH, dtype=torch.bool, device="cuda")
+        with torch.no_grad():
+            # Without a graph, as plain PyTorch is run; and with one, which spares it the launches.
+            yield self.row(case, "eager", lambda: self.model.encode(grid, present).endpoint, lengths, graph=False)
+            yield self.row(case, "eager in a graph", lambda: self.model.encode(grid, present).endpoint, lengths)
+            if batch in COMPILED:
+                compiled = torch.compile(self.model.encode, mode="reduce-overhead")
+                yield self.row(case, "compile reduce-overhead", lambda: compiled(grid, present), lengths, graph=False)
+
+    def beauty(self, batch: int) -> Iterator[Row]:
+        """Histories as short as Beauty's, planned, from ids."""
+        lengths = beauty_like(batch)
+        offsets, case = offsets_of(lengths), f"B {batch}, mean L {lengths.double().mean():.1f}"
+        ids = torch.randint(1, ITEMS + 1, (int(offsets[-1]),), device="cuda")
+        out = torch.empty(batch, self.model.config.d, dtype=torch.bfloat16, device="cuda")
+        plan = Plan.of(lengths).trimmed()
+        yield self.row(
+            case,
+            "triton, ids, planned",
+            lambda: encode_ids(self.weights, self.path, ids, offsets, plan=plan, out=out, backend="triton"),
+            lengths,
+        )
+
+
+def main() -> None:
+    gpu = torch.cuda.get_device_name()
+    bench, rows = Bench(), []
+    for batch in BATCHES:
+        rows += bench.uniform(batch)
+    for batch in BEAUTY:
+        rows += bench.beauty(batch)
+    print(table(rows, gpu))
+    print(json.dumps({"gpu": gpu, "rows": [row.as_dict(gpu) for row in rows]}))
+
+
+if __name__ == "__main__":
+    main()

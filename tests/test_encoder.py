@@ -1,0 +1,321 @@
+"""The encoder's kernel against the network in float64, beside the network in its own dtype; and against itself."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fave_fast.config import FlowConfig, ModelConfig
+from fave_fast.errors import BackendError
+from fave_fast.flow import InferenceNoise
+from fave_fast.model import FAVE
+from fave_fast.ops import encoder as ops
+from fave_fast.ops.encoder import EncoderWeights, InputPath, Plan, encode, encode_ids
+from fave_fast.ops.registry import why_no_triton
+from fave_fast.ops.tuning import tile_shapes
+
+pytestmark = pytest.mark.skipif(why_no_triton() is not None, reason=str(why_no_triton()))
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+# The interpreter's product of bf16 is garbage.
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if GPU else [])
+ITEMS = 60
+SMALL: dict[str, Any] = {
+    "d": 32,
+    "heads": 2,
+    "blocks": 2,
+    "ffn_mult": 2,
+    "max_length": 13,
+    "delta": 0.3,
+    "source_block": -1,
+}
+FLOW = FlowConfig(rho=0.5, anchor_at_inference="uniform", lambda_at_inference="sample")
+LENGTHS = [13, 1, 7, 0, 8, 9, 2]
+
+
+@dataclass
+class Case:
+    """A model with its packed weights, and histories."""
+
+    config: ModelConfig = field(default_factory=lambda: ModelConfig(**SMALL))
+    lengths: Sequence[int] = tuple(LENGTHS)
+    dtype: torch.dtype = torch.float32
+    flow: FlowConfig = FLOW
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(0)
+        model = FAVE(self.config, ITEMS).eval()
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                # Large enough for peaked attention and a GELU that bends; gains and biases that differ by channel.
+                weight.copy_(weight * (20 if "embedding.weight" in name else 2.5))
+                weight.add_(torch.randn_like(weight) * (0.2 if weight.dim() == 1 else 0.0))
+        self.model = model.to(DEVICE, self.dtype)
+        self.noise = InferenceNoise.draw(self.model, self.flow, 3)
+        self.weights = EncoderWeights.pack(self.model)
+        self.path = InputPath.pack(self.model, self.flow, self.noise)
+        self.offsets = torch.tensor([0, *np.cumsum(self.lengths)], device=DEVICE)
+        total = int(self.offsets[-1])
+        source = torch.Generator().manual_seed(1)
+        self.ids = torch.randint(1, ITEMS + 1, (total,), generator=source).to(DEVICE)
+        self.e = torch.randn(total, self.config.d, generator=source).to(DEVICE, self.dtype)
+
+    def padded(self, rows: Tensor, length: int | None = None) -> Tensor:
+        """Packed rows as a grid [B, L, ...] with the newest at L - 1, zeros before the oldest."""
+        length = length or max(1, *self.lengths)
+        grid = rows.new_zeros(len(self.lengths), length, *rows.shape[1:])
+        for user, n in enumerate(self.lengths):
+            end = int(self.offsets[user + 1])
+            grid[user, length - n :] = rows[end - n : end]
+        return grid
+
+    def oracle(self) -> tuple[Tensor, Tensor]:
+        """Endpoints from the ids and from E, by the same weights in float64."""
+        model = copy.deepcopy(self.model).double()
+        weights = EncoderWeights.pack(model)
+        noise = InferenceNoise(*(getattr(self.noise, n).double() for n in ("keep", "anchor", "gaussian", "lam")))
+        from_ids = encode_ids(weights, InputPath.pack(model, self.flow, noise), self.ids, self.offsets)
+        return from_ids, encode(weights, self.e.double(), self.offsets, backend="reference")
+
+    def run(self, backend: str = "triton", plan: Plan | None = None) -> tuple[Tensor, Tensor]:
+        """Endpoints from the ids and from E, into poisoned memory."""
+        out = torch.full((2, len(self.lengths), self.config.d), torch.nan, dtype=self.dtype, device=DEVICE)
+        encode_ids(self.weights, self.path, self.ids, self.offsets, plan=plan, out=out[0], backend=backend)
+        encode(self.weights, self.e, self.offsets, plan=plan, out=out[1], backend=backend)
+        return out[0], out[1]
+
+
+def check(case: Case, plan: Plan | None = None) -> None:
+    """At most twice the error of the network in the same dtype, in the mean and at worst."""
+    for want, got, usual in zip(case.oracle(), case.run(plan=plan), case.run("reference"), strict=True):
+        error, allowed = got.double() - want, usual.double() - want
+        assert error.norm() <= 2 * allowed.norm()
+        assert error.abs().max() <= 2 * allowed.abs().max()
+        assert allowed.norm() > 0
+
+
+def shapes(monkeypatch: pytest.MonkeyPatch, **change: int) -> None:
+    def changed(op: str, variant: str, device: torch.device) -> dict[str, int]:
+        return {**tile_shapes(op, variant, device), **change}
+
+    monkeypatch.setattr(ops, "tile_shapes", changed)
+
+
+def small(**change: Any) -> ModelConfig:
+    return ModelConfig(**{**SMALL, **change})
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_error_against_float64(dtype: torch.dtype) -> None:
+    check(Case(dtype=dtype))
+
+
+CONFIGS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"norm": "layer", "attention": "causal"}, {}),
+    ({"position": "none", "blocks": 1}, {"prior": "gaussian"}),
+    ({"heads": 1, "blocks": 1, "ffn_mult": 1}, {"anchor_at_inference": "last"}),
+]
+
+
+@pytest.mark.parametrize(("model", "flow"), CONFIGS)
+def test_every_kind_of_model(model: dict[str, Any], flow: dict[str, Any]) -> None:
+    check(Case(small(**model), flow=FlowConfig(**{"rho": 0.5, "lambda_at_inference": "sample", **flow})))
+
+
+@pytest.mark.parametrize("rows", [16, 32])
+def test_a_plan_changes_nothing(rows: int) -> None:
+    case = Case(small(blocks=1))
+    plan = Plan.of(case.offsets.diff(), rows)
+    check(case, plan)
+    assert int(plan.programs[:, 1].sum()) == len(LENGTHS)
+
+
+def test_padded_is_packed() -> None:
+    case = Case(small(blocks=1))
+    lengths = case.offsets.diff()
+    from_ids, from_e = case.run()
+    for backend in ("triton", "reference"):
+        ids, e = case.padded(case.ids), case.padded(case.e)
+        got = encode_ids(case.weights, case.path, ids.int(), backend=backend)
+        torch.testing.assert_close(got, from_ids, atol=1e-5, rtol=1e-5)
+        ages = torch.arange(e.shape[1] - 1, -1, -1, device=e.device)
+        e[ages >= lengths[:, None]] = torch.nan  # what lies in padding is not read
+        got = encode(case.weights, e, lengths, backend=backend)
+        torch.testing.assert_close(got, from_e, atol=1e-5, rtol=1e-5)
+
+
+def test_a_history_without_items_gets_zeros() -> None:
+    for result in (*Case().run(), *Case().run("reference")):
+        assert not result[LENGTHS.index(0)].any()
+        assert result[0].any()
+
+
+def test_refresh_takes_new_weights_in_place() -> None:
+    case = Case(small(blocks=1))
+    before = case.run()
+    addresses = case.weights.matrices.data_ptr(), case.path.shift.data_ptr()
+    with torch.no_grad():
+        for weight in case.model.parameters():
+            weight.mul_(1.1)
+    case.weights.refresh()
+    case.path.refresh(case.model)
+    assert addresses == (case.weights.matrices.data_ptr(), case.path.shift.data_ptr())
+    for old, new in zip(before, case.run(), strict=True):
+        assert not torch.equal(old, new)
+    check(case)
+
+
+def test_sizes_that_the_kernel_lacks_fall_back_or_refuse() -> None:
+    for change, reason in (
+        ({"max_length": 129}, "up to 128 items"),
+        ({"d": 48, "heads": 1}, "takes D of"),
+        ({"heads": 4}, "heads of a power of two"),
+    ):
+        case = Case(small(**change))
+        with pytest.raises(BackendError, match=reason):
+            encode(case.weights, case.e, case.offsets, backend="triton")
+        assert encode(case.weights, case.e, case.offsets).isfinite().all()
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    case = Case(small(blocks=1))
+    lengths, out = case.offsets.diff(), torch.empty(len(LENGTHS), 32, device=DEVICE)
+    for call, message in (
+        (lambda: encode(case.weights, case.e[:, :16], case.offsets), "with D = 32"),
+        (lambda: encode(case.weights, case.e.double(), case.offsets), "e is torch.float64"),
+        (lambda: encode(case.weights, case.e, case.offsets.float()), "bounds are torch.float32"),
+        (lambda: encode(case.weights, case.padded(case.e), lengths[1:]), "there are 6 lengths"),
+        (lambda: encode(case.weights, case.padded(case.e, 14), lengths), "14 long; expected 1 to 13"),
+        (
+            lambda: encode(case.weights, case.e, case.offsets, out=out[1:]),
+            r"out is .* expected torch.float32 \[7, 32\]",
+        ),
+        (lambda: encode(case.weights, case.e, case.offsets, plan=Plan.of(lengths[1:])), "plan is for 6"),
+        (lambda: encode_ids(case.weights, case.path, case.ids.float(), case.offsets), "ids are torch.float32"),
+        (lambda: encode_ids(case.weights, case.path, case.ids), "without"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    with pytest.raises(ValueError, match="training mode"):
+        encode(EncoderWeights.pack(copy.deepcopy(case.model).train()), case.e, case.offsets)
+
+
+@pytest.mark.skipif(GPU, reason="values are looked at on the CPU alone")
+def test_bounds_are_checked_on_the_cpu() -> None:
+    case = Case(small(blocks=1))
+    with pytest.raises(ValueError, match="do not go from 0"):
+        encode(case.weights, case.e, case.offsets[1:])
+    with pytest.raises(ValueError, match="not within 0 to 13"):
+        encode(case.weights, case.e[:14], torch.tensor([0, 14]))
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_no_histories(backend: str) -> None:
+    case = Case(small(blocks=1))
+    assert encode(case.weights, case.e[:0], case.offsets[:1], backend=backend).shape == (0, 32)
+
+
+@pytest.mark.parametrize("rows", [16, 64, 128])
+def test_a_plan_names_every_user_once(rows: int) -> None:
+    source = np.random.default_rng(0)
+    for count in (1, 2, 17, 300):
+        lengths = torch.from_numpy(source.integers(0, rows + 1, count))
+        plan = Plan.of(lengths, rows)
+        seen: list[int] = []
+        for first, users, shift in plan.programs.tolist():
+            assert users << shift <= rows
+            chosen = plan.order[first : first + users].tolist()
+            assert all(lengths[user] <= 1 << shift for user in chosen)
+            assert all(1 << shift == 8 or lengths[user] > 1 << (shift - 1) for user in chosen)
+            seen += chosen
+        assert sorted(seen) == list(range(count))
+
+
+# What follows needs the GPU: its sizes, its rounding, its graphs.
+
+FULL: list[tuple[dict[str, Any], torch.dtype, int]] = [
+    *(({}, torch.bfloat16, batch) for batch in (1, 2, 3, 63, 132, 513)),
+    ({"blocks": 1}, torch.bfloat16, 63),
+    ({"blocks": 2, "norm": "layer"}, torch.bfloat16, 63),
+    ({"attention": "causal"}, torch.bfloat16, 63),
+    ({"norm": "layer", "attention": "causal", "position": "none"}, torch.float16, 63),
+    ({"d": 64}, torch.bfloat16, 132),
+    ({"d": 256}, torch.bfloat16, 63),
+    ({"heads": 8}, torch.bfloat16, 63),
+    ({"heads": 1}, torch.bfloat16, 3),
+    ({"max_length": 128}, torch.bfloat16, 63),
+    ({}, torch.float16, 132),
+    ({"d": 64, "blocks": 2}, torch.float32, 63),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("model", "dtype", "batch"), FULL)
+@pytest.mark.parametrize("rows", [None, 64, 128])
+def test_full_sizes(model: dict[str, Any], dtype: torch.dtype, batch: int, rows: int | None) -> None:
+    config = ModelConfig(**{"delta": 0.3, "source_block": -1, **model})
+    lengths = np.random.default_rng(batch).integers(1, config.max_length + 1, batch).tolist()
+    lengths[0] = config.max_length
+    case = Case(config, lengths, dtype)
+    if rows is not None and (dtype == torch.float32 or config.d > 128 or rows < config.max_length):
+        pytest.skip("no tile of these sizes")
+    check(case, None if rows is None else Plan.of(case.offsets.diff(), rows))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_length(dtype: torch.dtype) -> None:
+    check(Case(ModelConfig(delta=0.3), list(range(1, 51)), dtype))
+
+
+@pytest.mark.gpu
+def test_a_history_has_the_same_bits_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = np.random.default_rng(5).integers(1, 51, 300).tolist()
+    case = Case(ModelConfig(delta=0.3), lengths, torch.bfloat16)
+    together = torch.stack(case.run())
+    assert torch.equal(together, torch.stack(case.run()))  # run to run
+    sizes = case.offsets.diff()
+    for rows in (64, 128):
+        assert torch.equal(together, torch.stack(case.run(plan=Plan.of(sizes, rows))))
+    ids, e = case.padded(case.ids, 50), case.padded(case.e, 50)
+    assert torch.equal(encode_ids(case.weights, case.path, ids, backend="triton"), together[0])
+    assert torch.equal(encode(case.weights, e, sizes, backend="triton"), together[1])
+    turned = Plan.of(sizes.flip(0), 128)
+    assert torch.equal(encode(case.weights, e.flip(0), sizes.flip(0), plan=turned).flip(0), together[1])
+    for user in (0, 7, 131, 299):  # alone, and among others
+        for size in (1, 2, 5):
+            part = encode_ids(case.weights, case.path, ids[user : user + size], backend="triton")
+            assert torch.equal(part, together[0, user : user + size])
+    shapes(monkeypatch, M=128, num_warps=8)
+    assert torch.equal(together, torch.stack(case.run()))
+
+
+@pytest.mark.gpu
+def test_a_graph_replays_without_allocating() -> None:
+    case = Case(ModelConfig(delta=0.3), [50, 3, 17, 1, 29], torch.bfloat16)
+    expected = case.run()[0].clone()
+    out = torch.full_like(expected, torch.nan)
+    ids = case.padded(case.ids, 50)
+
+    def call() -> None:
+        encode_ids(case.weights, case.path, ids, out=out, backend="triton")
+
+    call()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    call()
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    ids.copy_(ids.flip(0))
+    out.fill_(torch.nan)
+    graph.replay()
+    assert torch.equal(out, expected.flip(0))
