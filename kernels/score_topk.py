@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-BUFFERS = ("group_max", "span_max", "bounds", "span_starts", "span_stops", "chosen_groups", "keys", "entries")
+BUFFERS = ("group_max", "span_max", "bounds", "span_starts", "span_stops", "chosen_groups", "entries")
 
 _LOWEST = tl.constexpr(-2139095041)  # the key of -inf: anything above it is a candidate
 _EMPTY = tl.constexpr(-8388608)  # the bits of -inf
@@ -79,6 +79,7 @@ def scan(
     SPANS: tl.constexpr,
     DENY: tl.constexpr,
     TMA: tl.constexpr,
+    PDL: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """Group maxima [rows, tiles * BN / G], and span maxima [rows, chunks * spans_of_chunk] where SPANS.
@@ -86,6 +87,8 @@ def scan(
     A program takes M rows and one of `chunks` stretches of tiles. The programs of one stretch start side by side, so
     that all but the first read its tiles from L2.
     """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     GROUPS: tl.constexpr = BN // G
     row_blocks = tl.cdiv(rows, M)
     chunk = tl.program_id(0) // row_blocks
@@ -180,21 +183,24 @@ def _narrow(low, high, reach_low, reach_high, cut_1, cut_2, reach_1, reach_2, k)
 
 
 @triton.jit
-def _choose_maxima(values, starts, stops, width, count, chosen, k, capacity, WIDTH: tl.constexpr, NESTED: tl.constexpr):
+def _choose_maxima(
+    values, starts, stops, width, count, bound, chosen, k, capacity, WIDTH: tl.constexpr, NESTED: tl.constexpr
+):
     """Write to `chosen` the indices, ascending, of the first k maxima by (value descending, index ascending).
 
-    A few more, up to `capacity`, where that ends the search sooner. Returns how many, and a key that all of them reach
-    and, unless there are fewer than k, that the k-th best item reaches too. The first WIDTH keys stay in registers.
+    A few more, up to `capacity`, where that ends the search sooner. No key below `bound` is chosen: unless there are
+    fewer than k, the k-th reaches it. Returns how many, and a key that all of them reach and, unless there are fewer
+    than k, that the k-th best item reaches too. The first WIDTH keys stay in registers.
     """
     lane = tl.arange(0, WIDTH)
     keys, index = _maxima(lane, count, values, starts, stops, width, NESTED)
-    reach_low = tl.sum((keys > _LOWEST).to(tl.int32), axis=0)
-    low = tl.min(tl.where(keys > _LOWEST, keys, 0x7FFFFFFF), axis=0)
+    reach_low = tl.sum((keys >= bound).to(tl.int32), axis=0)
+    low = tl.min(tl.where(keys >= bound, keys, 0x7FFFFFFF), axis=0)
     high = tl.max(keys, axis=0)
     for at in range(WIDTH, count, WIDTH):
         more, _ = _maxima(at + lane, count, values, starts, stops, width, NESTED)
-        reach_low += tl.sum((more > _LOWEST).to(tl.int32), axis=0)
-        low = tl.minimum(low, tl.min(tl.where(more > _LOWEST, more, 0x7FFFFFFF), axis=0))
+        reach_low += tl.sum((more >= bound).to(tl.int32), axis=0)
+        low = tl.minimum(low, tl.min(tl.where(more >= bound, more, 0x7FFFFFFF), axis=0))
         high = tl.maximum(high, tl.max(more, axis=0))
     low = low.to(tl.int64)
     high = high.to(tl.int64) + 1
@@ -217,8 +223,8 @@ def _choose_maxima(values, starts, stops, width, count, chosen, k, capacity, WID
     for at in range(0, count, WIDTH):
         if at > 0:
             keys, index = _maxima(at + lane, count, values, starts, stops, width, NESTED)
-        above = (keys > cut) & (keys > _LOWEST)
-        equal = (keys == cut) & (keys > _LOWEST)
+        above = (keys > cut) & (keys >= bound)
+        equal = (keys == cut) & (keys >= bound)
         both = tl.where(above, 1, 0) + tl.where(equal, 0x10000, 0)
         upto = tl.cumsum(both, axis=0)
         equal_upto = equal_before + (upto >> 16)
@@ -230,7 +236,7 @@ def _choose_maxima(values, starts, stops, width, count, chosen, k, capacity, WID
             equal_before += both_sum >> 16
     tl.debug_barrier()
     number = tl.where(fits, reach_low, k)
-    return number, tl.where(number >= k, low, _LOWEST + 1)
+    return number, tl.where(number >= k, low.to(tl.int32), _LOWEST + 1)
 
 
 @triton.jit
@@ -333,7 +339,6 @@ def finish(
     span_starts,
     span_stops,
     chosen_groups,
-    keys,
     entries,
     scores_out,
     ids_out,
@@ -350,15 +355,14 @@ def finish(
     GROUPS: tl.constexpr,
     M: tl.constexpr,
     R: tl.constexpr,
-    W: tl.constexpr,
     WIDTH: tl.constexpr,
     LISTED: tl.constexpr,
     BUFFER: tl.constexpr,
     RANKED: tl.constexpr,
-    STAGES: tl.constexpr,
     SPANS: tl.constexpr,
     DENY: tl.constexpr,
     EXCLUDE: tl.constexpr,
+    ITEMS_FIRST: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """The list of one row from its maxima."""
@@ -367,7 +371,6 @@ def finish(
     group_max += row * tiles * GROUPS
     span_max += row * chunks * spans_of_chunk
     chosen_groups += row * capacity
-    keys += row * W
     entries += row * BUFFER
     # All M rows are this one: a product of the same shape as in `scan`, any row of which is the result.
     q = tl.load(queries + row * D + column, mask=column < D, other=0.0)
@@ -384,11 +387,12 @@ def finish(
             excluded_ids, begin, end, group_max, span_max, bounds,
             items, tiles, chunks, spans_of_chunk, tiles_of_span, G, GROUPS, SPANS,
         )  # fmt: skip
+    floor = begin * 0 + (_LOWEST + 1)
     if SPANS:
         span_starts += row * LISTED
         span_stops += row * LISTED
-        spans, _ = _choose_maxima(
-            span_max, span_max, span_max, 1, chunks * spans_of_chunk, span_starts, k, capacity, WIDTH, False
+        spans, floor = _choose_maxima(
+            span_max, span_max, span_max, 1, chunks * spans_of_chunk, floor, span_starts, k, capacity, WIDTH, False
         )
         slot = tl.arange(0, LISTED)
         span = tl.load(span_starts + slot, mask=slot < spans, other=0)
@@ -399,11 +403,11 @@ def finish(
         tl.debug_barrier()
         width = tiles_of_span * GROUPS
         clean, floor = _choose_maxima(
-            group_max, span_starts, span_stops, width, spans * width, chosen_groups, k, capacity, WIDTH, True
+            group_max, span_starts, span_stops, width, spans * width, floor, chosen_groups, k, capacity, WIDTH, True
         )
     else:
         clean, floor = _choose_maxima(
-            group_max, group_max, group_max, 1, tiles * GROUPS, chosen_groups, k, capacity, WIDTH, False
+            group_max, group_max, group_max, 1, tiles * GROUPS, floor, chosen_groups, k, capacity, WIDTH, False
         )
     groups = clean
     if EXCLUDE:
@@ -418,55 +422,44 @@ def finish(
         tl.debug_barrier()
 
     # An entry is a key over an id that counts down: entries differ, and the larger one comes first.
-    floor = floor << 32
+    floor = floor.to(tl.int64) << 32
     fill = groups * 0
     total = groups * G
-    lane = tl.arange(0, W)
-    part_lane = tl.arange(0, R)
-    for at in range(0, total, W):
-        for part in tl.range(0, tl.cdiv(tl.minimum(total - at, W), R), num_stages=STAGES):
-            place = at + part * R + part_lane
-            group = tl.load(chosen_groups + place // G, mask=place < total, other=0)
-            item = group * G + place % G + 1
-            valid = (place < total) & (item <= items)
-            x = tl.load(table + item.to(tl.int64)[:, None] * D + column, mask=valid[:, None] & (column < D), other=0.0)
-            key = _order(tl.max(tl.dot(q, x.T, input_precision="ieee"), axis=0))
-            if DENY:
-                valid = valid & (tl.load(deny + item, mask=valid, other=1) == 0)
-            tl.store(keys + part * R + part_lane, tl.where(valid, key, _LOWEST))
-        tl.debug_barrier()
+    lane = tl.arange(0, R)
+    for at in range(0, total, R):
         place = at + lane
         group = tl.load(chosen_groups + place // G, mask=place < total, other=0)
         item = group * G + place % G + 1
-        key = tl.load(keys + lane, mask=place < total, other=_LOWEST)
+        valid = (place < total) & (item <= items)
+        x = tl.load(table + item.to(tl.int64)[:, None] * D + column, mask=valid[:, None] & (column < D), other=0.0)
+        if ITEMS_FIRST:
+            key = _order(tl.max(tl.dot(x, q.T, input_precision="ieee"), axis=1))
+        else:
+            key = _order(tl.max(tl.dot(q, x.T, input_precision="ieee"), axis=0))
+        if DENY:
+            valid = valid & (tl.load(deny + item, mask=valid, other=1) == 0)
         entry = (key.to(tl.int64) << 32) | (item ^ _LAST_ID).to(tl.int64)
-        kept = (key > _LOWEST) & (entry >= floor)
+        kept = valid & (key > _LOWEST) & (entry >= floor)
         if EXCLUDE:
             # Groups without an excluded id came first; from `clean` on each item is looked up.
-            for other in range(tl.where(at + W > clean * G, begin, end), end, 16):
+            for other in range(tl.where(at + R > clean * G, begin, end), end, 16):
                 index = other + tl.arange(0, 16)
                 excluded = tl.load(excluded_ids + index, mask=index < end, other=0)
                 kept = kept & (tl.sum((item[:, None] == excluded[None, :]).to(tl.int32), axis=1) == 0)
-        number = tl.sum(kept.to(tl.int32), axis=0)
-        if fill + number > BUFFER:
+        tl.store(entries + fill + tl.cumsum(kept.to(tl.int32), axis=0) - 1, entry, mask=kept)
+        fill += tl.sum(kept.to(tl.int32), axis=0)
+        tl.debug_barrier()
+        if fill > RANKED:
             floor = _choose_entries(entries, fill, k, BUFFER)
             fill = k
-            kept = kept & (entry >= floor)
-            number = tl.sum(kept.to(tl.int32), axis=0)
-        tl.store(entries + fill + tl.cumsum(kept.to(tl.int32), axis=0) - 1, entry, mask=kept)
-        fill += number
-        tl.debug_barrier()
 
-    if fill > RANKED:
-        floor = _choose_entries(entries, fill, k, BUFFER)
-        fill = k
     lane = tl.arange(0, RANKED)
     entry = tl.load(entries + lane, mask=lane < fill, other=_NO_ENTRY)
     rank = tl.zeros([RANKED], tl.int32)
-    for at in range(0, fill, 16):
-        index = at + tl.arange(0, 16)
-        other = tl.load(entries + index, mask=index < fill, other=_NO_ENTRY)
-        rank += tl.sum((other[None, :] > entry[:, None]).to(tl.int32), axis=1)
+    for at in range(0, fill, 8):
+        for ahead in tl.static_range(8):
+            other = tl.load(entries + at + ahead, mask=at + ahead < fill, other=_NO_ENTRY)
+            rank += (other > entry).to(tl.int32)
     listed = (lane < fill) & (rank < k)
     tl.store(scores_out + row * k + rank, _number((entry >> 32).to(tl.int32)), mask=listed)
     tl.store(ids_out + row * k + rank, (entry & _LAST_ID) ^ _LAST_ID, mask=listed)
@@ -501,8 +494,8 @@ def score_topk(
         table: contiguous, same dtype; row 0 is never read as an item.
         deny: [N + 1] bool, or None.
         excluded: ids [E] and offsets [B + 1], int64, or None. The offsets may start anywhere in the ids.
-        buffers: `group_max` and `span_max` float32, `bounds` [E] float32, `span_starts`, `span_stops`, `chosen_groups`
-            and `keys` int32, `entries` int64: contents do not matter and change.
+        buffers: `group_max` and `span_max` float32, `bounds` [E] float32, `span_starts`, `span_stops`, and
+            `chosen_groups` int32, `entries` int64: contents do not matter and change.
         scores: written.
         ids: written.
         k: K, at most 1,024.
@@ -513,7 +506,7 @@ def score_topk(
         spans_of_chunk: spans of a stretch, 0 where groups are few enough to be chosen from at once.
         tiles_of_span: tiles of a span.
         scan_shapes: M, BN, num_warps, num_stages, TMA.
-        finish_shapes: M, R, W, WIDTH, num_warps, num_stages, PDL.
+        finish_shapes: M, R, WIDTH, ITEMS_FIRST, num_warps, PDL.
     """
     rows, d = queries.shape
     items = len(table) - 1
@@ -521,6 +514,7 @@ def score_topk(
     m, bn = scan_shapes["M"], scan_shapes["BN"]
     tma = bool(scan_shapes["TMA"])
     nested = spans_of_chunk > 0
+    pdl = bool(finish_shapes["PDL"])
     scan[(triton.cdiv(rows, m) * chunks,)](
         queries,
         table,
@@ -543,10 +537,10 @@ def score_topk(
         SPANS=nested,
         DENY=deny is not None,
         TMA=tma,
+        PDL=pdl,
         INTERPRETED=not queries.is_cuda,
         num_warps=scan_shapes["num_warps"],
     )
-    pdl = bool(finish_shapes["PDL"])
     ranked = max(128, triton.next_power_of_2(k))
     excluded_ids, excluded_offsets = (ids, ids) if excluded is None else excluded
     finish[(rows,)](
@@ -571,15 +565,14 @@ def score_topk(
         GROUPS=bn // group,
         M=finish_shapes["M"],
         R=finish_shapes["R"],
-        W=finish_shapes["W"],
         WIDTH=finish_shapes["WIDTH"],
         LISTED=triton.next_power_of_2(capacity),
-        BUFFER=triton.next_power_of_2(max(ranked, k + finish_shapes["W"])),
+        BUFFER=triton.next_power_of_2(ranked + finish_shapes["R"]),
         RANKED=ranked,
-        STAGES=finish_shapes["num_stages"],
         SPANS=nested,
         DENY=deny is not None,
         EXCLUDE=excluded is not None,
+        ITEMS_FIRST=finish_shapes["ITEMS_FIRST"] > 0,
         PDL=pdl,
         num_warps=finish_shapes["num_warps"],
         **({"launch_pdl": True} if pdl else {}),

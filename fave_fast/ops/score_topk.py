@@ -200,12 +200,12 @@ class _Plan:
         chunks = min(chunks, tiles)
         groups = tiles * (scan["BN"] // group)
         spans_of_chunk, tiles_of_span = 0, 1
-        if groups > finish["WIDTH"]:
+        if groups > finish["SPANS"]:
             longest = _parts(tiles, chunks)
-            tiles_of_span = _parts(longest, max(1, finish["WIDTH"] // chunks))
+            tiles_of_span = _parts(longest, max(1, finish["SPANS"] // chunks))
             spans_of_chunk = _parts(longest, tiles_of_span)
         capacity = k + max(4, k * finish["SLACK"] // 100)
-        buffer = _power_of_two(max(128, k, k + finish["W"]))
+        buffer = _power_of_two(max(128, _power_of_two(k)) + finish["R"])
         sizes = (
             ("entries", torch.int64, rows * buffer),
             ("group_max", torch.float32, rows * groups),
@@ -214,7 +214,6 @@ class _Plan:
             ("span_starts", torch.int32, rows * _power_of_two(capacity)),
             ("span_stops", torch.int32, rows * _power_of_two(capacity)),
             ("chosen_groups", torch.int32, rows * capacity + excluded),
-            ("keys", torch.int32, rows * finish["W"]),
         )
         return cls(rows, group, tiles, chunks, spans_of_chunk, tiles_of_span, capacity, scan, finish, sizes)
 
