@@ -1,6 +1,6 @@
 """Softmax attention over histories and its tangent: one program computes one head of one history.
 
-A history of up to 64 items is one tile of 16, 32 or 64 rows: queries, keys, scores and gradients stay on the chip, the
+A history of up to 64 items is one tile of 16 or 64 rows: queries, keys, scores and gradients stay on the chip, the
 probabilities are computed again in the backward pass, and what is read or written crosses device memory once. Longer
 histories loop over tiles of 64 keys and take the row statistics in a pass of their own.
 
@@ -17,6 +17,11 @@ import triton.language as tl
 @triton.jit
 def _dot(a, b):
     return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def _add_dot(total, a, b):
+    return tl.dot(a, b, total, input_precision="ieee")
 
 
 @triton.jit
@@ -44,11 +49,11 @@ def _store(ptr, value, rows, keep, stride, channel, CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def _zero_rows(ptr, first, count, stride, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
+def _zero_rows(ptr, count, stride, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
     channel = tl.arange(0, BLOCK)
     for row in range(0, count, 16):
         at = row + tl.arange(0, 16)
-        _store(ptr, tl.zeros([16, BLOCK], tl.float32), first + at, at < count, stride, channel, CHANNELS)
+        _store(ptr, tl.zeros([16, BLOCK], tl.float32), at, at < count, stride, channel, CHANNELS)
 
 
 @triton.jit
@@ -79,11 +84,14 @@ def _load_turned(ptr, rows, keep, stride, cos, sin, HALF: tl.constexpr, HALF_BLO
 
 @triton.jit
 def _store_turned_back(
-    ptr, a, b, rows, keep, stride, cos, sin, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, ROTARY: tl.constexpr
-):
+    ptr, a, b, rows, keep, stride, cos_ptr, sin_ptr, count,
+    HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, ROTARY: tl.constexpr,
+):  # fmt: skip
     """Write the gradient with respect to a head's channels, given that with respect to the rotated ones."""
     channel = tl.arange(0, HALF_BLOCK)
     if ROTARY:
+        # Read again: kept since the rows were loaded, they would cost 16 to 32 registers.
+        cos, sin = _angles(cos_ptr, sin_ptr, count - 1 - rows, keep, HALF, HALF_BLOCK, ROTARY)
         turned = a * cos + b * sin
         b = b * cos - a * sin
         a = turned
@@ -123,88 +131,71 @@ def _gradients(p, t, x, w, mu, nu, c, DUAL: tl.constexpr):
 
 
 @triton.jit
-def _forward_tile(
-    q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, o_ptr, do_ptr, cos_ptr, sin_ptr,
-    q_start, start, n, stride_q, stride_kv, stride_o, scale,
-    C: tl.constexpr, HALF_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
-    ROTARY: tl.constexpr, CAUSAL: tl.constexpr, DUAL: tl.constexpr, LAST: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    HALF: tl.constexpr = C // 2
-    key = tl.arange(0, BN)
-    present = key < n
-    rows = start + key
-    cos, sin = _angles(cos_ptr, sin_ptr, n - 1 - key, present, HALF, HALF_BLOCK, ROTARY)
-    ka, kb = _load_turned(k_ptr, rows, present, stride_kv, cos, sin, HALF, HALF_BLOCK, ROTARY)
-    dka, dkb = ka, kb
-    if DUAL:
-        dka, dkb = _load_turned(dk_ptr, rows, present, stride_kv, cos, sin, HALF, HALF_BLOCK, ROTARY)
-    local = tl.arange(0, BM)
-    if LAST:
-        # The newest item has age 0: its rotation is the identity.
-        query, asked = n - 1 + local, local < 1
-        q_rows = q_start + local
-        qa, qb = _load_turned(q_ptr, q_rows, asked, stride_q, cos, sin, HALF, HALF_BLOCK, False)
-        dqa, dqb = qa, qb
-        if DUAL:
-            dqa, dqb = _load_turned(dq_ptr, q_rows, asked, stride_q, cos, sin, HALF, HALF_BLOCK, False)
-    else:
-        query, asked = local, local < n
-        q_rows = q_start + local
-        qa, qb = _load_turned(q_ptr, q_rows, asked, stride_q, cos, sin, HALF, HALF_BLOCK, ROTARY)
-        dqa, dqb = qa, qb
-        if DUAL:
-            dqa, dqb = _load_turned(dq_ptr, q_rows, asked, stride_q, cos, sin, HALF, HALF_BLOCK, ROTARY)
-    channel = tl.arange(0, C_BLOCK)
-    v = _load(v_ptr, rows, present, stride_kv, channel, C)
-    s, t = _scores(qa, qb, dqa, dqb, ka, kb, dka, dkb, _allowed(query, key, n, CAUSAL), scale, DUAL)
-    p = tl.exp2(s - tl.max(s, 1)[:, None])
-    p = p / tl.sum(p, 1)[:, None]
-    narrow = p.to(v.dtype)
-    _store(o_ptr, _dot(narrow, v), q_rows, asked, stride_o, channel, C)
-    if DUAL:
-        dv = _load(dv_ptr, rows, present, stride_kv, channel, C)
-        r = p * (t - tl.sum(p * t, 1)[:, None])
-        _store(do_ptr, _dot(r.to(v.dtype), v) + _dot(narrow, dv), q_rows, asked, stride_o, channel, C)
-
-
-@triton.jit
 def _load_keys(
-    k_ptr, v_ptr, dk_ptr, dv_ptr, cos_ptr, sin_ptr, start, key, n, stride,
-    C: tl.constexpr, HALF_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr, ROTARY: tl.constexpr, DUAL: tl.constexpr,
+    k_ptr, v_ptr, dk_ptr, dv_ptr, cos_ptr, sin_ptr, key, n,
+    STRIDE: tl.constexpr, C: tl.constexpr, HALF_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
+    ROTARY: tl.constexpr, DUAL: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = C // 2
-    present, rows, channel = key < n, start + key, tl.arange(0, C_BLOCK)
+    present, channel = key < n, tl.arange(0, C_BLOCK)
     cos, sin = _angles(cos_ptr, sin_ptr, n - 1 - key, present, HALF, HALF_BLOCK, ROTARY)
-    ka, kb = _load_turned(k_ptr, rows, present, stride, cos, sin, HALF, HALF_BLOCK, ROTARY)
-    v = _load(v_ptr, rows, present, stride, channel, C)
+    ka, kb = _load_turned(k_ptr, key, present, STRIDE, cos, sin, HALF, HALF_BLOCK, ROTARY)
+    v = _load(v_ptr, key, present, STRIDE, channel, C)
     dka, dkb, dv = ka, kb, v
     if DUAL:
-        dka, dkb = _load_turned(dk_ptr, rows, present, stride, cos, sin, HALF, HALF_BLOCK, ROTARY)
-        dv = _load(dv_ptr, rows, present, stride, channel, C)
-    return ka, kb, dka, dkb, v, dv, cos, sin
+        dka, dkb = _load_turned(dk_ptr, key, present, STRIDE, cos, sin, HALF, HALF_BLOCK, ROTARY)
+        dv = _load(dv_ptr, key, present, STRIDE, channel, C)
+    return ka, kb, dka, dkb, v, dv
 
 
 @triton.jit
 def _load_queries(
-    q_ptr, dq_ptr, cos_ptr, sin_ptr, q_start, local, count, n, stride,
-    C: tl.constexpr, HALF_BLOCK: tl.constexpr, ROTARY: tl.constexpr, DUAL: tl.constexpr, LAST: tl.constexpr,
+    q_ptr, dq_ptr, cos_ptr, sin_ptr, local, count,
+    STRIDE: tl.constexpr, C: tl.constexpr, HALF_BLOCK: tl.constexpr,
+    ROTARY: tl.constexpr, DUAL: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = C // 2
     TURN: tl.constexpr = ROTARY and not LAST
-    asked, rows = local < count, q_start + local
+    asked = local < count
     cos, sin = _angles(cos_ptr, sin_ptr, count - 1 - local, asked, HALF, HALF_BLOCK, TURN)
-    qa, qb = _load_turned(q_ptr, rows, asked, stride, cos, sin, HALF, HALF_BLOCK, TURN)
+    qa, qb = _load_turned(q_ptr, local, asked, STRIDE, cos, sin, HALF, HALF_BLOCK, TURN)
     dqa, dqb = qa, qb
     if DUAL:
-        dqa, dqb = _load_turned(dq_ptr, rows, asked, stride, cos, sin, HALF, HALF_BLOCK, TURN)
-    return qa, qb, dqa, dqb, cos, sin
+        dqa, dqb = _load_turned(dq_ptr, local, asked, STRIDE, cos, sin, HALF, HALF_BLOCK, TURN)
+    return qa, qb, dqa, dqb
+
+
+@triton.jit
+def _forward_tile(
+    q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, o_ptr, do_ptr, cos_ptr, sin_ptr, n, count, scale,
+    STRIDE_Q: tl.constexpr, STRIDE_KV: tl.constexpr, D: tl.constexpr,
+    C: tl.constexpr, HALF_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
+    ROTARY: tl.constexpr, CAUSAL: tl.constexpr, DUAL: tl.constexpr, LAST: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """A history whose queries and keys are one tile each."""
+    key, local, channel = tl.arange(0, BN), tl.arange(0, BM), tl.arange(0, C_BLOCK)
+    asked = local < count
+    ka, kb, dka, dkb, v, dv = _load_keys(
+        k_ptr, v_ptr, dk_ptr, dv_ptr, cos_ptr, sin_ptr, key, n, STRIDE_KV, C, HALF_BLOCK, C_BLOCK, ROTARY, DUAL
+    )
+    qa, qb, dqa, dqb = _load_queries(
+        q_ptr, dq_ptr, cos_ptr, sin_ptr, local, count, STRIDE_Q, C, HALF_BLOCK, ROTARY, DUAL, LAST
+    )
+    s, t = _scores(qa, qb, dqa, dqb, ka, kb, dka, dkb, _allowed(n - count + local, key, n, CAUSAL), scale, DUAL)
+    p = tl.exp2(s - tl.max(s, 1)[:, None])
+    p = p * (1.0 / tl.sum(p, 1))[:, None]
+    narrow = p.to(v.dtype)
+    _store(o_ptr, _dot(narrow, v), local, asked, D, channel, C)
+    if DUAL:
+        r = p * (t - tl.sum(p * t, 1)[:, None])
+        _store(do_ptr, _dot(r.to(v.dtype), v) + _dot(narrow, dv), local, asked, D, channel, C)
 
 
 @triton.jit
 def _statistics(
-    qa, qb, dqa, dqb, g, e, k_ptr, v_ptr, dk_ptr, dv_ptr, cos_ptr, sin_ptr, start, n, query, last_key, stride_kv, scale,
-    C: tl.constexpr, HALF_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
+    qa, qb, dqa, dqb, g, e, k_ptr, v_ptr, dk_ptr, dv_ptr, cos_ptr, sin_ptr, n, query, last_key, scale,
+    STRIDE_KV: tl.constexpr, C: tl.constexpr, HALF_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
     ROTARY: tl.constexpr, CAUSAL: tl.constexpr, DUAL: tl.constexpr, BACKWARD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -216,9 +207,9 @@ def _statistics(
     c = tl.zeros([BM], tl.float32)
     for first in range(0, last_key, BN):
         key = first + tl.arange(0, BN)
-        ka, kb, dka, dkb, v, dv, _cos, _sin = _load_keys(
-            k_ptr, v_ptr, dk_ptr, dv_ptr, cos_ptr, sin_ptr, start, key, n, stride_kv,
-            C, HALF_BLOCK, C_BLOCK, ROTARY, DUAL,
+        ka, kb, dka, dkb, v, dv = _load_keys(
+            k_ptr, v_ptr, dk_ptr, dv_ptr, cos_ptr, sin_ptr, key, n,
+            STRIDE_KV, C, HALF_BLOCK, C_BLOCK, ROTARY, DUAL,
         )  # fmt: skip
         s, t = _scores(qa, qb, dqa, dqb, ka, kb, dka, dkb, _allowed(query, key, n, CAUSAL), scale, DUAL)
         raised = tl.maximum(m, tl.max(s, 1))
@@ -242,7 +233,8 @@ def _statistics(
 @triton.jit
 def _forward_long(
     q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, o_ptr, do_ptr, cos_ptr, sin_ptr,
-    q_start, start, n, count, stride_q, stride_kv, stride_o, scale,
+    n, count, scale,
+    STRIDE_Q: tl.constexpr, STRIDE_KV: tl.constexpr, D: tl.constexpr,
     C: tl.constexpr, HALF_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
     ROTARY: tl.constexpr, CAUSAL: tl.constexpr, DUAL: tl.constexpr, LAST: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
@@ -254,20 +246,20 @@ def _forward_long(
         last_key = n
         if CAUSAL:
             last_key = tl.minimum(n, n - count + first_query + BM)
-        qa, qb, dqa, dqb, _q_cos, _q_sin = _load_queries(
-            q_ptr, dq_ptr, cos_ptr, sin_ptr, q_start, local, count, n, stride_q, C, HALF_BLOCK, ROTARY, DUAL, LAST
+        qa, qb, dqa, dqb = _load_queries(
+            q_ptr, dq_ptr, cos_ptr, sin_ptr, local, count, STRIDE_Q, C, HALF_BLOCK, ROTARY, DUAL, LAST
         )
         level, mu, _nu, _c = _statistics(
-            qa, qb, dqa, dqb, qa, qa, k_ptr, v_ptr, dk_ptr, dv_ptr, cos_ptr, sin_ptr, start, n, query, last_key,
-            stride_kv, scale, C, HALF_BLOCK, C_BLOCK, ROTARY, CAUSAL, DUAL, False, BM, BN,
+            qa, qb, dqa, dqb, qa, qa, k_ptr, v_ptr, dk_ptr, dv_ptr, cos_ptr, sin_ptr, n, query, last_key,
+            scale, STRIDE_KV, C, HALF_BLOCK, C_BLOCK, ROTARY, CAUSAL, DUAL, False, BM, BN,
         )  # fmt: skip
         o = tl.zeros([BM, C_BLOCK], tl.float32)
         do = tl.zeros([BM, C_BLOCK], tl.float32)
         for first in range(0, last_key, BN):
             key = first + tl.arange(0, BN)
-            ka, kb, dka, dkb, v, dv, _cos, _sin = _load_keys(
-                k_ptr, v_ptr, dk_ptr, dv_ptr, cos_ptr, sin_ptr, start, key, n, stride_kv,
-                C, HALF_BLOCK, C_BLOCK, ROTARY, DUAL,
+            ka, kb, dka, dkb, v, dv = _load_keys(
+                k_ptr, v_ptr, dk_ptr, dv_ptr, cos_ptr, sin_ptr, key, n,
+                STRIDE_KV, C, HALF_BLOCK, C_BLOCK, ROTARY, DUAL,
             )  # fmt: skip
             s, t = _scores(qa, qb, dqa, dqb, ka, kb, dka, dkb, _allowed(query, key, n, CAUSAL), scale, DUAL)
             p = tl.exp2(s - level[:, None])
@@ -275,135 +267,128 @@ def _forward_long(
             o += _dot(narrow, v)
             if DUAL:
                 do += _dot((p * (t - mu[:, None])).to(v.dtype), v) + _dot(narrow, dv)
-        _store(o_ptr, o, q_start + local, local < count, stride_o, channel, C)
+        _store(o_ptr, o, local, local < count, D, channel, C)
         if DUAL:
-            _store(do_ptr, do, q_start + local, local < count, stride_o, channel, C)
+            _store(do_ptr, do, local, local < count, D, channel, C)
 
 
 @triton.jit
 def _forward_kernel(
-    q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, o_ptr, do_ptr, bounds_ptr, cos_ptr, sin_ptr,
-    padded_length, stride_q, stride_kv, stride_o, scale,
-    HEADS: tl.constexpr, C: tl.constexpr, HALF_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, o_ptr, do_ptr, bounds_ptr, cos_ptr, sin_ptr, padded_length, scale,
+    STRIDE_Q: tl.constexpr, STRIDE_KV: tl.constexpr, HEADS: tl.constexpr,
+    C: tl.constexpr, HALF_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
     ROTARY: tl.constexpr, CAUSAL: tl.constexpr, DUAL: tl.constexpr, PADDED: tl.constexpr, LAST: tl.constexpr,
     LONG: tl.constexpr,
 ):  # fmt: skip
+    D: tl.constexpr = HEADS * C
     user, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
     start, n = _history(bounds_ptr, user, padded_length, PADDED)
-    at = head * C
-    q_ptr += at
-    k_ptr += at
-    v_ptr += at
-    dq_ptr += at
-    dk_ptr += at
-    dv_ptr += at
-    o_ptr += at
-    do_ptr += at
-    q_start = start
     count = n
+    to_q, to_kv, to_o = start * STRIDE_Q + head * C, start * STRIDE_KV + head * C, start * D + head * C
     if LAST:
-        q_start = user.to(tl.int64)
         count = tl.minimum(n, 1)
-        if n == 0:
-            _zero_rows(o_ptr, q_start, 1, stride_o, C, C_BLOCK)
-            if DUAL:
-                _zero_rows(do_ptr, q_start, 1, stride_o, C, C_BLOCK)
-    elif PADDED:
-        _zero_rows(o_ptr, start - (padded_length - n), padded_length - n, stride_o, C, C_BLOCK)
+        to_q = user.to(tl.int64) * STRIDE_Q + head * C
+        to_o = user.to(tl.int64) * D + head * C
+    q_ptr += to_q
+    k_ptr += to_kv
+    v_ptr += to_kv
+    dq_ptr += to_q
+    dk_ptr += to_kv
+    dv_ptr += to_kv
+    o_ptr += to_o
+    do_ptr += to_o
+    if LAST:
+        _zero_rows(o_ptr, 1 - count, D, C, C_BLOCK)
         if DUAL:
-            _zero_rows(do_ptr, start - (padded_length - n), padded_length - n, stride_o, C, C_BLOCK)
+            _zero_rows(do_ptr, 1 - count, D, C, C_BLOCK)
+    elif PADDED:
+        before = padded_length - n
+        _zero_rows(o_ptr - before * D, before, D, C, C_BLOCK)
+        if DUAL:
+            _zero_rows(do_ptr - before * D, before, D, C, C_BLOCK)
     if LONG and n > 64:
         _forward_long(
-            q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, o_ptr, do_ptr, cos_ptr, sin_ptr,
-            q_start, start, n, count, stride_q, stride_kv, stride_o, scale,
-            C, HALF_BLOCK, C_BLOCK, ROTARY, CAUSAL, DUAL, LAST, 16 if LAST else 64, 64,
-        )  # fmt: skip
-    elif n > 32:
-        _forward_tile(
-            q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, o_ptr, do_ptr, cos_ptr, sin_ptr,
-            q_start, start, n, stride_q, stride_kv, stride_o, scale,
-            C, HALF_BLOCK, C_BLOCK, ROTARY, CAUSAL, DUAL, LAST, 16 if LAST else 64, 64,
+            q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, o_ptr, do_ptr, cos_ptr, sin_ptr, n, count, scale,
+            STRIDE_Q, STRIDE_KV, D, C, HALF_BLOCK, C_BLOCK, ROTARY, CAUSAL, DUAL, LAST, 16 if LAST else 64, 64,
         )  # fmt: skip
     elif n > 16:
         _forward_tile(
-            q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, o_ptr, do_ptr, cos_ptr, sin_ptr,
-            q_start, start, n, stride_q, stride_kv, stride_o, scale,
-            C, HALF_BLOCK, C_BLOCK, ROTARY, CAUSAL, DUAL, LAST, 16 if LAST else 32, 32,
+            q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, o_ptr, do_ptr, cos_ptr, sin_ptr, n, count, scale,
+            STRIDE_Q, STRIDE_KV, D, C, HALF_BLOCK, C_BLOCK, ROTARY, CAUSAL, DUAL, LAST, 16 if LAST else 64, 64,
         )  # fmt: skip
     elif n > 0:
         _forward_tile(
-            q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, o_ptr, do_ptr, cos_ptr, sin_ptr,
-            q_start, start, n, stride_q, stride_kv, stride_o, scale,
-            C, HALF_BLOCK, C_BLOCK, ROTARY, CAUSAL, DUAL, LAST, 16, 16,
+            q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, o_ptr, do_ptr, cos_ptr, sin_ptr, n, count, scale,
+            STRIDE_Q, STRIDE_KV, D, C, HALF_BLOCK, C_BLOCK, ROTARY, CAUSAL, DUAL, LAST, 16, 16,
         )  # fmt: skip
 
 
 @triton.jit
 def _backward_tile(
     q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, g_ptr, e_ptr,
-    gq_ptr, gk_ptr, gv_ptr, gdq_ptr, gdk_ptr, gdv_ptr, cos_ptr, sin_ptr,
-    q_start, start, n, count, stride_q, stride_kv, stride_g, stride_gq, stride_gkv, scale,
+    gq_ptr, gk_ptr, gv_ptr, gdq_ptr, gdk_ptr, gdv_ptr, cos_ptr, sin_ptr, n, count, scale,
+    STRIDE_Q: tl.constexpr, STRIDE_KV: tl.constexpr, D: tl.constexpr,
     C: tl.constexpr, HALF_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
     ROTARY: tl.constexpr, CAUSAL: tl.constexpr, DUAL: tl.constexpr, LAST: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
+    """A history whose queries and keys are one tile each; each gradient is written as soon as it is there."""
     HALF: tl.constexpr = C // 2
     TURN_Q: tl.constexpr = ROTARY and not LAST
     key, local, channel = tl.arange(0, BN), tl.arange(0, BM), tl.arange(0, C_BLOCK)
     present, asked = key < n, local < count
-    rows, q_rows = start + key, q_start + local
-    ka, kb, dka, dkb, v, dv, cos, sin = _load_keys(
-        k_ptr, v_ptr, dk_ptr, dv_ptr, cos_ptr, sin_ptr, start, key, n, stride_kv, C, HALF_BLOCK, C_BLOCK, ROTARY, DUAL
+    ka, kb, dka, dkb, v, dv = _load_keys(
+        k_ptr, v_ptr, dk_ptr, dv_ptr, cos_ptr, sin_ptr, key, n, STRIDE_KV, C, HALF_BLOCK, C_BLOCK, ROTARY, DUAL
     )
-    qa, qb, dqa, dqb, q_cos, q_sin = _load_queries(
-        q_ptr, dq_ptr, cos_ptr, sin_ptr, q_start, local, count, n, stride_q, C, HALF_BLOCK, ROTARY, DUAL, LAST
+    qa, qb, dqa, dqb = _load_queries(
+        q_ptr, dq_ptr, cos_ptr, sin_ptr, local, count, STRIDE_Q, C, HALF_BLOCK, ROTARY, DUAL, LAST
     )
-    g = _load(g_ptr, q_rows, asked, stride_g, channel, C)
+    g = _load(g_ptr, local, asked, D, channel, C)
     e = g
     if DUAL:
-        e = _load(e_ptr, q_rows, asked, stride_g, channel, C)
+        e = _load(e_ptr, local, asked, D, channel, C)
     s, t = _scores(qa, qb, dqa, dqb, ka, kb, dka, dkb, _allowed(n - count + local, key, n, CAUSAL), scale, DUAL)
     p = tl.exp2(s - tl.max(s, 1)[:, None])
-    p = p / tl.sum(p, 1)[:, None]
-    narrow = p.to(v.dtype)
-    x = _dot(g, tl.trans(v))
-    gv = _dot(tl.trans(narrow), g)
+    p = p * (1.0 / tl.sum(p, 1))[:, None]
+    narrow = tl.trans(p.to(v.dtype))
+    gv = _dot(narrow, g)
     if DUAL:
-        gdv = _dot(tl.trans(narrow), e)
-        _store(gdv_ptr, gdv, rows, present, stride_gkv, channel, C)
-        x += _dot(e, tl.trans(dv))
+        _store(gdv_ptr, _dot(narrow, e), key, present, STRIDE_KV, channel, C)
         w = _dot(e, tl.trans(v))
         mu, nu = tl.sum(p * t, 1)[:, None], tl.sum(p * w, 1)[:, None]
-        x = x + w * (t - mu) - nu * t
         gt = (p * (w - nu) * scale).to(v.dtype)
-        gv += _dot(tl.trans((p * (t - mu)).to(v.dtype)), e)
-    _store(gv_ptr, gv, rows, present, stride_gkv, channel, C)
+        gv = _add_dot(gv, tl.trans((p * (t - mu)).to(v.dtype)), e)
+        # X last: three float32 tiles live at a time instead of four.
+        x = _add_dot(_add_dot(w * (t - mu) - nu * t, e, tl.trans(dv)), g, tl.trans(v))
+    else:
+        x = _dot(g, tl.trans(v))
+    _store(gv_ptr, gv, key, present, STRIDE_KV, channel, C)
     gs = (p * (x - tl.sum(p * x, 1)[:, None]) * scale).to(v.dtype)
     ga, gb = _dot(gs, ka), _dot(gs, kb)
     if DUAL:
         ga += _dot(gt, dka)
         gb += _dot(gt, dkb)
-        _store_turned_back(
-            gdq_ptr, _dot(gt, ka), _dot(gt, kb), q_rows, asked, stride_gq, q_cos, q_sin, HALF, HALF_BLOCK, TURN_Q
-        )
-    _store_turned_back(gq_ptr, ga, gb, q_rows, asked, stride_gq, q_cos, q_sin, HALF, HALF_BLOCK, TURN_Q)
+    _store_turned_back(gq_ptr, ga, gb, local, asked, STRIDE_Q, cos_ptr, sin_ptr, count, HALF, HALF_BLOCK, TURN_Q)
     gs = tl.trans(gs)
     ga, gb = _dot(gs, qa), _dot(gs, qb)
     if DUAL:
-        gt = tl.trans(gt)
-        ga += _dot(gt, dqa)
-        gb += _dot(gt, dqb)
-        _store_turned_back(
-            gdk_ptr, _dot(gt, qa), _dot(gt, qb), rows, present, stride_gkv, cos, sin, HALF, HALF_BLOCK, ROTARY
-        )
-    _store_turned_back(gk_ptr, ga, gb, rows, present, stride_gkv, cos, sin, HALF, HALF_BLOCK, ROTARY)
+        back = tl.trans(gt)
+        ga += _dot(back, dqa)
+        gb += _dot(back, dqb)
+    _store_turned_back(gk_ptr, ga, gb, key, present, STRIDE_KV, cos_ptr, sin_ptr, n, HALF, HALF_BLOCK, ROTARY)
+    if DUAL:
+        ga, gb = _dot(gt, ka), _dot(gt, kb)
+        _store_turned_back(gdq_ptr, ga, gb, local, asked, STRIDE_Q, cos_ptr, sin_ptr, count, HALF, HALF_BLOCK, TURN_Q)
+        ga, gb = _dot(back, qa), _dot(back, qb)
+        _store_turned_back(gdk_ptr, ga, gb, key, present, STRIDE_KV, cos_ptr, sin_ptr, n, HALF, HALF_BLOCK, ROTARY)
 
 
 @triton.jit
 def _backward_long(
     q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, g_ptr, e_ptr,
     gq_ptr, gk_ptr, gv_ptr, gdq_ptr, gdk_ptr, gdv_ptr, cos_ptr, sin_ptr, stats_ptr,
-    q_start, start, n, count, stride_q, stride_kv, stride_g, stride_gq, stride_gkv, stride_stats, scale,
+    n, count, scale,
+    STRIDE_Q: tl.constexpr, STRIDE_KV: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr,
     C: tl.constexpr, HALF_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
     ROTARY: tl.constexpr, CAUSAL: tl.constexpr, DUAL: tl.constexpr, LAST: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
@@ -414,22 +399,22 @@ def _backward_long(
     channel = tl.arange(0, C_BLOCK)
     for first_query in range(0, count, BM):
         local = first_query + tl.arange(0, BM)
-        query, asked, q_rows = n - count + local, local < count, q_start + local
+        query, asked = n - count + local, local < count
         last_key = n
         if CAUSAL:
             last_key = tl.minimum(n, n - count + first_query + BM)
-        qa, qb, dqa, dqb, q_cos, q_sin = _load_queries(
-            q_ptr, dq_ptr, cos_ptr, sin_ptr, q_start, local, count, n, stride_q, C, HALF_BLOCK, ROTARY, DUAL, LAST
+        qa, qb, dqa, dqb = _load_queries(
+            q_ptr, dq_ptr, cos_ptr, sin_ptr, local, count, STRIDE_Q, C, HALF_BLOCK, ROTARY, DUAL, LAST
         )
-        g = _load(g_ptr, q_rows, asked, stride_g, channel, C)
+        g = _load(g_ptr, local, asked, D, channel, C)
         e = g
         if DUAL:
-            e = _load(e_ptr, q_rows, asked, stride_g, channel, C)
+            e = _load(e_ptr, local, asked, D, channel, C)
         level, mu, nu, c = _statistics(
-            qa, qb, dqa, dqb, g, e, k_ptr, v_ptr, dk_ptr, dv_ptr, cos_ptr, sin_ptr, start, n, query, last_key,
-            stride_kv, scale, C, HALF_BLOCK, C_BLOCK, ROTARY, CAUSAL, DUAL, True, BM, BN,
+            qa, qb, dqa, dqb, g, e, k_ptr, v_ptr, dk_ptr, dv_ptr, cos_ptr, sin_ptr, n, query, last_key,
+            scale, STRIDE_KV, C, HALF_BLOCK, C_BLOCK, ROTARY, CAUSAL, DUAL, True, BM, BN,
         )  # fmt: skip
-        at = stats_ptr + q_rows * stride_stats
+        at = stats_ptr + local * (HEADS * 4)
         tl.store(at, level, mask=asked)
         tl.store(at + 1, mu, mask=asked)
         tl.store(at + 2, nu, mask=asked)
@@ -440,9 +425,9 @@ def _backward_long(
         gdb = tl.zeros([BM, HALF_BLOCK], tl.float32)
         for first in range(0, last_key, BN):
             key = first + tl.arange(0, BN)
-            ka, kb, dka, dkb, v, dv, _cos, _sin = _load_keys(
-                k_ptr, v_ptr, dk_ptr, dv_ptr, cos_ptr, sin_ptr, start, key, n, stride_kv,
-                C, HALF_BLOCK, C_BLOCK, ROTARY, DUAL,
+            ka, kb, dka, dkb, v, dv = _load_keys(
+                k_ptr, v_ptr, dk_ptr, dv_ptr, cos_ptr, sin_ptr, key, n,
+                STRIDE_KV, C, HALF_BLOCK, C_BLOCK, ROTARY, DUAL,
             )  # fmt: skip
             s, t = _scores(qa, qb, dqa, dqb, ka, kb, dka, dkb, _allowed(query, key, n, CAUSAL), scale, DUAL)
             x = _dot(g, tl.trans(v))
@@ -461,16 +446,18 @@ def _backward_long(
                 gb += _dot(gt, dkb)
                 gda += _dot(gt, ka)
                 gdb += _dot(gt, kb)
-        _store_turned_back(gq_ptr, ga, gb, q_rows, asked, stride_gq, q_cos, q_sin, HALF, HALF_BLOCK, TURN_Q)
+        _store_turned_back(gq_ptr, ga, gb, local, asked, STRIDE_Q, cos_ptr, sin_ptr, count, HALF, HALF_BLOCK, TURN_Q)
         if DUAL:
-            _store_turned_back(gdq_ptr, gda, gdb, q_rows, asked, stride_gq, q_cos, q_sin, HALF, HALF_BLOCK, TURN_Q)
+            _store_turned_back(
+                gdq_ptr, gda, gdb, local, asked, STRIDE_Q, cos_ptr, sin_ptr, count, HALF, HALF_BLOCK, TURN_Q
+            )
     tl.debug_barrier()  # the statistics were written by other threads of this program
     for first in range(0, n, BN):
         key = first + tl.arange(0, BN)
-        present, rows = key < n, start + key
-        ka, kb, dka, dkb, v, dv, cos, sin = _load_keys(
-            k_ptr, v_ptr, dk_ptr, dv_ptr, cos_ptr, sin_ptr, start, key, n, stride_kv,
-            C, HALF_BLOCK, C_BLOCK, ROTARY, DUAL,
+        present = key < n
+        ka, kb, dka, dkb, v, dv = _load_keys(
+            k_ptr, v_ptr, dk_ptr, dv_ptr, cos_ptr, sin_ptr, key, n,
+            STRIDE_KV, C, HALF_BLOCK, C_BLOCK, ROTARY, DUAL,
         )  # fmt: skip
         ga = tl.zeros([BN, HALF_BLOCK], tl.float32)
         gb = tl.zeros([BN, HALF_BLOCK], tl.float32)
@@ -483,15 +470,15 @@ def _backward_long(
             first_tile = tl.maximum(0, first - (n - count)) // BM * BM
         for first_query in range(first_tile, count, BM):
             local = first_query + tl.arange(0, BM)
-            query, asked, q_rows = n - count + local, local < count, q_start + local
-            qa, qb, dqa, dqb, _q_cos, _q_sin = _load_queries(
-                q_ptr, dq_ptr, cos_ptr, sin_ptr, q_start, local, count, n, stride_q, C, HALF_BLOCK, ROTARY, DUAL, LAST
+            query, asked = n - count + local, local < count
+            qa, qb, dqa, dqb = _load_queries(
+                q_ptr, dq_ptr, cos_ptr, sin_ptr, local, count, STRIDE_Q, C, HALF_BLOCK, ROTARY, DUAL, LAST
             )
-            g = _load(g_ptr, q_rows, asked, stride_g, channel, C)
+            g = _load(g_ptr, local, asked, D, channel, C)
             e = g
             if DUAL:
-                e = _load(e_ptr, q_rows, asked, stride_g, channel, C)
-            at = stats_ptr + q_rows * stride_stats
+                e = _load(e_ptr, local, asked, D, channel, C)
+            at = stats_ptr + local * (HEADS * 4)
             level = tl.load(at, mask=asked, other=0.0)
             mu = tl.load(at + 1, mask=asked, other=0.0)
             nu = tl.load(at + 2, mask=asked, other=0.0)
@@ -517,87 +504,82 @@ def _backward_long(
                 gb += _dot(gt, dqb)
                 gda += _dot(gt, qa)
                 gdb += _dot(gt, qb)
-        _store(gv_ptr, gv, rows, present, stride_gkv, channel, C)
-        _store_turned_back(gk_ptr, ga, gb, rows, present, stride_gkv, cos, sin, HALF, HALF_BLOCK, ROTARY)
+        _store(gv_ptr, gv, key, present, STRIDE_KV, channel, C)
+        _store_turned_back(gk_ptr, ga, gb, key, present, STRIDE_KV, cos_ptr, sin_ptr, n, HALF, HALF_BLOCK, ROTARY)
         if DUAL:
-            _store(gdv_ptr, gdv, rows, present, stride_gkv, channel, C)
-            _store_turned_back(gdk_ptr, gda, gdb, rows, present, stride_gkv, cos, sin, HALF, HALF_BLOCK, ROTARY)
+            _store(gdv_ptr, gdv, key, present, STRIDE_KV, channel, C)
+            _store_turned_back(
+                gdk_ptr, gda, gdb, key, present, STRIDE_KV, cos_ptr, sin_ptr, n, HALF, HALF_BLOCK, ROTARY
+            )
 
 
 @triton.jit
 def _backward_kernel(
     q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, g_ptr, e_ptr,
-    gq_ptr, gk_ptr, gv_ptr, gdq_ptr, gdk_ptr, gdv_ptr, bounds_ptr, cos_ptr, sin_ptr, stats_ptr,
-    padded_length, stride_q, stride_kv, stride_g, stride_gq, stride_gkv, scale,
-    HEADS: tl.constexpr, C: tl.constexpr, HALF_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
+    gq_ptr, gk_ptr, gv_ptr, gdq_ptr, gdk_ptr, gdv_ptr, bounds_ptr, cos_ptr, sin_ptr, stats_ptr, padded_length, scale,
+    STRIDE_Q: tl.constexpr, STRIDE_KV: tl.constexpr, HEADS: tl.constexpr,
+    C: tl.constexpr, HALF_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
     ROTARY: tl.constexpr, CAUSAL: tl.constexpr, DUAL: tl.constexpr, PADDED: tl.constexpr, LAST: tl.constexpr,
     LONG: tl.constexpr,
 ):  # fmt: skip
+    D: tl.constexpr = HEADS * C
     user, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
     start, n = _history(bounds_ptr, user, padded_length, PADDED)
-    at = head * C
-    q_ptr += at
-    k_ptr += at
-    v_ptr += at
-    dq_ptr += at
-    dk_ptr += at
-    dv_ptr += at
-    g_ptr += at
-    e_ptr += at
-    gq_ptr += at
-    gk_ptr += at
-    gv_ptr += at
-    gdq_ptr += at
-    gdk_ptr += at
-    gdv_ptr += at
-    stats_ptr += head * 4
-    q_start = start
     count = n
+    first_query = start
     if LAST:
-        q_start = user.to(tl.int64)
         count = tl.minimum(n, 1)
-        if n == 0:
-            _zero_rows(gq_ptr, q_start, 1, stride_gq, C, C_BLOCK)
-            if DUAL:
-                _zero_rows(gdq_ptr, q_start, 1, stride_gq, C, C_BLOCK)
-    if PADDED:
-        before, first = padded_length - n, start - (padded_length - n)
-        if not LAST:
-            _zero_rows(gq_ptr, first, before, stride_gq, C, C_BLOCK)
-        _zero_rows(gk_ptr, first, before, stride_gkv, C, C_BLOCK)
-        _zero_rows(gv_ptr, first, before, stride_gkv, C, C_BLOCK)
+        first_query = user.to(tl.int64)
+    to_q, to_kv, to_o = first_query * STRIDE_Q + head * C, start * STRIDE_KV + head * C, first_query * D + head * C
+    q_ptr += to_q
+    k_ptr += to_kv
+    v_ptr += to_kv
+    dq_ptr += to_q
+    dk_ptr += to_kv
+    dv_ptr += to_kv
+    g_ptr += to_o
+    e_ptr += to_o
+    gq_ptr += to_q
+    gk_ptr += to_kv
+    gv_ptr += to_kv
+    gdq_ptr += to_q
+    gdk_ptr += to_kv
+    gdv_ptr += to_kv
+    stats_ptr += (first_query * HEADS + head) * 4
+    if LAST:
+        _zero_rows(gq_ptr, 1 - count, STRIDE_Q, C, C_BLOCK)
         if DUAL:
-            if not LAST:
-                _zero_rows(gdq_ptr, first, before, stride_gq, C, C_BLOCK)
-            _zero_rows(gdk_ptr, first, before, stride_gkv, C, C_BLOCK)
-            _zero_rows(gdv_ptr, first, before, stride_gkv, C, C_BLOCK)
+            _zero_rows(gdq_ptr, 1 - count, STRIDE_Q, C, C_BLOCK)
+    if PADDED:
+        before = padded_length - n
+        _zero_rows(gk_ptr - before * STRIDE_KV, before, STRIDE_KV, C, C_BLOCK)
+        _zero_rows(gv_ptr - before * STRIDE_KV, before, STRIDE_KV, C, C_BLOCK)
+        if DUAL:
+            _zero_rows(gdk_ptr - before * STRIDE_KV, before, STRIDE_KV, C, C_BLOCK)
+            _zero_rows(gdv_ptr - before * STRIDE_KV, before, STRIDE_KV, C, C_BLOCK)
+        if not LAST:
+            _zero_rows(gq_ptr - before * STRIDE_Q, before, STRIDE_Q, C, C_BLOCK)
+            if DUAL:
+                _zero_rows(gdq_ptr - before * STRIDE_Q, before, STRIDE_Q, C, C_BLOCK)
+    # No tile of 32 for the lengths between: its products (mma.sync, not wgmma) hold their operands in registers, 180 a
+    # thread where 16 and 64 need 118, and every length would pay with 2 programs an SM instead of 4.
     if LONG and n > 64:
         _backward_long(
             q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, g_ptr, e_ptr,
-            gq_ptr, gk_ptr, gv_ptr, gdq_ptr, gdk_ptr, gdv_ptr, cos_ptr, sin_ptr, stats_ptr,
-            q_start, start, n, count, stride_q, stride_kv, stride_g, stride_gq, stride_gkv, HEADS * 4, scale,
-            C, HALF_BLOCK, C_BLOCK, ROTARY, CAUSAL, DUAL, LAST, 16 if LAST else 32, 32,
-        )  # fmt: skip
-    elif n > 32:
-        _backward_tile(
-            q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, g_ptr, e_ptr,
-            gq_ptr, gk_ptr, gv_ptr, gdq_ptr, gdk_ptr, gdv_ptr, cos_ptr, sin_ptr,
-            q_start, start, n, count, stride_q, stride_kv, stride_g, stride_gq, stride_gkv, scale,
-            C, HALF_BLOCK, C_BLOCK, ROTARY, CAUSAL, DUAL, LAST, 16 if LAST else 64, 64,
+            gq_ptr, gk_ptr, gv_ptr, gdq_ptr, gdk_ptr, gdv_ptr, cos_ptr, sin_ptr, stats_ptr, n, count, scale,
+            STRIDE_Q, STRIDE_KV, D, HEADS, C, HALF_BLOCK, C_BLOCK, ROTARY, CAUSAL, DUAL, LAST, 16 if LAST else 32, 32,
         )  # fmt: skip
     elif n > 16:
         _backward_tile(
             q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, g_ptr, e_ptr,
-            gq_ptr, gk_ptr, gv_ptr, gdq_ptr, gdk_ptr, gdv_ptr, cos_ptr, sin_ptr,
-            q_start, start, n, count, stride_q, stride_kv, stride_g, stride_gq, stride_gkv, scale,
-            C, HALF_BLOCK, C_BLOCK, ROTARY, CAUSAL, DUAL, LAST, 16 if LAST else 32, 32,
+            gq_ptr, gk_ptr, gv_ptr, gdq_ptr, gdk_ptr, gdv_ptr, cos_ptr, sin_ptr, n, count, scale,
+            STRIDE_Q, STRIDE_KV, D, C, HALF_BLOCK, C_BLOCK, ROTARY, CAUSAL, DUAL, LAST, 16 if LAST else 64, 64,
         )  # fmt: skip
     elif n > 0:
         _backward_tile(
             q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, g_ptr, e_ptr,
-            gq_ptr, gk_ptr, gv_ptr, gdq_ptr, gdk_ptr, gdv_ptr, cos_ptr, sin_ptr,
-            q_start, start, n, count, stride_q, stride_kv, stride_g, stride_gq, stride_gkv, scale,
-            C, HALF_BLOCK, C_BLOCK, ROTARY, CAUSAL, DUAL, LAST, 16, 16,
+            gq_ptr, gk_ptr, gv_ptr, gdq_ptr, gdk_ptr, gdv_ptr, cos_ptr, sin_ptr, n, count, scale,
+            STRIDE_Q, STRIDE_KV, D, C, HALF_BLOCK, C_BLOCK, ROTARY, CAUSAL, DUAL, LAST, 16, 16,
         )  # fmt: skip
 
 
@@ -606,7 +588,7 @@ def _widths(channels):
     return {"HALF_BLOCK": half_block, "C_BLOCK": 2 * half_block}
 
 
-def attention_forward(inputs, outputs, bounds, tables, padded_length, heads, causal, last, num_warps):
+def attention_forward(inputs, outputs, bounds, tables, padded_length, heads, causal, last, shapes):
     """Launch the forward pass.
 
     Args:
@@ -619,7 +601,7 @@ def attention_forward(inputs, outputs, bounds, tables, padded_length, heads, cau
         heads: H; D / H is even.
         causal: whether an item sees only those before it.
         last: whether q has one row a history, the newest.
-        num_warps: of one program.
+        shapes: num_warps, maxnreg.
     """
     q, k, v, dq, dk, dv = (*inputs, *inputs)[:6]
     o, do = (*outputs, *outputs)[:2]
@@ -628,16 +610,14 @@ def attention_forward(inputs, outputs, bounds, tables, padded_length, heads, cau
     users = len(bounds) if padded_length is not None else len(bounds) - 1
     channels = q.shape[1] // heads
     _forward_kernel[(users * heads,)](
-        q, k, v, dq, dk, dv, o, do, bounds, cos, sin, padded_length or 0, q.stride(0), k.stride(0), o.stride(0),
-        channels**-0.5, HEADS=heads, C=channels, **_widths(channels), ROTARY=tables is not None, CAUSAL=causal,
+        q, k, v, dq, dk, dv, o, do, bounds, cos, sin, padded_length or 0, channels**-0.5, STRIDE_Q=q.stride(0),
+        STRIDE_KV=k.stride(0), HEADS=heads, C=channels, **_widths(channels), ROTARY=tables is not None, CAUSAL=causal,
         DUAL=len(inputs) == 6, PADDED=padded_length is not None, LAST=last, LONG=longest is None or longest > 64,
-        num_warps=num_warps, num_stages=1,
+        num_stages=1, **shapes,
     )  # fmt: skip
 
 
-def attention_backward(
-    inputs, upstream, gradients, stats, bounds, tables, padded_length, heads, causal, last, num_warps
-):
+def attention_backward(inputs, upstream, gradients, stats, bounds, tables, padded_length, heads, causal, last, shapes):
     """Launch the backward pass; what is not named here is as for `attention_forward`.
 
     From `upstream`, (g,) or (g, e) [rows of q, D], it writes `gradients`: for each of `inputs` one, q's and dq's of
@@ -653,8 +633,7 @@ def attention_backward(
     channels = q.shape[1] // heads
     _backward_kernel[(users * heads,)](
         q, k, v, dq, dk, dv, g, e, gq, gk, gv, gdq, gdk, gdv, bounds, cos, sin, stats, padded_length or 0,
-        q.stride(0), k.stride(0), g.stride(0), gq.stride(0), gk.stride(0),
-        channels**-0.5, HEADS=heads, C=channels, **_widths(channels), ROTARY=tables is not None, CAUSAL=causal,
-        DUAL=len(inputs) == 6, PADDED=padded_length is not None, LAST=last, LONG=longest is None or longest > 64,
-        num_warps=num_warps, num_stages=1,
+        channels**-0.5, STRIDE_Q=q.stride(0), STRIDE_KV=k.stride(0), HEADS=heads, C=channels, **_widths(channels),
+        ROTARY=tables is not None, CAUSAL=causal, DUAL=len(inputs) == 6, PADDED=padded_length is not None, LAST=last,
+        LONG=longest is None or longest > 64, num_stages=1, **shapes,
     )  # fmt: skip

@@ -1,9 +1,9 @@
 """What a transformer block does around its attention, row by row, on values and (DUAL) on their tangents.
 
-Four kernels: norm and projection; everything after the attention, with the feed-forward's hidden layer kept on the chip;
-the backward pass through GELU, which writes what the weight gradients need; a product and the norm's backward pass.
-A program takes BM rows whatever else is in the batch and sums in a fixed order, so a row's results have the same bits
-in any batch. Value and tangent of a row are in one program: a tile of weights is read once for both.
+Four kernels: norm and projection; everything after the attention, with the feed-forward's hidden layer kept on the
+chip; the backward pass through GELU, which writes what the weight gradients need; a product and the norm's backward
+pass. A program takes BM rows whatever else is in the batch and sums in a fixed order, so a row's results have the same
+bits in any batch. Value and tangent of a row are in one program: a tile of weights is read once for both.
 
 The formulas are those of `fave_fast.ops.block`.
 """
@@ -31,8 +31,10 @@ def _dropout_scale(seed_ptr, stream, first, row, channel, threshold, scale, D: t
     seed = tl.load(seed_ptr)
     low, high = (seed & 0xFFFFFFFF).to(tl.uint32), ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
     key = _mix(_mix(low ^ stream.to(tl.uint32)) ^ high)
-    position = (first * D).to(tl.uint32) + (row[:, None] * D + channel[None, :]).to(tl.uint32)
-    bits = _mix(_mix(position + key) ^ key)
+    # position * step + key; the step differs from stream to stream, or one's numbers would be the other's, shifted.
+    step = _mix(key ^ 0x9E3779B9) | 1
+    of_row = (first * D).to(tl.uint32) * step + key + row.to(tl.uint32) * (step * D)
+    bits = _mix(of_row[:, None] + (channel.to(tl.uint32) * step)[None, :])
     return tl.where(bits >= threshold.to(tl.uint32), scale, 0.0)
 
 
@@ -88,9 +90,18 @@ def _normed(x, dx, gain_ptr, bias_ptr, channel, eps, D: tl.constexpr, LAYER: tl.
 
 
 @triton.jit
-def _gelu_parts(x):
+def _gelu_parts(x, EXACT: tl.constexpr):
     """Phi(x), phi(x): the normal distribution and its density."""
-    return 0.5 + 0.5 * tl.erf(x * 0.7071067811865476), 0.3989422804014327 * tl.exp2(x * x * -0.7213475204444817)
+    bell = tl.exp2(x * x * -0.7213475204444817)
+    if EXACT:
+        below = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
+    else:
+        # Abramowitz and Stegun 7.1.26, right to 1e-7: a third of erf's instructions, of which there are most here.
+        t = 1.0 / (1.0 + 0.2316418882663604 * tl.abs(x))
+        poly = t * (0.127414796 + t * (-0.142248368 + t * (0.7107068705 + t * (-0.7265760135 + t * 0.5307027145))))
+        above = poly * bell
+        below = tl.where(x >= 0, 1.0 - above, above)
+    return below, 0.3989422804014327 * bell
 
 
 @triton.jit
@@ -150,7 +161,7 @@ def _tail_kernel(
         w1 = tl.trans(_load_matrix(w1_ptr, hidden, channel, HIDDEN, D))
         w2 = tl.trans(_load_matrix(w2_ptr, channel, hidden, D, HIDDEN))
         a = _dot(n, w1)
-        below, density = _gelu_parts(a)
+        below, density = _gelu_parts(a, w1_ptr.dtype.element_ty == tl.float32)
         y += _dot((a * below).to(w2.dtype), w2)
         if DUAL:
             dy += _dot(((below + a * density) * _dot(dn, w1)).to(w2.dtype), w2)
@@ -200,7 +211,7 @@ def _gelu_backward_kernel(
         w1 = tl.trans(_load_matrix(w1_ptr, hidden, channel, HIDDEN, D))
         w2 = _load_matrix(w2_ptr, channel, hidden, D, HIDDEN)
         a = _dot(n, w1)
-        below, density = _gelu_parts(a)
+        below, density = _gelu_parts(a, w1_ptr.dtype.element_ty == tl.float32)
         slope = below + a * density
         gu = _dot(g, w2)
         _store_rows(u_ptr, a * below, first, row, keep, hidden, HIDDEN)
@@ -216,8 +227,8 @@ def _gelu_backward_kernel(
 
 @triton.jit
 def _linear_norm_backward_kernel(
-    g_ptr, e_ptr, w_ptr, x_ptr, dx_ptr, gain_ptr, bias_ptr, residual_ptr, dresidual_ptr, owner_ptr, gq_ptr, gdq_ptr, wq_ptr,
-    wo_ptr, seed_ptr, gx_ptr, gdx_ptr, n_ptr, dn_ptr, gz_ptr, gdz_ptr, go_ptr, gdo_ptr, sums_ptr,
+    g_ptr, e_ptr, w_ptr, x_ptr, dx_ptr, gain_ptr, bias_ptr, residual_ptr, dresidual_ptr, owner_ptr, gq_ptr, gdq_ptr,
+    wq_ptr, wo_ptr, seed_ptr, gx_ptr, gdx_ptr, n_ptr, dn_ptr, gz_ptr, gdz_ptr, go_ptr, gdo_ptr, sums_ptr,
     count, stream, threshold, scale, eps,
     D: tl.constexpr, D_BLOCK: tl.constexpr, WIDTH: tl.constexpr, LAYER: tl.constexpr, DUAL: tl.constexpr,
     DROP: tl.constexpr, PROJECT: tl.constexpr, SPARSE: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
@@ -299,13 +310,11 @@ def _block_of(d):
 
 
 def norm_linear(x, norm, weight, y, shapes):
-    """y = norm(x) weight^T.
+    """Write y = norm(x) weight^T.
 
-    Args:
-        x, y: tuples of value, or of value and tangent: [rows, D] and [rows, WIDTH], contiguous.
-        norm: (gain [D], bias [D] or None, eps); with a bias it is LayerNorm, without one RMSNorm.
-        weight: [WIDTH, D], contiguous.
-        shapes: BM, BN, num_warps, num_stages.
+    x [rows, D] and y [rows, WIDTH] are tuples of the value, or of value and tangent; `norm` is (gain [D], bias [D] or
+    None, eps), LayerNorm with a bias and RMSNorm without; weight is [WIDTH, D]. `shapes`: BM, BN, num_warps,
+    num_stages. All tensors of this file are contiguous.
     """
     count, d = x[0].shape
     gain, bias, eps = norm
@@ -316,14 +325,11 @@ def norm_linear(x, norm, weight, y, shapes):
 
 
 def tail(o, x, weights, norm, dropout, h, y, shapes):
-    """h = x + dropout(o Wo^T); y = h + dropout(gelu(norm(h) W1^T) W2^T).
+    """Write h = x + dropout(o Wo^T) and y = h + dropout(gelu(norm(h) W1^T) W2^T).
 
-    Args:
-        o, x, h, y: tuples of value, or of value and tangent, each [rows, D], contiguous; h and y are written.
-        weights: (Wo [D, D], W1 [hidden, D], W2 [D, hidden]), contiguous.
-        norm: as for `norm_linear`.
-        dropout: None, or (seed int64 [1], stream, threshold, scale); the second use takes stream + 1.
-        shapes: BM, BH, num_warps, num_stages.
+    o, x, h and y [rows, D] are tuples of the value, or of value and tangent; `weights` is (Wo [D, D], W1 [hidden, D],
+    W2 [D, hidden]); `norm` as for `norm_linear`; `dropout` is None, or (seed int64 [1], stream, threshold, scale), and
+    its second use takes stream + 1. `shapes`: BM, BH, num_warps, num_stages.
     """
     count, d = x[0].shape
     gain, bias, eps = norm
@@ -337,15 +343,11 @@ def tail(o, x, weights, norm, dropout, h, y, shapes):
 
 
 def gelu_backward(h, norm, upstream, weights, dropout, u, ga, gz, shapes):
-    """From gradients of y of `tail` to those of a = norm(h) W1^T, and u = gelu(a) again.
+    """From `upstream`, gradients of the y of `tail`, write those of a = norm(h) W1^T, and u = gelu(a) again.
 
-    Args:
-        h, upstream: tuples of value, or of value and tangent, [rows, D].
-        norm, dropout: as for `tail`.
-        weights: (W1, W2).
-        u, ga: written, [rows, hidden].
-        gz: None, or written: gradients [rows, D] of what `dropout` was applied to second.
-        shapes: BM, BH, num_warps, num_stages.
+    h and `upstream` [rows, D], u and ga [rows, hidden] are tuples of the value, or of value and tangent; `norm` and
+    `dropout` as for `tail`; `weights` is (W1, W2). gz is None, or written [rows, D]: the gradients of what the second
+    dropout was applied to. `shapes`: BM, BH, num_warps, num_stages.
     """
     count, d = h[0].shape
     gain, bias, eps = norm
@@ -362,16 +364,17 @@ def linear_norm_backward(g, weight, x, norm, residual, newest, project, gx, n, s
     """Gradients of x, given those of norm(x) weight^T and of x by the residual stream.
 
     Args:
-        g: tuple of value, or of value and tangent: [rows, WIDTH], contiguous.
-        weight: [WIDTH, D], contiguous.
-        x: likewise [rows, D].
+        g: tuple of the value's, or of the value's and the tangent's, [rows, WIDTH]; so are all below without a type.
+        weight: [WIDTH, D].
+        x: [rows, D].
         norm: as for `norm_linear`.
         residual: gradients [rows, D], or with `newest` [B, D].
-        newest: None, or (owner int32 [rows], gq [B, D], Wq [D, D]): row by row the history whose newest item it is, or -1;
-            norm(x) Wq^T of those rows has the gradient gq.
-        project: None, or (Wo, dropout, gz, go): go = gz Wo is written, gz being gx times the dropout of `tail`'s stream,
+        newest: None, or (owner int32 [rows], gq [B, D], Wq [D, D]): row by row the history whose newest item it is, or
+            -1; norm(x) Wq^T of those rows has the gradient gq.
+        project: None, or (Wo, dropout, gz, go): go = gz Wo is written, gz being gx times the first dropout of `tail`,
             written where `dropout` is not None.
-        gx, n: written: gradients of x, and norm(x) with its tangent.
+        gx: written, gradients of x.
+        n: written, norm(x).
         sums: float32 [programs, 2, D], written: each program's share of the gain's and (LayerNorm) the bias's gradient.
         shapes: BM, BK, num_warps, num_stages.
     """

@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fave_fast.errors import BackendError
-from fave_fast.ops import attention as module
-from fave_fast.ops.attention import attention, attention_dual, rotary_by_age
+from fave_fast.ops.attention import Histories, attention, attention_dual, reference, rotary_by_age
 
 pytest.importorskip("triton")
 
@@ -73,10 +72,10 @@ class Case:
         """As `outcome`, in fp64: the value formula by torch.func.jvp, and autograd through both."""
         inputs = [one.double().requires_grad_() for one in self.inputs]
         values = inputs[0::2] if self.dual else inputs
-        histories = module.Histories(self.offsets, None, self.heads, self.tables, self.causal, self.last)
+        histories = Histories(self.offsets, None, self.heads, self.tables, self.causal, self.last)
 
         def value(*parts: Tensor) -> Tensor:
-            (o,) = module.reference(parts[:1], parts[1:], histories)
+            (o,) = reference(parts[:1], parts[1:], histories)
             return o
 
         outputs = [value(*values)]

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from fave_fast.config import ModelConfig
 from fave_fast.model import Block, rotary_tables
-from fave_fast.ops import block as module
 from fave_fast.ops.attention import Histories, rotary_by_age
-from fave_fast.ops.block import BlockDropout, BlockWeights, block, block_dual
+from fave_fast.ops.block import BlockDropout, BlockWeights, block, block_dual, reference
 
 pytest.importorskip("triton")
 
@@ -91,7 +90,7 @@ class Case:
         histories = Histories(self.offsets, None, self.heads, self.tables, self.causal, self.last)
 
         def value(x: Tensor) -> Tensor:
-            (y,) = module.reference((x,), weights, histories, self.dropout if self.p else None)
+            (y,) = reference((x,), weights, histories, self.dropout if self.p else None)
             return y
 
         outputs = [value(inputs[0])]
@@ -106,7 +105,7 @@ def error(got: Tensor, want: Tensor) -> float:
 
 
 def errors(got: list[Tensor], want: list[Tensor]) -> list[float]:
-    """One error a tensor; the vectors' together, whose few elements leave rounding errors too little to average over."""
+    """One error a matrix, and one of all vectors, whose few elements are too few for rounding errors to average out."""
     pairs = list(zip(got, want, strict=True))
     vectors = sum(error(a, b) ** 2 for a, b in pairs if b.dim() == 1) ** 0.5
     return [error(a, b) for a, b in pairs if b.dim() > 1] + [vectors]
@@ -143,7 +142,8 @@ def test_reference_is_the_model(layer_norm: bool, last: bool) -> None:
     case = Case([7, 3], layer_norm=layer_norm, last=last, dual=False)
     model = Block(ModelConfig(d=32, heads=2, ffn_mult=2, dropout=0.0, norm="layer" if layer_norm else "rms")).to(DEVICE)
     names = ["attention_norm", "qkv", "attention_out", "ffn_norm", "ffn_in", "ffn_out"]
-    state = {f"{name}.weight": one for name, one in zip(names, [w for i, w in enumerate(case.weights) if i not in (1, 5)])}
+    weights = [one for index, one in enumerate(case.weights) if index not in (1, 5)]
+    state = {f"{name}.weight": one for name, one in zip(names, weights, strict=True)}
     if layer_norm:
         state |= {"attention_norm.bias": case.weights[1], "ffn_norm.bias": case.weights[5]}
     model.load_state_dict(state)

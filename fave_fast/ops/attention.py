@@ -275,7 +275,8 @@ def softmax_attention(parts: list[tuple[Tensor, Tensor, Tensor]], allowed: Tenso
 
     def product(x: Tensor, y: Tensor) -> Tensor:
         result = x @ y.transpose(-1, -2)
-        return result * scale if result.dtype == torch.float64 else result.float() * scale
+        scaled: Tensor = result * scale if result.dtype == torch.float64 else result.float() * scale
+        return scaled
 
     p = product(q, k).masked_fill(~allowed, -torch.inf).softmax(-1)
     narrow = p.to(v.dtype)
@@ -306,7 +307,7 @@ def forward_into(inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...], histor
     shapes = tile_shapes("attention", "forward_dual" if len(inputs) == 6 else "forward", outputs[0].device)
     attention_forward(
         inputs, outputs, histories.bounds, histories.tables, histories.padded_length, histories.heads,
-        histories.causal, histories.last, **shapes,
+        histories.causal, histories.last, shapes,
     )  # fmt: skip
 
 
@@ -322,7 +323,7 @@ def backward_into(
     shapes = tile_shapes("attention", "backward_dual" if len(inputs) == 6 else "backward", g.device)
     attention_backward(
         inputs, upstream, gradients, stats, histories.bounds, histories.tables, histories.padded_length,
-        histories.heads, histories.causal, histories.last, **shapes,
+        histories.heads, histories.causal, histories.last, shapes,
     )  # fmt: skip
 
 

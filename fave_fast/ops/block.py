@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fave_fast.ops import attention as attention_op
-from fave_fast.ops.attention import Histories, Tables, refuse_forward_mode
+from fave_fast.ops.attention import Histories, Tables, backward_into, forward_into, refuse_forward_mode, views
+from fave_fast.ops.attention import reference as attend
 from fave_fast.ops.registry import Implementation, Op, not_interpreted, triton_kernels
 from fave_fast.ops.tuning import Shapes, tile_shapes
 
@@ -79,8 +79,9 @@ class BlockDropout:
         """0 or 1 / (1 - p), float32 [rows, d]: what multiplies the block's first or second residual branch."""
         low, high = self.seed & _WORD, (self.seed >> 32) & _WORD
         key = _mix(_mix(low ^ (2 * self.layer + second)) ^ high)
+        step = _mix(key ^ 0x9E3779B9) | 1
         position = torch.arange(rows * d, device=self.seed.device) & _WORD
-        bits = _mix(_mix((position + key) & _WORD) ^ key)
+        bits = _mix((position * step + key) & _WORD)
         return ((bits >= self.threshold()).float() / (1 - self.p)).view(rows, d)
 
     def threshold(self) -> int:
@@ -225,7 +226,7 @@ def gelu_dual(a: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def linear_dual(x: tuple[Tensor, ...], weight: Tensor) -> tuple[Tensor, ...]:
-    """x weight^T of value and tangent [rows, D] in one matrix product."""
+    """X weight^T of value and tangent [rows, D] in one matrix product."""
     return F.linear(torch.cat(x), weight).chunk(len(x))
 
 
@@ -233,7 +234,6 @@ def reference(
     x: tuple[Tensor, ...], weights: BlockWeights, histories: Histories, dropout: BlockDropout | None
 ) -> tuple[Tensor, ...]:
     """Plain PyTorch on (x,) or (x, dx)."""
-    heads_of = attention_op.reference
     d = x[0].shape[1]
 
     def dropped(branch: tuple[Tensor, ...], second: bool) -> tuple[Tensor, ...]:
@@ -248,9 +248,9 @@ def reference(
         rows = histories.newest_rows()
         residual = tuple(one[rows] for one in x)
         queries = linear_dual(tuple(one[rows] for one in n), weights.qkv[:d])
-        o = heads_of(linear_dual(n, weights.qkv[d:]), queries, histories)
+        o = attend(linear_dual(n, weights.qkv[d:]), queries, histories)
     else:
-        o = heads_of(linear_dual(n, weights.qkv), (), histories)
+        o = attend(linear_dual(n, weights.qkv), (), histories)
     branch = dropped(linear_dual(o, weights.attention_out), False)
     h = tuple(one + two for one, two in zip(residual, branch, strict=True))
     n = norm_dual(h, weights.ffn_gain, weights.ffn_bias, weights.eps)
@@ -297,7 +297,7 @@ class _Block:
         return (w.attention_gain, w.attention_bias, w.eps), (w.ffn_gain, w.ffn_bias, w.eps)
 
     def _views(self, projected: Tensor, queries: Tensor | None) -> tuple[Tensor, ...]:
-        return attention_op.views(tuple(projected.unbind(0)), () if queries is None else tuple(queries.unbind(0)))
+        return views(tuple(projected.unbind(0)), () if queries is None else tuple(queries.unbind(0)))
 
     def forward(self, x: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """(y,) or (y, dy), and the tensors that `backward` needs."""
@@ -318,8 +318,8 @@ class _Block:
         projected = _Rows(x[0], count, total, len(weight))
         kernels.norm_linear(x, norm, weight, projected.parts, shapes)
         o, h, y = (_Rows(x[0], count, len(residual[0]), d) for _ in range(3))
-        views = self._views(projected.buffer, None if queries is None else queries.buffer)
-        attention_op.forward_into(views, o.parts, self.histories)
+        inputs = self._views(projected.buffer, None if queries is None else queries.buffer)
+        forward_into(inputs, o.parts, self.histories)
         kernels.tail(
             o.parts, residual, (w.attention_out, w.ffn_in, w.ffn_out), ffn_norm, self._mask(x[0]), h.parts, y.parts,
             _shapes("tail", self.dual, device),
@@ -337,9 +337,7 @@ class _Block:
         gh, go, ffn = self._feed_forward_backward(h, upstream)
         g_projected = torch.empty_like(projected)
         g_queries = None if queries is None else torch.empty_like(queries)
-        attention_op.backward_into(
-            self._views(projected, queries), go.parts, self._views(g_projected, g_queries), self.histories
-        )
+        backward_into(self._views(projected, queries), go.parts, self._views(g_projected, g_queries), self.histories)
         g_out = ffn.pop("gz").t() @ o.flatten(0, 1)
         weight = w.qkv if queries is None else w.qkv[d:]
         newest, ng_queries = None, None
@@ -355,7 +353,8 @@ class _Block:
         if ng_queries is not None:
             newest_n = n.buffer.index_select(1, ng_queries[1]).flatten(0, 1)
             g_qkv = torch.cat((ng_queries[0].flatten(0, 1).t() @ newest_n, g_qkv))
-        gradients = BlockWeights(*g_norm, g_qkv, g_out, *ffn["norm"], ffn["in"], ffn["out"])
+        g_gain, g_bias = ffn["norm"]
+        gradients = BlockWeights(*g_norm, g_qkv, g_out, g_gain, g_bias, ffn["in"], ffn["out"])
         return gx.parts, gradients
 
     def _feed_forward_backward(self, h: Tensor, upstream: tuple[Tensor, ...]) -> tuple[_Rows, _Rows, dict[str, Any]]:
@@ -410,7 +409,7 @@ class _BlockFunction(torch.autograd.Function):
         ctx: Any, histories: Histories, dropout: BlockDropout | None, dual: bool, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
         x = tuple(one.contiguous() for one in tensors[: 1 + dual] if one is not None)
-        weights = BlockWeights(*(one if one is None else one.contiguous() for one in tensors[1 + dual :]))
+        weights = BlockWeights(*(one if one is None else one.contiguous() for one in tensors[1 + dual :]))  # type: ignore[arg-type]
         ctx.block = (histories, dropout, dual)
         launches = _Block(weights, histories, dropout, dual, x[0].shape[1])
         outputs, saved = launches.forward(x)
