@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from fave_fast.ops import attention as _attention
+from fave_fast.ops import block as _block
 from fave_fast.ops import cross_entropy as _cross_entropy
 from fave_fast.ops import input_modulation as _input_modulation
 from fave_fast.ops import rank_count as _rank_count
@@ -9,8 +11,19 @@ from fave_fast.ops import score_topk as _score_topk
 from fave_fast.ops.exclusions import Exclusions
 from fave_fast.ops.registry import BACKENDS, Op
 
-OPS: tuple[Op[Any], ...] = (_cross_entropy.OP, _input_modulation.OP, _rank_count.OP, _score_topk.OP)
+OPS: tuple[Op[Any], ...] = (
+    _attention.OP,
+    _block.OP,
+    _cross_entropy.OP,
+    _input_modulation.OP,
+    _rank_count.OP,
+    _score_topk.OP,
+)
 
+attention = _attention.attention
+attention_dual = _attention.attention_dual
+block = _block.block
+block_dual = _block.block_dual
 cross_entropy = _cross_entropy.cross_entropy
 sampled_cross_entropy = _cross_entropy.sampled_cross_entropy
 input_modulation = _input_modulation.input_modulation
@@ -22,6 +35,10 @@ __all__ = [
     "BACKENDS",
     "OPS",
     "Exclusions",
+    "attention",
+    "attention_dual",
+    "block",
+    "block_dual",
     "cross_entropy",
     "input_modulation",
     "input_modulation_dual",
