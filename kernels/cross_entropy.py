@@ -93,10 +93,11 @@ def _by_rows(
     query = queries.load([block * M, 0])
     acc = tl.zeros([M, D], tl.float32)
     for tile in range(start, tl.minimum(start + span_tiles, tiles)):
-        # Rows past the table's end are zeros: whatever weight they get, they add nothing.
         items = table.load([1 + tile * T, 0])
         scores = tl.dot(query, tl.trans(items), input_precision="ieee")
-        weights = tl.exp2(scores * LOG2_E - log_sum[:, None])
+        # No weight is above 1 but those of the zeros past the table's end, and infinity times their zeros would be NaN.
+        exponent = tl.minimum(scores * LOG2_E - log_sum[:, None], 0.0, propagate_nan=tl.PropagateNan.ALL)
+        weights = tl.exp2(exponent)
         item = 1 + tile * T + tl.arange(0, T)
         weights = tl.where(item[None, :] == target[:, None], weights - 1.0, weights)
         acc = tl.dot(weights.to(items.dtype), items, acc, input_precision="ieee")

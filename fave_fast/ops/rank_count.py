@@ -26,7 +26,8 @@ _Count = Callable[[Tensor, int, Tensor, Tensor, Tensor], None]
 # (tiles; targets [B]; where the ranks [B] go; workspace [2, B] or None)
 _Run = Callable[[Tiles, Tensor, Tensor, Tensor | None], None]
 
-_FEW_ROWS = 64  # up to here one row block of 64 takes the whole batch
+# Up to here small tiles win, in microseconds on one H200, D = 128, bf16: 14.0 instead of 15.7 at B = 512, N = 12,101.
+_FEW_ROWS, _FEW_SCORES = 64, 1 << 23
 
 
 @torch.no_grad()
@@ -115,7 +116,7 @@ def _run_triton(tiles: Tiles, targets: Tensor, ranks: Tensor, workspace: Tensor 
     queries, table = whole_rows(tiles.queries), whole_rows(tiles.table)
     if workspace is None:
         workspace = torch.empty(2, len(targets), device=targets.device)
-    shapes = tile_shapes("rank_count", _variant(queries), queries.device)
+    shapes = tile_shapes("rank_count", _variant(queries, len(table) - 1), queries.device)
     exclude = tiles.exclude
     kernels.rank_count(
         queries,
@@ -136,11 +137,12 @@ def _run_triton(tiles: Tiles, targets: Tensor, ranks: Tensor, workspace: Tensor 
     )
 
 
-def _variant(queries: Tensor) -> str:
-    if queries.dtype == torch.float32:
-        return "fp32"
-    width = "wide" if queries.shape[1] > 128 else "narrow"
-    return f"16bit_{width}_few" if len(queries) <= _FEW_ROWS else f"16bit_{width}"
+def _variant(queries: Tensor, n: int) -> str:
+    kind = "fp32"
+    if queries.dtype != torch.float32:
+        kind = "16bit_wide" if queries.shape[1] > 128 else "16bit_narrow"
+    few = len(queries) <= _FEW_ROWS or len(queries) * n <= _FEW_SCORES
+    return f"{kind}_few" if few else kind
 
 
 @functools.cache
