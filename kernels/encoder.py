@@ -14,32 +14,33 @@ of 16 and of 64 rows is not pipelined, and waits for every weight.)
 
 Weights are one matrix of rows of D channels, block after block: for each head its C query, C key and C value rows and
 its C rows of the transposed output projection; then the F rows of the feed-forward's first matrix and the F of its
-transposed second. Queries and keys interleave the channels (i, i + C / 2) of a rotary pair, so that a pair is two
-neighbours, which one thread holds.
+transposed second, doubled (`_half_gelu`). Queries and keys interleave the channels (i, i + C / 2) of a rotary pair, so
+that a pair is two neighbours, which one thread holds.
 """
 
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 NEWEST = tl.constexpr(16)  # rows of the last block: the tensor cores' smallest product
-MASKED = tl.constexpr(-1e30)  # finite, so that a row without any key stays finite
+MASKED = tl.constexpr(-1e30)
 
 
 @triton.jit
-def _gelu(x, EXACT: tl.constexpr):
-    """The GELU x Phi(x).
+def _half_gelu(y, EXACT: tl.constexpr):
+    """gelu(x) / 2 = x Phi(x) / 2 of x = 4 y.
 
-    Unless EXACT, Phi(x) = (1 + tanh(x p(x^2))) / 2 with p a least-maximum fit: |error| < 2.9e-5, and one instruction of
-    the special-function unit, whose own error (2^-11 of tanh) stays under bf16's rounding of the result.
+    Unless EXACT, Phi(x) = (1 + tanh(x p(x^2))) / 2 with p a least-maximum fit: |error of gelu| < 2.9e-5, and one
+    instruction of the special-function unit, whose own error (2^-11 of tanh) stays under bf16's rounding of the result.
+    p would turn back beyond x = 8, so x^2 stops at 16: in these units at 1, where saturation is free.
     """
     if EXACT:
-        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    square = tl.minimum(x * x, 16.0)
-    inner = x * (0.797489124 + square * (0.0369928986 + square * -0.000348455954))
+        return y * (1.0 + tl.erf(y * 2.8284271247461903))
+    square = tl.inline_asm_elementwise("mul.sat.f32 $0, $1, $1;", "=f,f", [y], tl.float32, is_pure=True, pack=1)
+    inner = y * (3.189956496 + square * (2.3675455104 + square * -0.356818897))
     tanh = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [inner], tl.float32, is_pure=True, pack=1)
-    half = 0.5 * x
-    return half + half * tanh
+    return y + y * tanh
 
 
 @triton.jit
@@ -62,11 +63,24 @@ def _turn(x, cos, sin, M: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def _project(x, at, cos, sin, M: tl.constexpr, D: tl.constexpr, C: tl.constexpr, ROTARY: tl.constexpr):
-    """Queries, keys and values [M, C] of one head, whose weights begin at `at`."""
+def _tile(weights, row, ROWS: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr):
+    """ROWS rows of the weights from `row` on: by the copy engine, or by the threads."""
+    if TMA:
+        tile = weights.load([row, 0])
+    else:
+        tile = tl.load(weights + (row * D + tl.arange(0, ROWS)[:, None] * D + tl.arange(0, D)[None, :]))
+    return tile
+
+
+@triton.jit
+def _project(
+    x, pairs, parts, at, cos, sin,
+    M: tl.constexpr, D: tl.constexpr, C: tl.constexpr, ROTARY: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Queries, keys and values [M, C] of one head, whose weights begin at row `at`."""
     # One product for two results: the wait after each costs as much as a product of 32 columns.
-    qk = _dot(x, tl.trans(_tile(at, 2 * C, D)))
-    v = _dot(x, tl.trans(_tile(at + 2 * C * D, C, D)))
+    qk = _dot(x, tl.trans(_tile(pairs, at, 2 * C, D, TMA)))
+    v = _dot(x, tl.trans(_tile(parts, at + 2 * C, C, D, TMA)))
     q, k = tl.split(tl.permute(tl.reshape(qk, [M, 2, C]), [0, 2, 1]))
     if ROTARY:
         q = _turn(q, cos, sin, M, C)
@@ -86,6 +100,16 @@ def _dot(a, b):
 
 
 @triton.jit
+def _add_dot(h, a, b, EXACT: tl.constexpr):
+    """H + a b."""
+    if EXACT:
+        h += _dot(a, b)  # float32: rounded once at the size of h, not at every step of the product
+    else:
+        h = tl.dot(a, b, h)
+    return h
+
+
+@triton.jit
 def _attend(q, k, v, query_slot, key_slot, age, SCALE: tl.constexpr, CAUSAL: tl.constexpr):
     """Attention of q [M, C] on k, v [M, C] of the same slot; float32 [M, C]."""
     scores = _dot(q, tl.trans(k))
@@ -93,28 +117,23 @@ def _attend(q, k, v, query_slot, key_slot, age, SCALE: tl.constexpr, CAUSAL: tl.
     if CAUSAL:
         allowed &= age[:, None] <= age[None, :]
     scores = tl.where(allowed, scores, MASKED)
-    top = tl.max(scores, 1) * (SCALE * LOG2_E)
+    # A row without any key would have infinite minus infinite; this way it has zeros, and spoils no other by NaN.
+    top = tl.maximum(tl.max(scores, 1), MASKED / 2) * (SCALE * LOG2_E)
     p = tl.exp2(scores * (SCALE * LOG2_E) - top[:, None])
-    return _dot(p.to(v.dtype), v) / tl.sum(p, 1)[:, None]
-
-
-@triton.jit
-def _tile(ptr, ROWS: tl.constexpr, D: tl.constexpr):
-    offsets = tl.arange(0, ROWS)[:, None] * D + tl.arange(0, D)[None, :]
-    return tl.load(ptr + offsets)
+    return _dot(p.to(v.dtype), v) * (1.0 / tl.maximum(tl.sum(p, 1), 0.5))[:, None]
 
 
 @triton.jit
 def _feed_forward(
-    h, x, w_ptr, D: tl.constexpr, F: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr, EXACT: tl.constexpr,
+    h, x, weights, at,
+    D: tl.constexpr, F: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr, EXACT: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """H + gelu(x W1) W2 for rows [R, D]."""
+    """H + gelu(4 x W1) (W2 / 2) for rows [R, D]; W1 and W2 begin at row `at` of the weights."""
     for chunk in tl.range(0, F // CHUNK, num_stages=STAGES):
-        at = w_ptr + chunk * (CHUNK * D)
-        first = _tile(at, CHUNK, D)
-        second = _tile(at + F * D, CHUNK, D)
-        hidden = _gelu(_dot(x, tl.trans(first)), EXACT).to(x.dtype)
-        h = tl.dot(hidden, second, h, input_precision="ieee")
+        first = _tile(weights, at + chunk * CHUNK, CHUNK, D, TMA)
+        second = _tile(weights, at + F + chunk * CHUNK, CHUNK, D, TMA)
+        hidden = _half_gelu(_dot(x, tl.trans(first)), EXACT).to(x.dtype)
+        h = _add_dot(h, hidden, second, EXACT)
     return h
 
 
@@ -174,15 +193,16 @@ def _embed(
 
 @triton.jit(do_not_specialize=["anchor", "longest", "L", "B", "blocks", "uniform_shift"])
 def _encode(
-    input_ptr, bounds_ptr, order_ptr, programs_ptr, weights_ptr, norms_ptr, cos_ptr, sin_ptr, out_ptr,
+    input_ptr, bounds_ptr, order_ptr, programs_ptr, pairs, parts, chunks, norms_ptr, cos_ptr, sin_ptr, out_ptr,
     table_ptr, input_norm_ptr, shift_ptr, scale_ptr, anchor, longest, L, B, blocks, uniform_shift,
     M: tl.constexpr, D: tl.constexpr, H: tl.constexpr, F: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
     LAYER: tl.constexpr, EPS: tl.constexpr, ROTARY: tl.constexpr, CAUSAL: tl.constexpr, EXACT: tl.constexpr,
-    INPUT_EPS: tl.constexpr, IDS: tl.constexpr, ANCHOR: tl.constexpr, PADDED: tl.constexpr, ORDERED: tl.constexpr,
+    INPUT_EPS: tl.constexpr, TMA: tl.constexpr, IDS: tl.constexpr, ANCHOR: tl.constexpr, PADDED: tl.constexpr,
+    ORDERED: tl.constexpr,
 ):  # fmt: skip
     C: tl.constexpr = D // H
     SCALE: tl.constexpr = C**-0.5
-    dtype: tl.constexpr = weights_ptr.dtype.element_ty
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
     pid = tl.program_id(0)
     if ORDERED:
         first = tl.load(programs_ptr + 3 * pid)
@@ -212,24 +232,24 @@ def _encode(
         cos = tl.load(cos_ptr + turn)
         sin = tl.load(sin_ptr + turn)
 
-    w_ptr = weights_ptr
+    at = 0
     gain_ptr = norms_ptr
     for block in tl.range(0, blocks, num_stages=1):
         x = _norm(h, gain_ptr, D, LAYER, EPS).to(dtype)
         for head in tl.range(0, H, num_stages=STAGES):
-            at = w_ptr + head * (4 * C * D)
-            q, k, v = _project(x, at, cos, sin, M, D, C, ROTARY)
+            q, k, v = _project(x, pairs, parts, at + head * (4 * C), cos, sin, M, D, C, ROTARY, TMA)
             o = _attend(q, k, v, slot, key_slot, age, SCALE, CAUSAL)
-            h = tl.dot(o.to(dtype), _tile(at + 3 * C * D, C, D), h, input_precision="ieee")
+            out_weights = _tile(parts, at + head * (4 * C) + 3 * C, C, D, TMA)
+            h = _add_dot(h, o.to(dtype), out_weights, EXACT)
         if block < blocks - 1:
             x = _norm(h, gain_ptr + 2 * D, D, LAYER, EPS).to(dtype)
-            h = _feed_forward(h, x, w_ptr + 4 * D * D, D, F, CHUNK, STAGES, EXACT)
-            w_ptr += 4 * D * D + 2 * F * D
+            h = _feed_forward(h, x, chunks, at + 4 * D, D, F, CHUNK, STAGES, EXACT, TMA)
+            at += 4 * D + 2 * F
             gain_ptr += 4 * D
 
     h = _newest(h, age, M, D)
     x = _norm(h, gain_ptr + 2 * D, D, LAYER, EPS).to(dtype)
-    h = _feed_forward(h, x, w_ptr + 4 * D * D, D, F, CHUNK, STAGES, EXACT)
+    h = _feed_forward(h, x, chunks, at + 4 * D, D, F, CHUNK, STAGES, EXACT, TMA)
     f = _norm(h, gain_ptr + 4 * D, D, LAYER, EPS)
     # A history without items has zeros: its rows saw whatever else was in the tile.
     items = tl.sum(tl.reshape(((age == 0) & present).to(tl.int32), [NEWEST, M // NEWEST]), 1)
@@ -251,7 +271,7 @@ def _encode(
 def encode(
     rows, bounds, order, programs, matrices, norms, cos, sin, out, table, input_norm, shift, scale, anchor,
     *, padded_length, longest, heads, hidden, blocks, slot_rows, layer_norm, eps, input_eps, rotary, causal, exact,
-    M, CHUNK, num_warps, num_stages,
+    tma, M, CHUNK, num_warps, num_stages,
 ):  # fmt: skip
     """One launch, from `rows` to `out` [B, D].
 
@@ -264,14 +284,16 @@ def encode(
     ids = table is not None
     uniform_shift = slot_rows.bit_length() - 1
     grid = (triton.cdiv(users, M >> uniform_shift) if programs is None else len(programs),)
+    parts = (2 * d // heads, d // heads, CHUNK)
+    weights = [TensorDescriptor.from_tensor(matrices, [rows_of, d]) if tma else matrices for rows_of in parts]
     _encode[grid](
         rows, rows if bounds is None else bounds,
         out if order is None else order, out if programs is None else programs,
-        matrices, norms, cos, sin, out, table if ids else out, input_norm if ids else norms,
+        *weights, norms, cos, sin, out, table if ids else out, input_norm if ids else norms,
         shift if ids else norms, scale if scale is not None else norms,
         anchor, longest, padded_length or 0, users, blocks, uniform_shift,
         M=M, D=d, H=heads, F=hidden, CHUNK=CHUNK, STAGES=num_stages,
         LAYER=layer_norm, EPS=eps, ROTARY=rotary, CAUSAL=causal, EXACT=exact,
-        INPUT_EPS=input_eps, IDS=ids, ANCHOR=scale is not None, PADDED=padded_length is not None,
+        INPUT_EPS=input_eps, TMA=tma, IDS=ids, ANCHOR=scale is not None, PADDED=padded_length is not None,
         ORDERED=programs is not None, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip

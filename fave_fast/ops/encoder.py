@@ -38,6 +38,8 @@ class EncoderWeights:
         matrices: [blocks * (4 D + 2 F), D] in the model's dtype, F the feed-forward's hidden size; the order is that of
             `fave_fast.kernels.encoder`.
         norms: float32 [2 * blocks + 1, 2, D]: gain and bias before attention and feed-forward of each block, and last.
+            Those before the feed-forward are a quarter of the model's, and `matrices` has twice its second matrix: the
+            kernel's GELU is gelu(4 y) / 2. Powers of two change no bit.
         cos: float32 [max_length, C / 2], row a for age a, C = D / heads.
         sin: likewise.
     """
@@ -380,6 +382,7 @@ def _run_triton(call: _Call) -> None:
         rotary=config.position == "rotary",
         causal=config.attention == "causal",
         exact=weights.matrices.dtype == torch.float32 or interpreting(),
+        tma=bool(shapes["TMA"]),
         M=rows,
         CHUNK=min(shapes["CHUNK"], hidden),
         num_warps=max(shapes["num_warps"], 8 if rows > 64 else 4),
@@ -405,7 +408,7 @@ def _matrices(model: FAVE) -> Tensor:
         q, k, v = (part.view(config.heads, channels, config.d) for part in block.qkv.weight.chunk(3))
         out = block.attention_out.weight.T.reshape(config.heads, channels, config.d)
         heads = torch.stack((q[:, paired], k[:, paired], v, out), 1)  # [H, 4, C, D]
-        parts += [heads.reshape(-1, config.d), block.ffn_in.weight, block.ffn_out.weight.T]
+        parts += [heads.reshape(-1, config.d), block.ffn_in.weight, 2 * block.ffn_out.weight.T]
     return torch.cat(parts).contiguous()
 
 
@@ -414,7 +417,9 @@ def _norms(model: FAVE) -> Tensor:
     for block in model.blocks:
         assert isinstance(block, Block)
         found += [block.attention_norm, block.ffn_norm]
-    return torch.stack([_gain_and_bias(norm) for norm in (*found, model.final_norm)])
+    norms = torch.stack([_gain_and_bias(norm) for norm in (*found, model.final_norm)])
+    norms[1:-1:2] /= 4
+    return norms
 
 
 def _gain_and_bias(norm: torch.nn.Module) -> Tensor:
