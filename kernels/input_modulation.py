@@ -2,7 +2,7 @@
 
 A program of the row kernels reads one user's history, and x_t + z once; its backward sums over the history in one
 order. Every row is normalised by the same lanes in the same order wherever it stands: its bits depend neither on the
-batch nor on padding. Random numbers are Philox4x32-10 words whose counter is (four channels, age, user) and whose key
+batch nor on padding. Random numbers are Philox4x32-10 words whose counter is (eight channels, age, user) and whose key
 is the seed, age 0 being the newest position; backward passes draw them again.
 
 Weight gradients are sums over users: each program writes its own partial sum, and `_sums` adds those in order.
@@ -58,23 +58,40 @@ def _philox(seed, user, age, lane):
 
 
 @triton.jit
-def _one_to_two(word):
-    """The upper 23 bits as the mantissa of a float in [1, 2): no conversion, which has a sixteenth of the rate."""
-    return ((word >> 9) | 0x3F800000).to(tl.float32, bitcast=True)
+def _sine_cosine(x, quarters):
+    """Sine and cosine of x + pi / 2 * quarters, x within pi / 4: to float32's last bit or two.
+
+    The library's own have a path for large angles that costs registers although it never runs.
+    """
+    y = x * x
+    sine = x + x * y * (-1 / 6 + y * (1 / 120 + y * (-1 / 5040 + y / 362880)))
+    cosine = 1 + y * (-1 / 2 + y * (1 / 24 + y * (-1 / 720 + y * (1 / 40320 - y / 3628800))))
+    even = quarters % 2 == 0
+    first, second = tl.where(even, sine, cosine), tl.where(even, cosine, -sine)
+    front = (quarters & 2) == 0
+    return tl.where(front, first, -first), tl.where(front, second, -second)
 
 
 @triton.jit
-def _normal_pair(first, second):
-    """Two independent N(0, 1) by Box and Muller; 23 bits of radius end at 5.6 standard deviations."""
-    chance = 2.0 - _one_to_two(first)  # in (0, 1]
-    angle = (_one_to_two(second) - 1.5) * _TURN
+def _normal_pair(word, mean, spread, EXACT: tl.constexpr):
+    """Two of N(mean, deviation^2) by Box and Muller, spread being -2 ln 2 deviation^2: 20 bits of the word make the
+    radius, which ends at 5.4 deviations, and 12 the angle.
+    """
+    # Bits become the mantissa of a float in [1, 2): a conversion has a sixteenth of the rate. Both are mid-steps.
+    chance = 2.0 - ((word >> 9) & 0x7FFFF8 | 0x3F800004).to(tl.float32, bitcast=True)
+    turn = ((word << 11) & 0x7FF800 | 0x3F800400).to(tl.float32, bitcast=True)
     if _INTERPRETED:
-        bits, cosine, sine = tl.log2(chance), tl.cos(angle), tl.sin(angle)
+        bits, cosine, sine = tl.log2(chance), tl.cos((turn - 1.5) * _TURN), tl.sin((turn - 1.5) * _TURN)
+    elif EXACT:
+        quarters = tl.floor(4 * turn + 0.5)  # 4 to 8 of them, two more than are to be turned
+        sine, cosine = _sine_cosine((turn - 0.25 * quarters) * _TURN, quarters.to(tl.int32) + 2)
+        bits = libdevice.log2(chance)
     else:
-        # Absolute errors of 2^-20 and less on noise: the exact functions would cost more than all the rest of the row.
+        # Absolute errors of 2^-20 and less: nothing in 16 bits, and the exact ones would cost more than all the rest.
+        angle = tl.fma(turn, _TURN, -1.5 * _TURN)
         bits, cosine, sine = libdevice.fast_log2f(chance), libdevice.fast_cosf(angle), libdevice.fast_sinf(angle)
-    radius = tl.sqrt(-1.3862943611198906 * bits)
-    return radius * cosine, radius * sine
+    radius = tl.sqrt(bits * spread)
+    return radius * cosine + mean, radius * sine + mean
 
 
 @triton.jit
@@ -85,12 +102,12 @@ def _of_four(part, a, b, c, d):
 
 
 @triton.jit
-def _normals(seed, person, age, lane):
-    """Four N(0, 1) of shape broadcast(age, lane), one for each channel of the lane."""
-    w0, w1, w2, w3 = _philox(seed, person, age, lane)
-    n0, n1 = _normal_pair(w0, w1)
-    n2, n3 = _normal_pair(w2, w3)
-    return n0, n1, n2, n3
+def _words(seed, person, age, lane, V: tl.constexpr, STREAM: tl.constexpr):
+    """The words of a lane's V channels, two to a word, of stream 0 or 1; a counter has the words of eight channels."""
+    w0, w1, w2, w3 = _philox(seed, person, age, lane // (8 // V) | STREAM * -0x80000000)
+    if V == 4:
+        w0, w1 = tl.where(lane % 2 == 0, w0, w2), tl.where(lane % 2 == 0, w1, w3)
+    return w0, w1, w2, w3
 
 
 @triton.jit
@@ -104,13 +121,17 @@ def _lambda(
     elif LAMBDA == _SHARED:
         lam = tl.load(lam_ptr + (lam_length - 1 - age)[:, None] * D + channels, real, 0.0).to(tl.float32)
     elif LAMBDA == _DRAWN:
+        EXACT: tl.constexpr = V == 4
         part = tl.arange(0, V)[None, :]
-        n0, n1, n2, n3 = _normals(seed, person, age, lane * (V // 4))
-        normal = _of_four(part, n0, n1, n2, n3)
+        spread = delta * delta * -1.3862943611198906
+        w0, w1, w2, w3 = _words(seed, person, age, lane, V, 0)
+        n0, n1 = _normal_pair(w0, delta, spread, EXACT)
+        n2, n3 = _normal_pair(w1, delta, spread, EXACT)
+        lam = _of_four(part, n0, n1, n2, n3)
         if V == 8:
-            n0, n1, n2, n3 = _normals(seed, person, age, lane * 2 + 1)
-            normal = tl.where(part < 4, normal, _of_four(part, n0, n1, n2, n3))
-        lam = delta + delta * normal
+            n0, n1 = _normal_pair(w2, delta, spread, EXACT)
+            n2, n3 = _normal_pair(w3, delta, spread, EXACT)
+            lam = tl.where(part < 4, lam, _of_four(part, n0, n1, n2, n3))
     else:
         lam = tl.full([1, 1], delta, tl.float32)
     return lam
@@ -118,16 +139,12 @@ def _lambda(
 
 @triton.jit
 def _kept(seed, person, age, lane, drop_below, keep_scale, V: tl.constexpr):
-    """The dropout's factor [T, V]: 0 where the word is below `drop_below`, of 2^32, else `keep_scale`."""
-    # The highest bit of the lane sets these words apart from those of lambda.
+    """The dropout's factor [T, V]: 0 where half a word is below `drop_below`, of 2^16, else `keep_scale`."""
+    w0, w1, w2, w3 = _words(seed, person, age, lane, V, 1)
     part = tl.arange(0, V)[None, :]
-    quad = (lane * (V // 4)) | -0x80000000
-    w0, w1, w2, w3 = _philox(seed, person, age, quad)
-    word = _of_four(part, w0, w1, w2, w3)
-    if V == 8:
-        w0, w1, w2, w3 = _philox(seed, person, age, quad + 1)
-        word = tl.where(part < 4, word, _of_four(part, w0, w1, w2, w3))
-    return tl.where(word >= drop_below.to(tl.uint32), keep_scale, 0.0)
+    word = _of_four(part // 2, w0, w1, w2, w3)
+    half = tl.where(part % 2 == 0, word & 0xFFFF, word >> 16)
+    return tl.where(half >= drop_below.to(tl.uint32), keep_scale, 0.0)
 
 
 @triton.jit
@@ -163,6 +180,36 @@ def _span(offsets_ptr, length, user):
     return begin, count
 
 
+@triton.jit
+def _tile(
+    first, begin, count, row, lane, channels, ids_ptr, table_ptr, weight, bias, eps, lam_ptr, lam_length, delta,
+    seed, person, drop_below, keep_scale, D: tl.constexpr, V: tl.constexpr, LAMBDA: tl.constexpr, DROP: tl.constexpr,
+):  # fmt: skip
+    """The normalised rows and lambda of a tile; where it lies, which rows hold an item, and which there are."""
+    index = first + row
+    there = index < count
+    item = tl.load(ids_ptr + begin + index, there, 0).to(tl.int64)
+    real = (item != 0)[:, None]
+    e = tl.load(table_ptr + item[:, None] * D + channels, real, 0.0).to(tl.float32)
+    age = count - 1 - index
+    if DROP:
+        e *= _kept(seed, person, age, lane, drop_below, keep_scale, V)
+    normal, _ = _normalised(e, eps, D // V)
+    line = (begin + index)[:, None] * D + channels
+    lam = _lambda(lam_ptr, lam_length, delta, seed, person, line, age, real, lane, channels, D, V, LAMBDA)
+    return normal * weight + bias, lam, line, real, there[:, None]
+
+
+@triton.jit
+def _put(out_ptr, dout_ptr, value, lam, line, real, there, shift, dshift):
+    # A store of zeros for the padding alone: choosing between value and zero would cost an instruction a channel.
+    tl.store(out_ptr + line, value + lam * shift, real)
+    tl.store(out_ptr + line, tl.zeros_like(value), there & (real == 0))
+    if dout_ptr is not None:
+        tl.store(dout_ptr + line, lam * dshift + tl.zeros_like(value), real)
+        tl.store(dout_ptr + line, tl.zeros_like(value), there & (real == 0))
+
+
 @triton.jit(do_not_specialize=["length", "lam_length"])
 def _rows(
     ids_ptr, offsets_ptr, length, table_ptr, weight_ptr, bias_ptr, eps,
@@ -191,28 +238,29 @@ def _rows(
         item = tl.load(ids_ptr + begin + place, (place >= 0) & (place < count), 0).to(tl.int64)
         x = tl.load(table_ptr + item * D + channels).to(tl.float32)
         x *= tl.load(keep_ptr + user * keep_stride + channels).to(tl.float32)
+    first = tl.program_id(1) * ROWS
+    step = tl.num_programs(1) * ROWS
     if AFTER:
-        gdc_wait()  # z comes from the kernel before this one; nothing above needs it
+        # z comes from the kernel before this one, which still runs: the first tile needs it only at its end.
+        value, lam, line, real, there = _tile(
+            first, begin, count, row, lane, channels, ids_ptr, table_ptr, weight, bias, eps, lam_ptr, lam_length, delta,
+            seed, person, drop_below, keep_scale, D, V, LAMBDA, DROP,
+        )  # fmt: skip
+        gdc_wait()
     shift = x + tl.load(z_ptr + user * z_stride + channels).to(tl.float32)
+    dshift = shift
     if dx_ptr is not None:
         dshift = tl.load(dx_ptr + user * D + channels).to(tl.float32)
         dshift += tl.load(dz_ptr + user * D + channels).to(tl.float32)
-    for first in range(tl.program_id(1) * ROWS, count, tl.num_programs(1) * ROWS):
-        index = first + row
-        there = index < count
-        item = tl.load(ids_ptr + begin + index, there, 0).to(tl.int64)
-        real = (item != 0)[:, None]
-        e = tl.load(table_ptr + item[:, None] * D + channels, real, 0.0).to(tl.float32)
-        age = count - 1 - index
-        if DROP:
-            e *= _kept(seed, person, age, lane, drop_below, keep_scale, V)
-        normal, _ = _normalised(e, eps, G)
-        line = (begin + index)[:, None] * D + channels
-        lam = _lambda(lam_ptr, lam_length, delta, seed, person, line, age, real, lane, channels, D, V, LAMBDA)
-        value = normal * weight + bias + lam * shift
-        tl.store(out_ptr + line, tl.where(real, value, 0.0), there[:, None])
-        if dx_ptr is not None:
-            tl.store(dout_ptr + line, tl.where(real, lam * dshift, 0.0), there[:, None])
+    if AFTER:
+        _put(out_ptr, dout_ptr, value, lam, line, real, there, shift, dshift)
+        first += step
+    for at in range(first, count, step):
+        value, lam, line, real, there = _tile(
+            at, begin, count, row, lane, channels, ids_ptr, table_ptr, weight, bias, eps, lam_ptr, lam_length, delta,
+            seed, person, drop_below, keep_scale, D, V, LAMBDA, DROP,
+        )  # fmt: skip
+        _put(out_ptr, dout_ptr, value, lam, line, real, there, shift, dshift)
 
 
 @triton.jit(do_not_specialize=["length", "lam_length"])
@@ -285,8 +333,7 @@ def _dot(a, b, PRODUCT: tl.constexpr, PRECISION: tl.constexpr):
 def _waves(t, SCALE: tl.constexpr, D: tl.constexpr):
     """The sinusoids [U, D] of t [U], cosines first, and their derivatives; float32.
 
-    Quarter turns are taken off in float64: angles reach SCALE radians, where float32 has steps of 6e-5. What is left
-    needs no library function, whose unused path for large angles alone would cost registers.
+    Quarter turns are taken off in float64: angles reach SCALE radians, where float32 has steps of 6e-5.
     """
     channel = tl.arange(0, D)
     exponent = (channel % (D // 2)).to(tl.float64) * (-13.287712379549449 / (D // 2))  # log2 of 10,000
@@ -294,14 +341,8 @@ def _waves(t, SCALE: tl.constexpr, D: tl.constexpr):
     ahead = tl.where(channel < D // 2, 1, 0)  # a cosine is a sine a quarter turn ahead
     quarters = t.to(tl.float64)[:, None] * (frequency * 0.6366197723675814)[None, :]
     whole = tl.floor(quarters + 0.5)
-    x = ((quarters - whole) * 1.5707963267948966).to(tl.float32)  # within pi / 4
-    y = x * x
-    sine = x + x * y * (-1 / 6 + y * (1 / 120 + y * (-1 / 5040 + y / 362880)))
-    cosine = 1 + y * (-1 / 2 + y * (1 / 24 + y * (-1 / 720 + y * (1 / 40320 - y / 3628800))))
-    turned = (whole.to(tl.int32) + ahead[None, :]) & 3
-    wave = tl.where(turned % 2 == 0, sine, cosine)
-    slope = tl.where(turned % 2 == 0, cosine, -sine)
-    wave, slope = tl.where(turned < 2, wave, -wave), tl.where(turned < 2, slope, -slope)
+    x = ((quarters - whole) * 1.5707963267948966).to(tl.float32)
+    wave, slope = _sine_cosine(x, whole.to(tl.int32) + ahead[None, :])
     return wave, slope * frequency.to(tl.float32)[None, :]
 
 
@@ -481,7 +522,8 @@ def launch_sums(part, total, *, span, shapes):
 
 
 def _dropped(dropout):
-    return round(dropout * 2**32), 1 / (1 - dropout)
+    below = min(round(dropout * 2**16), 2**16 - 1)
+    return below, 2**16 / (2**16 - below)
 
 
 def _products(dtype):

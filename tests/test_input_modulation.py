@@ -220,7 +220,7 @@ def test_words_are_philox() -> None:
     assert python_philox([2**32 - 1] * 4, [2**32 - 1] * 2) == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
     users, ages = torch.tensor([0, 2**40 + 3, -1]), torch.tensor([0, 49, 2**31])
     for seed, stream in itertools.product((0, 2**63 - 5, -7), (0, 1)):
-        got = philox.words(torch.tensor([seed]), users, ages, 8, stream).tolist()
+        got = philox.words(torch.tensor([seed]), users, ages, 16, stream).tolist()
         for row, user, age in zip(got, users.tolist(), ages.tolist(), strict=True):
             halves = [user % 2**32, (user >> 32) % 2**32]
             key = [seed % 2**32, (seed >> 32) % 2**32]
@@ -248,9 +248,9 @@ def owners_and_ages(case: Case) -> tuple[Tensor, Tensor]:
 def test_kernels_draw_the_lambda_that_the_definition_says(d: int, dtype: torch.dtype) -> None:
     case = make(5, 9, d)
     owners, ages = owners_and_ages(case)
-    expected = 0.5 + 0.5 * philox.normals(case.draws.seed, case.draws.users[owners], ages, d)
-    # The approximations of logarithm, sine and cosine are good to 2^-20, and the radius ends at 5.6.
-    bound = 0.5 * 6 * 2**-19 + 3.3 * torch.finfo(dtype).eps
+    expected = 0.5 + 0.5 * philox.normals(case.draws.seed, case.draws.users[owners], ages, d, torch.float64)
+    # float32 through logarithm, root and sine at a radius of at most 5.4; in 16 bits the rounding of the result itself.
+    bound = 0.5 * 5.4 * 2**-19 + 3.3 * torch.finfo(dtype).eps
     assert (drawn_lambda(case, 0.5, dtype=dtype) - expected).abs().max() <= bound
 
 
@@ -273,13 +273,13 @@ def test_lambda_is_normal_with_mean_and_deviation_delta() -> None:
 
 def test_normals_reach_both_tails() -> None:
     users = torch.arange(4000)
-    noise = philox.normals(torch.tensor([3]), users, torch.zeros_like(users), 256)
+    noise = philox.normals(torch.tensor([3]), users, torch.zeros_like(users), 256, torch.float64)
     assert noise.max() > 4.4
     assert noise.min() < -4.4
-    assert noise.abs().max() < 5.65
+    assert noise.abs().max() < 5.4
 
 
-SMALL = [(1, 1, 16), (3, 9, 32)]
+SMALL = [(1, 1, 64), (3, 9, 32)]
 
 
 @kernels

@@ -386,7 +386,8 @@ def _reference_lambda(call: _Call, owners: Tensor, ages: Tensor) -> Tensor:
     """Lambda of E's shape, or one number, in the table's dtype."""
     lam = call.lam
     if isinstance(lam, Drawn) and call.draws is not None:
-        normal = philox.normals(call.draws.seed, call.draws.users[owners], ages, call.table.shape[1])
+        wide = torch.float64 if call.table.dtype == torch.float64 else torch.float32
+        normal = philox.normals(call.draws.seed, call.draws.users[owners], ages, call.table.shape[1], wide)
         return (lam.delta + lam.delta * normal).to(call.table.dtype)
     if isinstance(lam, Shared):
         return lam.values[len(lam.values) - 1 - ages]

@@ -22,25 +22,25 @@ def _product(word: Tensor, factor: int) -> tuple[Tensor, Tensor]:
 
 
 def words(seed: Tensor, users: Tensor, ages: Tensor, d: int, stream: int) -> Tensor:
-    """Philox4x32-10 (Salmon et al. 2011) words in [0, 2^32), one for each channel.
+    """Philox4x32-10 (Salmon et al. 2011) words in [0, 2^32), one for each two channels.
 
-    The counter is (channel // 4, age, user's lower and upper half), the key is the seed; the four words of a counter
-    belong to its four channels.
+    The counter is (channel // 8, age, user's lower and upper half), the key is the seed; the four words of a counter
+    belong to its eight channels.
 
     Args:
         seed: int64 [1].
         users: int64, any shape.
         ages: integers of the same shape, below 2^32.
-        d: channels, a multiple of 4.
+        d: channels, a multiple of 8.
         stream: 0 or 1, two independent sets of words.
 
     Returns:
-        int64 [..., d].
+        int64 [..., d / 2].
     """
-    quads = torch.arange(d // 4, device=users.device) | (stream << 31)
-    shape = (*users.shape, d // 4)
+    groups = torch.arange(d // 8, device=users.device) | (stream << 31)
+    shape = (*users.shape, d // 8)
     counter = [
-        part.expand(shape) for part in (quads, ages[..., None] & _LOW, users[..., None] & _LOW, users[..., None] >> 32)
+        part.expand(shape) for part in (groups, ages[..., None] & _LOW, users[..., None] & _LOW, users[..., None] >> 32)
     ]
     counter[3] = counter[3] & _LOW
     key = [seed & _LOW, (seed >> 32) & _LOW]
@@ -52,19 +52,21 @@ def words(seed: Tensor, users: Tensor, ages: Tensor, d: int, stream: int) -> Ten
     return torch.stack(counter, dim=-1).flatten(-2)
 
 
-def normals(seed: Tensor, users: Tensor, ages: Tensor, d: int) -> Tensor:
-    """N(0, 1) by Box and Muller from the words of stream 0: float64 [..., d].
+def normals(seed: Tensor, users: Tensor, ages: Tensor, d: int, dtype: torch.dtype) -> Tensor:
+    """N(0, 1) by Box and Muller from the words of stream 0: [..., d], computed in `dtype`, float32 or float64.
 
-    Each pair of channels takes the radius from the upper 23 bits of its first word and the angle from those of its
-    second; the radius ends at 5.6.
+    A word is two channels: its upper 20 bits are the radius, which ends at 5.4, and its lower 12 the angle. Any number
+    of equally spaced angles has the normal's moments up to that number; the radius is what needs bits.
     """
-    uniform = (words(seed, users, ages, d, 0) >> 9).double().mul_(2.0**-23)
-    radius = (-2 * torch.log(1 - uniform[..., 0::2])).sqrt()
-    angle = (2 * math.pi) * (uniform[..., 1::2] - 0.5)
+    drawn = words(seed, users, ages, d, 0)
+    radius = (-2 * torch.log(1 - ((drawn >> 12).to(dtype) + 0.5) * 2.0**-20)).sqrt()
+    angle = (2 * math.pi) * (((drawn & 0xFFF).to(dtype) + 0.5) * 2.0**-12 - 0.5)
     return torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1).flatten(-2)
 
 
 def dropout_factors(seed: Tensor, users: Tensor, ages: Tensor, d: int, p: float) -> Tensor:
-    """0 with probability p, else 1 / (1 - p), from the words of stream 1: float64 [..., d]."""
-    kept = words(seed, users, ages, d, 1) >= round(p * 2**32)
-    return kept.double().div_(1 - p)
+    """0 with probability p, else 1 / (1 - p), p in steps of 2^-16: float64 [..., d], from the words of stream 1."""
+    drawn = words(seed, users, ages, d, 1)
+    below = min(round(p * 2**16), 2**16 - 1)
+    kept = torch.stack((drawn & 0xFFFF, drawn >> 16), dim=-1).flatten(-2) >= below
+    return kept.double().mul_(2**16 / (2**16 - below))
