@@ -270,3 +270,22 @@ def test_graph_replay() -> None:
         one.fill_(torch.nan)
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_more_elements_than_32_bits_count() -> None:
+    length, last_users = 50, 3
+    users = 2**31 // (3 * 128 * length) + 1000
+    torch.manual_seed(0)
+    qkv = torch.randn(users * length, 384, device=DEVICE, dtype=torch.bfloat16)
+    assert qkv.numel() > 2**31
+    tables = rotary_by_age(length, 32, DEVICE)
+
+    def run(rows: Tensor) -> list[Tensor]:
+        rows = rows.detach().requires_grad_()
+        o = attention(rows, torch.arange(len(rows) // length + 1, device=DEVICE) * length, 4, tables, backend="triton")
+        return [o, *torch.autograd.grad(o, rows, rows.detach()[:, :128].contiguous())]
+
+    tail = slice(-last_users * length, None)
+    assert all(torch.equal(a[tail], b) for a, b in zip(run(qkv), run(qkv[tail]), strict=True))

@@ -275,3 +275,20 @@ def test_graph_replay() -> None:
     case.dropout.seed.add_(1)
     graph.replay()
     assert not torch.equal(got[0], want[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_more_elements_than_32_bits_count() -> None:
+    length = 50
+    users = 2**31 // (512 * length) + 1000  # of the hidden layer's elements
+    case = Case([length], 128, 4, 512, torch.bfloat16, dual=False)
+    x = torch.randn(users * length, 128, device=DEVICE, dtype=torch.bfloat16)
+
+    def run(rows: Tensor) -> list[Tensor]:
+        rows = rows.detach().requires_grad_()
+        y = block(rows, case.weights, torch.arange(len(rows) // length + 1, device=DEVICE) * length, 4, case.tables)
+        return [y, *torch.autograd.grad(y, rows, rows.detach())]
+
+    tail = slice(-3 * length, None)
+    assert all(torch.equal(a[tail], b) for a, b in zip(run(x), run(x[tail]), strict=True))
