@@ -67,7 +67,7 @@ def _leave_out(
     queries_ptr, table_ptr, targets_ptr, below_ptr, level_ptr, excluded_ptr, offsets_ptr, ranks_ptr, B, N, E, steps,
     P: tl.constexpr, D: tl.constexpr, BK: tl.constexpr, EARLIER: tl.constexpr,
 ):  # fmt: skip
-    """Take back what the scan counts of excluded ids: each once a row, never the target."""
+    """Take back what the scan counts of excluded ids, each once a row; it never counts the target itself."""
     base = tl.program_id(0).to(tl.int64) * P
     entry = base + tl.arange(0, P)
     # The row of an entry is the last one that starts at or before it.
@@ -82,7 +82,7 @@ def _leave_out(
     row = tl.where(live, row, 0)
     item = tl.load(excluded_ptr + entry, live, 0)
     target = tl.load(targets_ptr + row)
-    live &= (item >= 1) & (item <= N) & (item != target)
+    live &= (item >= 1) & (item <= N)
     item = tl.where(live, item, 0).to(tl.int32)
     score = _products(queries_ptr, table_ptr, row, item, P, D, BK)
     below = tl.load(below_ptr + row)

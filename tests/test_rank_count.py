@@ -114,6 +114,16 @@ def test_equals_a_full_sort(batch: int, n: int, d: int, special: bool, dtype: to
         assert filtered.tolist() == sorted_ranks(queries, table, targets, exclude)
 
 
+def test_targets_at_the_borders_of_tiles() -> None:
+    n = 260
+    targets = torch.tensor([1, 63, 64, 65, 127, 128, 129, 256, 257, n], device=DEVICE)
+    for queries, table in (
+        (whole(10, 16, torch.float16, 1), whole(n + 1, 16, torch.float16, 2)),
+        (whole(10, 16, torch.float16, 1), torch.ones(n + 1, 16, dtype=torch.float16, device=DEVICE)),
+    ):
+        assert ranked(queries, table, targets).tolist() == sorted_ranks(queries, table, targets, None)
+
+
 def test_a_row_that_excludes_all_but_its_target_ranks_first() -> None:
     queries, table = whole(3, 16, torch.float32), whole(71, 16, torch.float32, 1)
     exclude = Exclusions.from_lists([[*range(1, 71)] * 2, [], [*range(70, 0, -1)]]).to(DEVICE)
