@@ -50,6 +50,32 @@ def _number(key):
 
 
 @triton.jit
+def _product_in_parts(
+    queries,
+    items,
+    queries_present,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    BK: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Products of the rows at `queries` [M] and `items` [N], pointers, BK columns at a time.
+
+    For float32, whose products are ordinary multiplications: they add up in the order of the columns in any tile, and
+    whole rows do not fit into registers.
+    """
+    total = tl.zeros([M, N], tl.float32)
+    for at in tl.range(0, DP, BK, num_stages=STAGES):
+        column = at + tl.arange(0, BK)
+        q = tl.load(queries[:, None] + column, mask=queries_present[:, None] & (column < D), other=0.0)
+        x = tl.load(items[:, None] + column, mask=(column < D)[None, :], other=0.0)
+        total = tl.dot(q, x.T, total, input_precision="ieee")
+    return total
+
+
+@triton.jit
 def _group_maxima(scores, M: tl.constexpr, GROUPS: tl.constexpr, G: tl.constexpr, INTERPRETED: tl.constexpr):
     if INTERPRETED:  # the GPU's maximum passes over a NaN, NumPy's does not
         scores = tl.where(scores == scores, scores, -float("inf"))
@@ -72,6 +98,7 @@ def scan(
     tiles_of_span,
     D: tl.constexpr,
     DP: tl.constexpr,
+    BK: tl.constexpr,
     M: tl.constexpr,
     BN: tl.constexpr,
     G: tl.constexpr,
@@ -96,7 +123,8 @@ def scan(
     column = tl.arange(0, DP)
     present = row < rows
     row = row.to(tl.int64)
-    q = tl.load(queries + row[:, None] * D + column, mask=present[:, None] & (column < D), other=0.0)
+    if BK == DP:
+        q = tl.load(queries + row[:, None] * D + column, mask=present[:, None] & (column < D), other=0.0)
     first = ((chunk * tiles.to(tl.int64)) // chunks).to(tl.int32)
     stop = (((chunk + 1) * tiles.to(tl.int64)) // chunks).to(tl.int32)
     full = tl.minimum(stop, items // BN)
@@ -105,12 +133,17 @@ def scan(
     item = tl.arange(0, BN)
     best = tl.full([M], -float("inf"), tl.float32)
     for tile in tl.range(first, full, num_stages=STAGES):
-        if TMA:
-            x = table_tiles.load([tile * BN, 0])
+        at = table + (1 + tile * BN + item).to(tl.int64) * D
+        if BK < DP:
+            scores = _product_in_parts(queries + row * D, at, present, D, DP, BK, M, BN, STAGES)
         else:
-            at = table + (1 + tile * BN + item).to(tl.int64)[:, None] * D + column
-            x = tl.load(at) if D == DP else tl.load(at, mask=(column < D)[None, :], other=0.0)
-        scores = tl.dot(q, x.T, input_precision="ieee")
+            if TMA:
+                x = table_tiles.load([tile * BN, 0])
+            elif D == DP:
+                x = tl.load(at[:, None] + column)
+            else:
+                x = tl.load(at[:, None] + column, mask=(column < D)[None, :], other=0.0)
+            scores = tl.dot(q, x.T)
         if DENY:
             denied = tl.load(deny + 1 + tile * BN + item)
             scores = tl.where(denied[None, :] != 0, -float("inf"), scores)
@@ -124,9 +157,11 @@ def scan(
     if full < stop:
         tile = full
         here = item < items - tile * BN
-        at = table + (1 + tile * BN + item).to(tl.int64)[:, None] * D + column
-        x = tl.load(at, mask=here[:, None] & (column < D), other=0.0)
-        scores = tl.dot(q, x.T, input_precision="ieee")
+        at = table + tl.minimum(1 + tile * BN + item, items).to(tl.int64) * D
+        if BK < DP:
+            scores = _product_in_parts(queries + row * D, at, present, D, DP, BK, M, BN, STAGES)
+        else:
+            scores = tl.dot(q, tl.load(at[:, None] + column, mask=(column < D)[None, :], other=0.0).T)
         if DENY:
             here = here & (tl.load(deny + 1 + tile * BN + item, mask=here, other=1) == 0)
         maxima = _group_maxima(tl.where(here[None, :], scores, -float("inf")), M, GROUPS, G, INTERPRETED)
@@ -165,8 +200,7 @@ def _cuts(low, high):
 @triton.jit
 def _two_counts(keys, cut_1, cut_2):
     """How many of at most 2^15 keys reach each cut: both counts in one sum."""
-    both = tl.where(keys >= cut_1.to(keys.dtype), 1, 0) + tl.where(keys >= cut_2.to(keys.dtype), 0x10000, 0)
-    both = tl.sum(both, axis=0)
+    both = tl.sum(tl.where(keys >= cut_1, 1, 0) + tl.where(keys >= cut_2, 0x10000, 0), axis=0)
     return both & 0xFFFF, both >> 16
 
 
@@ -183,27 +217,62 @@ def _narrow(low, high, reach_low, reach_high, cut_1, cut_2, reach_1, reach_2, k)
 
 
 @triton.jit
-def _choose_maxima(
-    values, starts, stops, width, count, bound, chosen, k, capacity, WIDTH: tl.constexpr, NESTED: tl.constexpr
-):
-    """Write to `chosen` the indices, ascending, of the first k maxima by (value descending, index ascending).
+def _groups_of(span, tiles, chunks, spans_of_chunk, tiles_of_span, GROUPS: tl.constexpr):
+    """The first group of a span, and the one after its last."""
+    chunk = span // spans_of_chunk
+    start = tiles * chunk // chunks + span % spans_of_chunk * tiles_of_span
+    stop = tl.minimum(start + tiles_of_span, tiles * (chunk + 1) // chunks)
+    return start * GROUPS, stop * GROUPS
 
-    A few more, up to `capacity`, where that ends the search sooner. No key below `bound` is chosen: unless there are
-    fewer than k, the k-th reaches it. Returns how many, and a key that all of them reach and, unless there are fewer
-    than k, that the k-th best item reaches too. The first WIDTH keys stay in registers.
+
+@triton.jit
+def _choose_maxima(
+    values,
+    count,
+    chosen,
+    starts,
+    stops,
+    low,
+    high,
+    k,
+    capacity,
+    tiles,
+    chunks,
+    spans_of_chunk,
+    tiles_of_span,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    NESTED: tl.constexpr,
+    SPANS: tl.constexpr,
+):
+    """Choose the first k of `count` maxima by (value descending, index ascending), a few more where that ends sooner.
+
+    Of spans the first groups go to `starts`, those after the last to `stops`; of groups the indices go to `chosen`,
+    ascending all. NESTED: values are groups of the chosen spans, at least k of them reach `low` if there are so many,
+    and none reaches `high`. The first WIDTH keys stay in registers.
+
+    Returns how many, at most `capacity`; a key that all of them reach and, unless there are fewer than k, that the k-th
+    best item reaches too; and a key that none reaches.
     """
     lane = tl.arange(0, WIDTH)
+    width = tiles_of_span * GROUPS
     keys, index = _maxima(lane, count, values, starts, stops, width, NESTED)
-    reach_low = tl.sum((keys >= bound).to(tl.int32), axis=0)
-    low = tl.min(tl.where(keys >= bound, keys, 0x7FFFFFFF), axis=0)
-    high = tl.max(keys, axis=0)
-    for at in range(WIDTH, count, WIDTH):
-        more, _ = _maxima(at + lane, count, values, starts, stops, width, NESTED)
-        reach_low += tl.sum((more >= bound).to(tl.int32), axis=0)
-        low = tl.minimum(low, tl.min(tl.where(more >= bound, more, 0x7FFFFFFF), axis=0))
-        high = tl.maximum(high, tl.max(more, axis=0))
-    low = low.to(tl.int64)
-    high = high.to(tl.int64) + 1
+    if NESTED:
+        reach_low = tl.sum((keys >= low).to(tl.int32), axis=0)
+        for at in range(WIDTH, count, WIDTH):
+            more, _ = _maxima(at + lane, count, values, starts, stops, width, NESTED)
+            reach_low += tl.sum((more >= low).to(tl.int32), axis=0)
+    else:
+        reach_low = tl.sum((keys > _LOWEST).to(tl.int32), axis=0)
+        low = tl.min(tl.where(keys > _LOWEST, keys, 0x7FFFFFFF), axis=0)
+        high = tl.max(keys, axis=0)
+        for at in range(WIDTH, count, WIDTH):
+            more, _ = _maxima(at + lane, count, values, starts, stops, width, NESTED)
+            reach_low += tl.sum((more > _LOWEST).to(tl.int32), axis=0)
+            low = tl.minimum(low, tl.min(tl.where(more > _LOWEST, more, 0x7FFFFFFF), axis=0))
+            high = tl.maximum(high, tl.max(more, axis=0))
+        high += 1
+    above_all = high
     reach_high = reach_low * 0
     while (reach_low > capacity) & (low < high - 1):
         cut_1, cut_2 = _cuts(low, high)
@@ -216,27 +285,31 @@ def _choose_maxima(
         low, high, reach_low, reach_high = _narrow(low, high, reach_low, reach_high, cut_1, cut_2, reach_1, reach_2, k)
     # Either all that reach `low` fit, or `low` is the k-th key itself and the first of its equals fill the rest.
     fits = reach_low <= capacity
-    cut = tl.where(fits, low - 1, low).to(tl.int32)
+    cut = tl.where(fits, low - 1, low)
     equals = tl.where(fits, 0, k - reach_high)
     above_before = reach_low * 0
     equal_before = reach_low * 0
     for at in range(0, count, WIDTH):
         if at > 0:
             keys, index = _maxima(at + lane, count, values, starts, stops, width, NESTED)
-        above = (keys > cut) & (keys >= bound)
-        equal = (keys == cut) & (keys >= bound)
-        both = tl.where(above, 1, 0) + tl.where(equal, 0x10000, 0)
+        both = tl.where(keys > cut, 1, 0) + tl.where(keys == cut, 0x10000, 0)
         upto = tl.cumsum(both, axis=0)
         equal_upto = equal_before + (upto >> 16)
         place = above_before + (upto & 0xFFFF) + tl.minimum(equal_upto, equals) - 1
-        tl.store(chosen + place, index, mask=above | (equal & (equal_upto <= equals)))
+        taken = (keys > cut) | ((keys == cut) & (equal_upto <= equals))
+        if SPANS:
+            start, stop = _groups_of(index, tiles, chunks, spans_of_chunk, tiles_of_span, GROUPS)
+            tl.store(starts + place, start, mask=taken)
+            tl.store(stops + place, stop, mask=taken)
+        else:
+            tl.store(chosen + place, index, mask=taken)
         if at + WIDTH < count:
             both_sum = tl.sum(both, axis=0)
             above_before += both_sum & 0xFFFF
             equal_before += both_sum >> 16
     tl.debug_barrier()
     number = tl.where(fits, reach_low, k)
-    return number, tl.where(number >= k, low.to(tl.int32), _LOWEST + 1)
+    return number, tl.where(number >= k, low, _LOWEST + 1), above_all
 
 
 @triton.jit
@@ -265,15 +338,6 @@ def _span_of(group, tiles, chunks, spans_of_chunk, tiles_of_span, GROUPS: tl.con
     tile = group // GROUPS
     chunk = ((tile + 1) * chunks - 1) // tiles
     return chunk * spans_of_chunk + (tile - tiles * chunk // chunks) // tiles_of_span
-
-
-@triton.jit
-def _groups_of(span, tiles, chunks, spans_of_chunk, tiles_of_span, GROUPS: tl.constexpr):
-    """The first group of a span, and the one after its last."""
-    chunk = span // spans_of_chunk
-    start = tiles * chunk // chunks + span % spans_of_chunk * tiles_of_span
-    stop = tl.minimum(start + tiles_of_span, tiles * (chunk + 1) // chunks)
-    return start * GROUPS, stop * GROUPS
 
 
 @triton.jit
@@ -353,6 +417,7 @@ def finish(
     DP: tl.constexpr,
     G: tl.constexpr,
     GROUPS: tl.constexpr,
+    BK: tl.constexpr,
     M: tl.constexpr,
     R: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -362,7 +427,6 @@ def finish(
     SPANS: tl.constexpr,
     DENY: tl.constexpr,
     EXCLUDE: tl.constexpr,
-    ITEMS_FIRST: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """The list of one row from its maxima."""
@@ -372,8 +436,9 @@ def finish(
     span_max += row * chunks * spans_of_chunk
     chosen_groups += row * capacity
     entries += row * BUFFER
-    # All M rows are this one: a product of the same shape as in `scan`, any row of which is the result.
-    q = tl.load(queries + row * D + column, mask=column < D, other=0.0)
+    query = queries + row * D
+    # All M rows of the product are this one, any row of it is the result.
+    q = tl.load(query + column, mask=column < D, other=0.0)
     q = tl.broadcast_to(q[None, :], [M, DP])
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -387,28 +452,23 @@ def finish(
             excluded_ids, begin, end, group_max, span_max, bounds,
             items, tiles, chunks, spans_of_chunk, tiles_of_span, G, GROUPS, SPANS,
         )  # fmt: skip
-    floor = begin * 0 + (_LOWEST + 1)
     if SPANS:
         span_starts += row * LISTED
         span_stops += row * LISTED
-        spans, floor = _choose_maxima(
-            span_max, span_max, span_max, 1, chunks * spans_of_chunk, floor, span_starts, k, capacity, WIDTH, False
-        )
-        slot = tl.arange(0, LISTED)
-        span = tl.load(span_starts + slot, mask=slot < spans, other=0)
-        start, stop = _groups_of(span, tiles, chunks, spans_of_chunk, tiles_of_span, GROUPS)
-        tl.debug_barrier()
-        tl.store(span_starts + slot, start, mask=slot < spans)
-        tl.store(span_stops + slot, stop, mask=slot < spans)
-        tl.debug_barrier()
-        width = tiles_of_span * GROUPS
-        clean, floor = _choose_maxima(
-            group_max, span_starts, span_stops, width, spans * width, floor, chosen_groups, k, capacity, WIDTH, True
-        )
+        spans, low, high = _choose_maxima(
+            span_max, chunks * spans_of_chunk, chosen_groups, span_starts, span_stops, 0, 0, k, capacity,
+            tiles, chunks, spans_of_chunk, tiles_of_span, GROUPS, WIDTH, False, True,
+        )  # fmt: skip
+        count = spans * tiles_of_span * GROUPS
+        clean, floor, _ = _choose_maxima(
+            group_max, count, chosen_groups, span_starts, span_stops, low, high, k, capacity,
+            tiles, chunks, spans_of_chunk, tiles_of_span, GROUPS, WIDTH, True, False,
+        )  # fmt: skip
     else:
-        clean, floor = _choose_maxima(
-            group_max, group_max, group_max, 1, tiles * GROUPS, floor, chosen_groups, k, capacity, WIDTH, False
-        )
+        clean, floor, _ = _choose_maxima(
+            group_max, tiles * GROUPS, chosen_groups, chosen_groups, chosen_groups, 0, 0, k, capacity,
+            tiles, chunks, spans_of_chunk, tiles_of_span, GROUPS, WIDTH, False, False,
+        )  # fmt: skip
     groups = clean
     if EXCLUDE:
         lane = tl.arange(0, 128)
@@ -431,11 +491,16 @@ def finish(
         group = tl.load(chosen_groups + place // G, mask=place < total, other=0)
         item = group * G + place % G + 1
         valid = (place < total) & (item <= items)
-        x = tl.load(table + item.to(tl.int64)[:, None] * D + column, mask=valid[:, None] & (column < D), other=0.0)
-        if ITEMS_FIRST:
-            key = _order(tl.max(tl.dot(x, q.T, input_precision="ieee"), axis=1))
+        rows = table + tl.minimum(item, items).to(tl.int64) * D
+        if BK < DP:
+            scores = _product_in_parts(query + tl.zeros([M], tl.int64), rows, tl.arange(0, M) >= 0, D, DP, BK, M, R, 2)
+            key = _order(tl.max(scores, axis=0))
         else:
-            key = _order(tl.max(tl.dot(q, x.T, input_precision="ieee"), axis=0))
+            if D == DP:
+                x = tl.load(rows[:, None] + column)
+            else:
+                x = tl.load(rows[:, None] + column, mask=(column < D)[None, :], other=0.0)
+            key = _order(tl.max(tl.dot(x, q.T), axis=1))
         if DENY:
             valid = valid & (tl.load(deny + item, mask=valid, other=1) == 0)
         entry = (key.to(tl.int64) << 32) | (item ^ _LAST_ID).to(tl.int64)
@@ -484,6 +549,7 @@ def score_topk(
     chunks: int,
     spans_of_chunk: int,
     tiles_of_span: int,
+    width: int,
     scan_shapes: dict[str, int],
     finish_shapes: dict[str, int],
 ) -> None:
@@ -505,8 +571,9 @@ def score_topk(
         chunks: stretches of tiles, one a program of `scan` and block of rows.
         spans_of_chunk: spans of a stretch, 0 where groups are few enough to be chosen from at once.
         tiles_of_span: tiles of a span.
-        scan_shapes: M, BN, num_warps, num_stages, TMA.
-        finish_shapes: M, R, WIDTH, ITEMS_FIRST, num_warps, PDL.
+        width: maxima that a choice holds in registers, a power of two.
+        scan_shapes: M, BN, BK, num_warps, num_stages, TMA.
+        finish_shapes: M, R, BK, num_warps, PDL.
     """
     rows, d = queries.shape
     items = len(table) - 1
@@ -530,6 +597,7 @@ def score_topk(
         tiles_of_span,
         D=d,
         DP=padded,
+        BK=min(scan_shapes["BK"] or padded, padded),
         M=m,
         BN=bn,
         G=group,
@@ -563,16 +631,16 @@ def score_topk(
         DP=padded,
         G=group,
         GROUPS=bn // group,
+        BK=min(finish_shapes["BK"] or padded, padded),
         M=finish_shapes["M"],
         R=finish_shapes["R"],
-        WIDTH=finish_shapes["WIDTH"],
+        WIDTH=width,
         LISTED=triton.next_power_of_2(capacity),
         BUFFER=triton.next_power_of_2(ranked + finish_shapes["R"]),
         RANKED=ranked,
         SPANS=nested,
         DENY=deny is not None,
         EXCLUDE=excluded is not None,
-        ITEMS_FIRST=finish_shapes["ITEMS_FIRST"] > 0,
         PDL=pdl,
         num_warps=finish_shapes["num_warps"],
         **({"launch_pdl": True} if pdl else {}),

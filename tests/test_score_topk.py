@@ -28,15 +28,14 @@ SPECIAL = (float("nan"), float("inf"), float("-inf"), -0.0)
 
 # So narrow that catalogues of a thousand items have spans, and choices go on in memory after the first keys.
 NARROW = {
-    "scan": {"M": 16, "BN": 32, "num_warps": 4, "num_stages": 2, "TMA": 0, "PER_SM": 1},
+    "scan": {"M": 16, "BN": 32, "BK": 0, "num_warps": 4, "num_stages": 2, "TMA": 0, "PER_SM": 1},
     "finish": {
         "M": 16,
         "R": 32,
         "WIDTH": 32,
-        "SPANS": 32,
         "SLACK": 25,
         "num_warps": 4,
-        "ITEMS_FIRST": 1,
+        "BK": 16,
         "PDL": 0,
     },
 }

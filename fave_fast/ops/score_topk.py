@@ -166,6 +166,7 @@ class _Plan:
         spans_of_chunk: spans of a stretch; 0 where the groups are few enough to choose from them at once.
         tiles_of_span: tiles of a span.
         capacity: groups chosen at most.
+        width: maxima that a choice holds in registers.
         scan: shapes of the scan.
         finish: shapes of the rest.
         sizes: workspace, each buffer's name, dtype and number of elements.
@@ -178,6 +179,7 @@ class _Plan:
     spans_of_chunk: int
     tiles_of_span: int
     capacity: int
+    width: int
     scan: Shapes
     finish: Shapes
     sizes: tuple[tuple[str, torch.dtype, int], ...]
@@ -187,9 +189,10 @@ class _Plan:
         device, d = queries.device, queries.shape[1]
         kind = "32bit" if queries.dtype == torch.float32 else "16bit"
         few = "few" if batch <= 64 else "many"
-        finish = tile_shapes("score_topk", f"finish_{kind}_{few}", device)
+        finish = dict(tile_shapes("score_topk", f"finish_{kind}_{few}", device))
         scan = dict(tile_shapes("score_topk", f"scan_{kind}_{few}", device))
-        scan["BN"] = max(16, scan["BN"] * 128 // max(128, _power_of_two(d)))  # a tile keeps its bytes
+        for shapes, name in ((scan, "BN"), (finish, "R")):  # tiles of wider rows keep their bytes
+            shapes[name] = max(16, shapes[name] * 128 // max(128, _power_of_two(d)))
         if torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] < 9:
             scan["TMA"] = 0
         group = min(scan["BN"], _group_size(batch, items))
@@ -199,12 +202,16 @@ class _Plan:
         chunks = max(1, scan["PER_SM"] * _multiprocessors(device) // _parts(rows, scan["M"]))
         chunks = min(chunks, tiles)
         groups = tiles * (scan["BN"] // group)
-        spans_of_chunk, tiles_of_span = 0, 1
-        if groups > finish["SPANS"]:
-            longest = _parts(tiles, chunks)
-            tiles_of_span = _parts(longest, max(1, finish["SPANS"] // chunks))
-            spans_of_chunk = _parts(longest, tiles_of_span)
         capacity = k + max(4, k * finish["SLACK"] // 100)
+        spans_of_chunk, tiles_of_span, width = 0, 1, groups
+        if groups > max(min(256, finish["WIDTH"]), 2 * capacity):
+            # The number of spans, and of groups in the chosen ones: their sum is least where they are equal.
+            balanced = _power_of_two(int(math.sqrt(groups * capacity / 2)))
+            longest = _parts(tiles, chunks)
+            tiles_of_span = _parts(longest, max(1, min(balanced, finish["WIDTH"]) // chunks))
+            spans_of_chunk = _parts(longest, tiles_of_span)
+            width = _width(chunks * spans_of_chunk, capacity * tiles_of_span * (scan["BN"] // group))
+        width = min(max(128, _power_of_two(width)), max(finish["WIDTH"], _power_of_two(chunks)))
         buffer = _power_of_two(max(128, _power_of_two(k)) + finish["R"])
         sizes = (
             ("entries", torch.int64, rows * buffer),
@@ -215,7 +222,7 @@ class _Plan:
             ("span_stops", torch.int32, rows * _power_of_two(capacity)),
             ("chosen_groups", torch.int32, rows * capacity + excluded),
         )
-        return cls(rows, group, tiles, chunks, spans_of_chunk, tiles_of_span, capacity, scan, finish, sizes)
+        return cls(rows, group, tiles, chunks, spans_of_chunk, tiles_of_span, capacity, width, scan, finish, sizes)
 
     @property
     def bytes(self) -> int:
@@ -248,6 +255,10 @@ def _group_size(batch: int, items: int) -> int:
     if items <= 1 << 16 or (batch <= 64 and items <= 1 << 22):
         return 16
     return 32 if items <= 1 << 22 else 64 if items <= 1 << 25 else 128
+
+
+def _width(spans: int, groups: int) -> int:
+    return spans
 
 
 @functools.cache
@@ -310,6 +321,7 @@ def _run_triton(
             chunks=plan.chunks,
             spans_of_chunk=plan.spans_of_chunk,
             tiles_of_span=plan.tiles_of_span,
+            width=plan.width,
             scan_shapes=scan,
             finish_shapes=plan.finish,
         )
