@@ -453,6 +453,58 @@ def _sums(part_ptr, sum_ptr, rows, columns, span, R: tl.constexpr, C: tl.constex
     tl.store(sum_ptr + where, tl.sum(total, 0), column < columns)
 
 
+@triton.jit
+def _same_ids(ids_ptr, order_ptr, rows_ptr, sum_ptr, edge_ptr, count, D: tl.constexpr, CHUNK: tl.constexpr):
+    """Sums the rows of equal ids within CHUNK places of the sorted order, as a product with a matrix of 0 and 1.
+
+    A run of equal ids within the chunk goes to its id's row of the result; one that enters from the chunk before, to
+    edge[chunk, 0]; one that leaves into the next, to edge[chunk, 1].
+    """
+    chunk = tl.program_id(0).to(tl.int64)
+    first = chunk * CHUNK
+    place = first + tl.arange(0, CHUNK)
+    channel = tl.arange(0, D)
+    item = tl.load(ids_ptr + place, place < count, 0).to(tl.int64)
+    before = tl.load(ids_ptr + place - 1, (place > 0) & (place < count), -1).to(tl.int64)
+    after = tl.load(ids_ptr + first + CHUNK, first + CHUNK < count, -1).to(tl.int64)
+    row = tl.load(order_ptr + place, item != 0, 0)
+    values = tl.load(rows_ptr + row[:, None] * D + channel[None, :], (item != 0)[:, None], 0.0)
+    same = (item[:, None] == item[None, :]).to(values.dtype)
+    sums = _dot(same, values, values.dtype, "tf32x3")
+    begins = (item != before) & (item != 0)
+    enters = (tl.arange(0, CHUNK) == 0) & (item == before) & (item != 0)
+    leaves = begins & (item == after)
+    tl.store(sum_ptr + item[:, None] * D + channel[None, :], sums, (begins & (item != after))[:, None])
+    edge = edge_ptr + chunk * 2 * D + channel[None, :] + item[:, None] * 0
+    tl.store(edge, sums, enters[:, None])
+    tl.store(edge + D, sums, leaves[:, None])
+
+
+@triton.jit
+def _joined(ids_ptr, sum_ptr, edge_ptr, count, D: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr):
+    """Sums a run of equal ids that leaves its chunk: its own edge, and those of the chunks that it enters, in order."""
+    chunk = tl.program_id(0).to(tl.int64)
+    first = chunk * CHUNK
+    after = first + CHUNK
+    item = tl.load(ids_ptr + after - 1, after < count, 0).to(tl.int64)
+    channel = tl.arange(0, D)
+    leaves = (item != 0) & (item == tl.load(ids_ptr + after, after < count, -1).to(tl.int64))
+    begun = (first == 0) | (item != tl.load(ids_ptr + first - 1, first > 0, -1).to(tl.int64))
+    if leaves & begun:
+        total = tl.zeros([STEP, D], tl.float32)
+        start = chunk + 1
+        going = start * CHUNK < count
+        while going:
+            entered = start + tl.arange(0, STEP)
+            inside = entered * CHUNK < count
+            same = tl.load(ids_ptr + entered * CHUNK, inside, -1).to(tl.int64) == item
+            total += tl.load(edge_ptr + entered[:, None] * 2 * D + channel[None, :], same[:, None], 0.0)
+            going = tl.sum(same.to(tl.int32), 0) == STEP
+            start += STEP
+        own = tl.load(edge_ptr + chunk * 2 * D + D + channel)
+        tl.store(sum_ptr + item * D + channel, own + tl.sum(total, 0))
+
+
 def _lanes(table, grad, shapes):
     """V, what a lane takes of a row: 16 bytes of the widest tensor that is streamed; and the rows of a tile."""
     v = 16 // max(table.element_size(), grad.element_size())
@@ -519,6 +571,18 @@ def launch_sums(part, total, *, span, shapes):
     _sums[(triton.cdiv(columns, shapes["columns"]), triton.cdiv(len(part), span))](
         part, total, len(part), columns, span, R=shapes["rows"], C=shapes["columns"], num_warps=shapes["num_warps"]
     )
+
+
+def launch_table_gradient(ids, order, row_grad, table_grad, edges, *, shapes):
+    """Adds the rows of row_grad [total, D] up by id: ids sorted, with the `order` that sorts them.
+
+    table_grad [N + 1, D] holds zeros; edges is float32 [cdiv(total, chunk), 2, D].
+    """
+    chunks, d = len(edges), table_grad.shape[1]
+    _same_ids[(chunks,)](
+        ids, order, row_grad, table_grad, edges, len(ids), D=d, CHUNK=shapes["chunk"], num_warps=shapes["num_warps"]
+    )
+    _joined[(chunks,)](ids, table_grad, edges, len(ids), D=d, CHUNK=shapes["chunk"], STEP=shapes["step"], num_warps=2)
 
 
 def _dropped(dropout):

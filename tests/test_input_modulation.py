@@ -412,6 +412,28 @@ def test_dropout_takes_its_share_and_gives_nothing_back() -> None:
 
 
 @kernels
+def test_gradients_of_frequent_items_are_joined_over_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules[Times.__module__]
+    plain = module.tile_shapes  # type: ignore[attr-defined]
+    small = {"chunk": 16, "step": 2, "num_warps": 4}
+    monkeypatch.setattr(
+        module, "tile_shapes", lambda op, kernel, device: small if "table" in kernel else plain(op, kernel, device)
+    )
+    # 97 rows of item 1 fill six chunks, among others that begin and end inside one, and paddings.
+    case = make(4, 50, 16, items=40, lengths=[50, 3, 44, 50])
+    ids = torch.where(torch.arange(50, device=DEVICE) % 2 == 0, case.padded.clamp_max(1), case.padded)
+    case = replace(case, padded=ids, packed=ids[ids != 0])
+    for packed in (False, True):
+        ours, plain_grad, exact = (
+            torch.autograd.grad(one.call(0.5, packed, backend=backend)[0].square().sum(), one.parameters["table"])[0]
+            for one, backend in ((case, "triton"), (case, "reference"), (case.to(torch.float64), "reference"))
+        )
+        assert distance(ours, exact) <= 2 * distance(plain_grad, exact)
+        # Each item by itself: a lost edge would be small beside the others' sum.
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-3, atol=1e-3)
+
+
+@kernels
 @pytest.mark.parametrize("packed", [False, True])
 def test_an_anchor_is_the_prior_of_the_flow(packed: bool) -> None:
     case = make(4, 6, 16, lengths=[1, 3, 6, 2])

@@ -464,9 +464,16 @@ def _launch(call: _Call) -> tuple[Tensor, Tensor | None]:
         None if anchor is None else anchor.keep.contiguous(), None if anchor is None else anchor.ages,
         z.contiguous(), None if call.dx_t is None else call.dx_t.contiguous(), dz,
         *_lambda_arguments(call, kernels), call.dropout, out, dout,
-        count=call.count, overlap=False, shapes=_shapes("rows", call),
+        count=call.count, overlap=_overlaps(call), shapes=_shapes("rows", call),
     )  # fmt: skip
     return out, dout
+
+
+def _overlaps(call: _Call) -> bool:
+    """Whether the pass over the rows may begin while z is being computed: from Hopper on."""
+    if not isinstance(call.time, Times) or call.table.device.type != "cuda":
+        return False
+    return torch.cuda.get_device_capability(call.table.device)[0] >= 9
 
 
 def _launch_times(call: _Call, time: Times, z: Tensor, dz: Tensor | None) -> None:
@@ -475,7 +482,7 @@ def _launch_times(call: _Call, time: Times, z: Tensor, dz: Tensor | None) -> Non
     kernels.launch_times(
         time.t.contiguous(), time.r.contiguous(), time.hidden_weight.contiguous(), time.hidden_bias,
         time.out_weight.contiguous(), time.out_bias, z, dz,
-        scale=time.scale, product=call.dtype, overlap=False, shapes=_shapes("times", call),
+        scale=time.scale, product=call.dtype, overlap=_overlaps(call), shapes=_shapes("times", call),
     )  # fmt: skip
 
 
@@ -519,11 +526,7 @@ def _backward(call: _Call, needed: tuple[bool, ...], grad: Tensor, dgrad: Tensor
             *_lambda_arguments(call, kernels), call.dropout, grad, None if dgrad is None else dgrad.contiguous(),
             shift_grad, dshift_grad, norm_part, row_grad, shapes=_shapes("rows_backward", call),
         )  # fmt: skip
-    table_grad = None
-    if row_grad is not None:
-        flat = row_grad.view(-1, d)
-        # Sorts the ids and sums runs of equal ones in float32: the same bits in every run, without atomics.
-        table_grad = torch.ops.aten.embedding_dense_backward(flat, call.ids.reshape(-1), len(call.table), 0, False)
+    table_grad = None if row_grad is None else _table_gradient(call, row_grad)
     norm_grads: tuple[Tensor | None, ...] = (None, None)
     if norm_part is not None and norm_needed:
         norm_grads = _summed(call, norm_part, call.norm_weight.dtype).tensor_split(2)
@@ -532,6 +535,19 @@ def _backward(call: _Call, needed: tuple[bool, ...], grad: Tensor, dgrad: Tensor
         for part, like, wanted in zip((shift_grad, dshift_grad), _parameters(call)[3:5], needed[3:5], strict=True)
     )
     return table_grad, *norm_grads, x_grad, dx_grad, *_times_backward(call, any(needed[5:]), shift_grad, dshift_grad)
+
+
+def _table_gradient(call: _Call, row_grad: Tensor) -> Tensor:
+    """The sum of the rows' gradients by id, in the order of the rows: no atomics, the same bits in every run."""
+    from fave_fast.kernels import input_modulation as kernels
+
+    shapes = _shapes("table_gradient", call)
+    ids, order = call.ids.reshape(-1).sort(stable=True)
+    table_grad = torch.zeros_like(call.table, memory_format=torch.contiguous_format)
+    edges = torch.empty(-(-len(ids) // shapes["chunk"]), 2, table_grad.shape[1], device=ids.device)
+    if len(edges) > 0:
+        kernels.launch_table_gradient(ids, order, row_grad, table_grad, edges, shapes=shapes)
+    return table_grad
 
 
 def _times_backward(call: _Call, needed: bool, grad: Tensor, dgrad: Tensor | None) -> tuple[Tensor | None, ...]:
