@@ -176,7 +176,8 @@ def check_errors(case: Case, dtype: torch.dtype, packed: bool, dual: bool, dropo
     exact = gradients(wide, wide.call(lam, packed, dual, dropout, "reference"))
     plain = gradients(rounded, rounded.call(lam, packed, dual, dropout, "reference"))
     ours = gradients(rounded, rounded.call(lam, packed, dual, dropout))
-    again = gradients(rounded, rounded.call(lam, packed, dual, dropout))
+    # An interpreter's second run would say nothing.
+    again = gradients(rounded, rounded.call(lam, packed, dual, dropout)) if DEVICE.type == "cuda" else ours
     for name, value in ours.items():
         assert value.dtype == dtype
         assert torch.equal(value, again[name]), name
@@ -256,7 +257,7 @@ def test_kernels_draw_the_lambda_that_the_definition_says(d: int, dtype: torch.d
 
 @kernels
 def test_lambda_is_normal_with_mean_and_deviation_delta() -> None:
-    case = make(8, 8, 256)
+    case = make(8, 8, 128)
     lam = drawn_lambda(case, 0.25).double().cpu()
     noise, count = lam / 0.25 - 1, lam.numel()
     # Five standard errors of each statistic of `count` independent N(0, 1).
@@ -266,7 +267,7 @@ def test_lambda_is_normal_with_mean_and_deviation_delta() -> None:
     assert (noise.pow(4).mean() - 3).abs() <= 5 * (96 / count) ** 0.5
     assert ((noise.abs() > 2).double().mean() - 0.0455).abs() <= 5 * (0.0455 / count) ** 0.5
     # Neighbours: the same counter's other channels, the next counter, the next age.
-    for lag in (1, 2, 3, 4, 256):
+    for lag in (1, 2, 3, 4, 8, 128):
         flat = noise.flatten()
         assert (flat[lag:] * flat[:-lag]).mean().abs() <= 5 / (count - lag) ** 0.5
 
@@ -279,13 +280,12 @@ def test_normals_reach_both_tails() -> None:
     assert noise.abs().max() < 5.4
 
 
-SMALL = [(1, 1, 64), (3, 9, 32)]
+SMALL = [(1, 1, 64, False, 0.3, True), (3, 9, 32, False, 0.3, False), (2, 5, 32, True, 0.0, True)]
 
 
 @kernels
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("dual", "dropout", "packed"), [(False, 0.3, True), (True, 0.0, False)])
-@pytest.mark.parametrize(("count", "longest", "d"), SMALL)
+@pytest.mark.parametrize(("count", "longest", "d", "dual", "dropout", "packed"), SMALL)
 def test_errors_are_those_of_pytorch(
     count: int, longest: int, d: int, dual: bool, dropout: float, packed: bool, dtype: torch.dtype
 ) -> None:
@@ -307,7 +307,7 @@ def test_errors_are_those_of_pytorch_on_the_gpu(
 
 
 @kernels
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES if DEVICE.type == "cuda" else DTYPES[1:])
 def test_a_history_is_the_same_bits_in_any_batch(dtype: torch.dtype) -> None:
     case = make(4, 9, 16).to(dtype)
     p, lam = case.parameters, Drawn(0.5)
