@@ -253,37 +253,39 @@ def _linear_norm_backward_kernel(
             gdn += _dot(_load_rows(gdq_ptr, owners, stored, owned, channel, D), wq)
     else:
         owners, stored, owned = first, row, keep
+    # What is written goes out as soon as it is there: each float32 tile that waits costs 32 registers or more.
     gain = _load_vector(gain_ptr, channel, D)
     c = _centred(_load_rows(x_ptr, first, row, keep, channel, D), channel, D, LAYER)
     r = tl.rsqrt(tl.sum(c * c, 1) / D + eps)[:, None]
-    n = c * r
+    sums_ptr += tl.program_id(0) * (2 * D)
+    n = c * (r * gain)
+    if LAYER:
+        n += _load_vector(bias_ptr, channel, D)
+        tl.store(sums_ptr + D + channel, tl.sum(gn, 0), mask=channel < D)
+    _store_rows(n_ptr, n, first, row, keep, channel, D)
+    to_gain = tl.sum(gn * (c * r), 0)
     a = gn * gain
-    to_gain = gn * n
     if DUAL:
         dc = _centred(_load_rows(dx_ptr, first, row, keep, channel, D), channel, D, LAYER)
         m = tl.sum(c * dc, 1)[:, None] / D
         dn = (dc - c * (r * r * m)) * r
+        _store_rows(dn_ptr, dn * gain, first, row, keep, channel, D)
+        to_gain += tl.sum(gdn * dn, 0)
         e = gdn * gain
-        to_gain += gdn * dn
         along = tl.sum(e * c, 1)[:, None] / D
         through_r = tl.sum(a * c + e * dc, 1)[:, None] / D - 3.0 * r * r * m * along
         cube = r * r * r
-        gdx = r * e - cube * along * c
         gx = r * a - cube * (m * e + along * dc + through_r * c)
+        gdx = r * e - cube * along * c
         if LAYER:
             gdx = tl.where((channel < D)[None, :], gdx - tl.sum(gdx, 1)[:, None] / D, 0.0)
         gdx += _load_rows(dresidual_ptr, owners, stored, owned, channel, D).to(tl.float32)
         _store_rows(gdx_ptr, gdx, first, row, keep, channel, D)
-        _store_rows(dn_ptr, dn * gain, first, row, keep, channel, D)
     else:
-        gx = r * a - n * (r * tl.sum(a * n, 1)[:, None] / D)
-    tl.store(sums_ptr + tl.program_id(0) * (2 * D) + channel, tl.sum(to_gain, 0), mask=channel < D)
-    n *= gain
+        gx = r * a - c * (r * r * r * tl.sum(a * c, 1)[:, None] / D)
+    tl.store(sums_ptr + channel, to_gain, mask=channel < D)
     if LAYER:
         gx = tl.where((channel < D)[None, :], gx - tl.sum(gx, 1)[:, None] / D, 0.0)
-        n += _load_vector(bias_ptr, channel, D)
-        tl.store(sums_ptr + tl.program_id(0) * (2 * D) + D + channel, tl.sum(gn, 0), mask=channel < D)
-    _store_rows(n_ptr, n, first, row, keep, channel, D)
     gx += _load_rows(residual_ptr, owners, stored, owned, channel, D).to(tl.float32)
     _store_rows(gx_ptr, gx, first, row, keep, channel, D)
     if PROJECT:
@@ -313,8 +315,8 @@ def norm_linear(x, norm, weight, y, shapes):
     """Write y = norm(x) weight^T.
 
     x [rows, D] and y [rows, WIDTH] are tuples of the value, or of value and tangent; `norm` is (gain [D], bias [D] or
-    None, eps), LayerNorm with a bias and RMSNorm without; weight is [WIDTH, D]. `shapes`: BM, BN, num_warps,
-    num_stages. All tensors of this file are contiguous.
+    None, eps), LayerNorm with a bias and RMSNorm without; weight is [WIDTH, D]. `shapes`: BM, BN and the
+    launch's num_warps, num_stages, maxnreg. All tensors of this file are contiguous.
     """
     count, d = x[0].shape
     gain, bias, eps = norm
