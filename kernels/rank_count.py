@@ -45,8 +45,10 @@ def _products(queries_ptr, table_ptr, rows, ids, P: tl.constexpr, D: tl.constexp
 @triton.jit
 def _thresholds(
     queries_ptr, table_ptr, targets_ptr, below_ptr, level_ptr, ranks_ptr, B, N,
-    P: tl.constexpr, D: tl.constexpr, BK: tl.constexpr,
+    P: tl.constexpr, D: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()  # the next kernel may start, and waits for this one where it must
     row = tl.program_id(0) * P + tl.arange(0, P)
     live = row < B
     target = tl.load(targets_ptr + row, live, 0)
@@ -63,21 +65,40 @@ def _thresholds(
 
 
 @triton.jit
+def _rows_of(offsets_ptr, base, entry, B, rounds, W: tl.constexpr):
+    """The row that each entry [P] of the list belongs to, `base` being the first: the last that starts at or before it.
+
+    The first entry's row is found W offsets at a time, and the others among the W rows from there on, or the next W if
+    so many rows are empty: three dependent loads where halving takes fifteen.
+    """
+    low, high = 0, B
+    for _ in range(rounds):
+        step = (high - low + W - 1) // W
+        at = low + (1 + tl.arange(0, W)) * step
+        before = tl.load(offsets_ptr + at, at <= high, 0x7FFFFFFFFFFFFFFF) <= base
+        low += tl.sum((before & (at <= high)).to(tl.int32), 0) * step
+        high = tl.minimum(high, low + tl.maximum(step - 1, 0))
+    row = tl.zeros_like(entry).to(tl.int32) + low
+    last = tl.max(entry, 0)
+    reached = base
+    while reached <= last:
+        at = low + 1 + tl.arange(0, W)
+        starts = tl.load(offsets_ptr + at, at <= B, 0x7FFFFFFFFFFFFFFF)
+        row += tl.sum((starts[None, :] <= entry[:, None]).to(tl.int32), 1)
+        reached = tl.max(starts, 0)
+        low += W
+    return row
+
+
+@triton.jit
 def _leave_out(
-    queries_ptr, table_ptr, targets_ptr, below_ptr, level_ptr, excluded_ptr, offsets_ptr, ranks_ptr, B, N, E, steps,
-    P: tl.constexpr, D: tl.constexpr, BK: tl.constexpr, EARLIER: tl.constexpr,
+    queries_ptr, table_ptr, targets_ptr, below_ptr, level_ptr, excluded_ptr, offsets_ptr, ranks_ptr, B, N, E, rounds,
+    P: tl.constexpr, D: tl.constexpr, BK: tl.constexpr, EARLIER: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Take back what the scan counts of excluded ids, each once a row; it never counts the target itself."""
     base = tl.program_id(0).to(tl.int64) * P
     entry = base + tl.arange(0, P)
-    # The row of an entry is the last one that starts at or before it.
-    row = tl.zeros([P], tl.int32)
-    end = tl.zeros([P], tl.int32) + B
-    for _ in range(steps):
-        middle = (row + end + 1) // 2
-        here = tl.load(offsets_ptr + middle) <= entry
-        row = tl.where(here, middle, row)
-        end = tl.where(here, end, tl.maximum(middle - 1, row))
+    row = _rows_of(offsets_ptr, base, entry, B, rounds, P)
     live = (entry < E) & (row < B)
     row = tl.where(live, row, 0)
     item = tl.load(excluded_ptr + entry, live, 0)
@@ -85,6 +106,8 @@ def _leave_out(
     live &= (item >= 1) & (item <= N)
     item = tl.where(live, item, 0).to(tl.int32)
     score = _products(queries_ptr, table_ptr, row, item, P, D, BK)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     below = tl.load(below_ptr + row)
     level = tl.load(level_ptr + row)
     lower = item < target
@@ -115,18 +138,16 @@ def _count_above(scores, threshold, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def _scan(
-    queries, table, targets_ptr, below_ptr, level_ptr, ranks_ptr, B, N, row_blocks, tiles, span_tiles,
-    M: tl.constexpr, T: tl.constexpr, D: tl.constexpr, BK: tl.constexpr, INTERPRETED: tl.constexpr,
+    queries, table, targets_ptr, below_ptr, level_ptr, ranks_ptr, program, B, N, row_blocks, tiles, span_tiles,
+    M: tl.constexpr, T: tl.constexpr, D: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     # Row blocks of one span run side by side and share its items in the L2 cache.
-    block = tl.program_id(0) % row_blocks
-    start = (tl.program_id(0) // row_blocks) * span_tiles
+    block = program % row_blocks
+    start = (program // row_blocks) * span_tiles
     stop = tl.minimum(start + span_tiles, tiles)
     row = block * M + tl.arange(0, M)
     live = row < B
     target = tl.load(targets_ptr + row, live, 0).to(tl.int32)
-    below = tl.load(below_ptr + row, live, 0.0)
-    level = tl.load(level_ptr + row, live, 0.0)
 
     # Bit i: tile i of this span holds some row's target, or ends the catalogue.
     place = (target - 1) // T - start
@@ -137,6 +158,10 @@ def _scan(
 
     if BK >= D:
         query = queries.load([block * M, 0])
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    below = tl.load(below_ptr + row, live, 0.0)
+    level = tl.load(level_ptr + row, live, 0.0)
     count = tl.zeros([M], tl.int32)
     for tile in range(start, stop):
         first = 1 + tile * T
@@ -161,6 +186,32 @@ def _scan(
     tl.atomic_add(ranks_ptr + row, count.to(tl.int64), live, sem="relaxed")
 
 
+@triton.jit
+def _count(
+    queries, table, queries_ptr, table_ptr, targets_ptr, below_ptr, level_ptr, excluded_ptr, offsets_ptr, ranks_ptr,
+    B, N, E, rounds, exclusions, row_blocks, tiles, span_tiles,
+    M: tl.constexpr, T: tl.constexpr, P: tl.constexpr, D: tl.constexpr, BK: tl.constexpr, EARLIER: tl.constexpr,
+    EXCLUDES: tl.constexpr, PDL: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """The scan, and before it in the same launch `exclusions` programs that take back what is excluded."""
+    if EXCLUDES:
+        if tl.program_id(0) < exclusions:
+            _leave_out(
+                queries_ptr, table_ptr, targets_ptr, below_ptr, level_ptr, excluded_ptr, offsets_ptr, ranks_ptr,
+                B, N, E, rounds, P, D, BK, EARLIER, PDL,
+            )  # fmt: skip
+        else:
+            _scan(
+                queries, table, targets_ptr, below_ptr, level_ptr, ranks_ptr, tl.program_id(0) - exclusions,
+                B, N, row_blocks, tiles, span_tiles, M, T, D, BK, PDL, INTERPRETED,
+            )  # fmt: skip
+    else:
+        _scan(
+            queries, table, targets_ptr, below_ptr, level_ptr, ranks_ptr, tl.program_id(0),
+            B, N, row_blocks, tiles, span_tiles, M, T, D, BK, PDL, INTERPRETED,
+        )  # fmt: skip
+
+
 @functools.lru_cache(maxsize=4096)
 def span_tiles(tiles: int, row_blocks: int, resident: int) -> int:
     """Tiles of one program, so that the last wave of programs on a GPU that holds `resident` is nearly full."""
@@ -174,29 +225,41 @@ def span_tiles(tiles: int, row_blocks: int, resident: int) -> int:
 
 def rank_count(
     queries, table, targets, excluded, offsets, below, level, ranks,
-    *, M, T, BK, num_warps, num_stages, resident, interpreted,
+    *, M, T, BK, num_warps, num_stages, PDL, resident, interpreted,
 ):  # fmt: skip
     """Launch the kernels; nothing is allocated, and every buffer is whole when the stream gets there.
 
     queries [B, D] and table [N + 1, D]: contiguous, rows and base of whole 16 bytes. targets [B] int64. excluded [E]
     and offsets [B + 1] int64, or None. below and level [B] float32: overwritten. ranks [B] int64: the result.
-    `resident`: how many programs of the scan the GPU holds at a time.
+    `resident`: how many programs of the scan the GPU holds at a time. PDL: the scan is launched while the thresholds
+    are computed (compute capability 9.0).
     """
     (B, D), N = queries.shape, len(table) - 1
     row_blocks, tiles = triton.cdiv(B, M), triton.cdiv(N, T)
+    E = 0 if excluded is None else len(excluded)
+    exclusions = triton.cdiv(E, PAIRS)
+    # So few that they all run beside the scan: one launch less to wait for.
+    together = exclusions <= resident // 2
+    PDL = bool(PDL) and (together or exclusions == 0)
     shape = {"P": PAIRS, "D": D, "BK": BK}
-    options = {"num_warps": 4, "num_stages": 2}
-    _thresholds[(triton.cdiv(B, PAIRS),)](queries, table, targets, below, level, ranks, B, N, **shape, **options)
-    if excluded is not None and len(excluded) > 0:
-        programs = triton.cdiv(len(excluded), PAIRS)
-        _leave_out[(programs,)](
-            queries, table, targets, below, level, excluded, offsets, ranks,
-            B, N, len(excluded), B.bit_length(), **shape, EARLIER=32, **options,
+    _thresholds[(triton.cdiv(B, PAIRS),)](
+        queries, table, targets, below, level, ranks, B, N, **shape, PDL=PDL, num_warps=4, num_stages=2
+    )
+    rounds = 1
+    while PAIRS**rounds < B:
+        rounds += 1
+    if not together:
+        _leave_out[(exclusions,)](
+            queries, table, targets, below, level, excluded, offsets, ranks, B, N, E, rounds,
+            **shape, EARLIER=32, PDL=False, num_warps=4, num_stages=2,
         )  # fmt: skip
-    if tiles > 0:
-        length = span_tiles(tiles, row_blocks, resident)
-        _scan[(row_blocks * triton.cdiv(tiles, length),)](
-            TensorDescriptor(queries, [B, D], [D, 1], [M, BK]), TensorDescriptor(table, [N + 1, D], [D, 1], [T, BK]),
-            targets, below, level, ranks, B, N, row_blocks, tiles, length,
-            M=M, T=T, D=D, BK=BK, INTERPRETED=interpreted, num_warps=num_warps, num_stages=num_stages,
-        )  # fmt: skip
+        exclusions = 0
+    length = span_tiles(tiles, row_blocks, resident)
+    _count[(exclusions + row_blocks * triton.cdiv(tiles, length),)](
+        TensorDescriptor(queries, [B, D], [D, 1], [M, BK]), TensorDescriptor(table, [N + 1, D], [D, 1], [T, BK]),
+        queries, table, targets, below, level, targets if excluded is None else excluded,
+        targets if offsets is None else offsets, ranks,
+        B, N, E, rounds, exclusions, row_blocks, tiles, length,
+        M=M, T=T, **shape, EARLIER=32, EXCLUDES=exclusions > 0, PDL=PDL, INTERPRETED=interpreted,
+        num_warps=num_warps, num_stages=num_stages, **({"launch_pdl": True} if PDL else {}),
+    )  # fmt: skip

@@ -132,6 +132,19 @@ def test_a_row_that_excludes_all_but_its_target_ranks_first() -> None:
     assert ranked(queries, table, targets, exclude).tolist() == [1, int(raw[1]), 1]
 
 
+def test_most_rows_exclude_nothing() -> None:
+    """More empty rows in a line than are looked at in one step, at the start, between and at the end."""
+    batch = 300
+    queries, table = whole(batch, 16, torch.float16, 1), whole(71, 16, torch.float16, 2)
+    targets = some_targets(batch, 70)
+    rows: list[list[int]] = [[] for _ in range(batch)]
+    rows[90], rows[91], rows[200] = [*range(1, 60)], [3, 3, 70], [*range(30, 71), *range(1, 40)]
+    exclude = Exclusions.from_lists(rows).to(DEVICE)
+    expected = rank_count(queries, table, targets, exclude, backend="reference")
+    assert torch.equal(ranked(queries, table, targets, exclude), expected)
+    assert not torch.equal(expected, rank_count(queries, table, targets, backend="reference"))
+
+
 def test_a_diverged_model_ranks_by_id() -> None:
     for value in SPECIAL:
         queries = torch.full((3, 16), value, device=DEVICE)

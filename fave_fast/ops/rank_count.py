@@ -90,7 +90,7 @@ def rank_count(
             )
     run = OP.resolve(backend, queries.device, queries.dtype)
     ranks = torch.empty_like(targets, memory_format=torch.contiguous_format) if out is None else out
-    if len(targets) > 0:
+    if len(targets) > 0 and len(table) > 1:
         run(tiles, targets.contiguous(), ranks, workspace)
     return ranks
 
@@ -132,17 +132,18 @@ def _run_triton(tiles: Tiles, targets: Tensor, ranks: Tensor, workspace: Tensor 
         BK=min(shapes["BK"], max(16, 1 << (queries.shape[1] - 1).bit_length())),
         num_warps=shapes["num_warps"],
         num_stages=shapes["num_stages"],
+        PDL=shapes["PDL"],
         resident=shapes["per_multiprocessor"] * _multiprocessors(queries.device),
         interpreted=interpreting(),
     )
 
 
 def _variant(queries: Tensor, n: int) -> str:
-    kind = "fp32"
-    if queries.dtype != torch.float32:
-        kind = "16bit_wide" if queries.shape[1] > 128 else "16bit_narrow"
-    few = len(queries) <= _FEW_ROWS or len(queries) * n <= _FEW_SCORES
-    return f"{kind}_few" if few else kind
+    few = len(queries) <= _FEW_ROWS
+    if queries.dtype == torch.float32:
+        return "fp32_few" if few else "fp32"
+    few = few or len(queries) * n <= _FEW_SCORES
+    return f"16bit_{'wide' if queries.shape[1] > 128 else 'narrow'}{'_few' if few else ''}"
 
 
 @functools.cache
