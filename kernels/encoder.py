@@ -95,8 +95,28 @@ def _newest(x, age, M: tl.constexpr, W: tl.constexpr):
 
 
 @triton.jit
+def _halves(a, b, R: tl.constexpr, K: tl.constexpr, N: tl.constexpr):
+    """The even and the odd places of the sum in the product of a [R, K] and b [K, N]."""
+    a_even, a_odd = tl.split(tl.reshape(a, [R, K // 2, 2]))
+    b_even, b_odd = tl.split(tl.permute(tl.reshape(b, [K // 2, 2, N]), [0, 2, 1]))
+    return a_even, a_odd, b_even, b_odd
+
+
+@triton.jit
 def _dot(a, b):
-    return tl.dot(a, b, input_precision="ieee")
+    """Product in float32; of float32 operands as sums of 32 terms, added up: one long chain rounds twice as badly."""
+    if a.dtype == tl.float32:
+        R: tl.constexpr = a.shape[0]
+        K: tl.constexpr = a.shape[1]
+        N: tl.constexpr = b.shape[1]
+        if K >= 64:
+            a0, a1, b0, b1 = _halves(a, b, R, K, N)
+            product = _dot(a0, b0) + _dot(a1, b1)
+        else:
+            product = tl.dot(a, b, input_precision="ieee")
+    else:
+        product = tl.dot(a, b)
+    return product
 
 
 @triton.jit
@@ -138,14 +158,28 @@ def _feed_forward(
 
 
 @triton.jit
+def _slot(row, shift, EXACT: tl.constexpr):
+    """Row >> shift.
+
+    Unless EXACT, by assembly that LLVM cannot take part in: of many such shifts it made vectors, in which it shifted the
+    thread's number 31 bits up, into the neighbour. With eight warps, loads were then at odd addresses.
+    """
+    if EXACT:
+        slot = row >> shift
+    else:
+        slot = tl.inline_asm_elementwise("shr.s32 $0, $1, $2;", "=r,r,r", [row, shift], tl.int32, is_pure=True, pack=1)
+    return slot
+
+
+@triton.jit
 def _places(
     bounds_ptr, ids_ptr, order_ptr, first, count, shift, L, B,
-    M: tl.constexpr, PADDED: tl.constexpr, IDS: tl.constexpr, ORDERED: tl.constexpr,
+    M: tl.constexpr, EXACT: tl.constexpr, PADDED: tl.constexpr, IDS: tl.constexpr, ORDERED: tl.constexpr,
 ):  # fmt: skip
     """For each of a program's rows: its row in the input (int64), its age, and whether an item is there."""
     row = tl.arange(0, M)
-    slot = row >> shift
-    age = ((slot + 1) << shift) - 1 - row
+    slot = _slot(row, shift, EXACT)
+    age = ((1 << shift) - 1) & ~row
     index = first + slot
     live = (slot < count) & (index < B)
     user = tl.where(live, index, 0)
@@ -214,9 +248,10 @@ def _encode(
         shift = uniform_shift
         count = M >> shift
         first = pid * count
-    source, age, present = _places(bounds_ptr, input_ptr, order_ptr, first, count, shift, L, B, M, PADDED, IDS, ORDERED)
-    row = tl.arange(0, M)
-    slot = row >> shift
+    source, age, present = _places(
+        bounds_ptr, input_ptr, order_ptr, first, count, shift, L, B, M, EXACT, PADDED, IDS, ORDERED
+    )
+    slot = _slot(tl.arange(0, M), shift, EXACT)
     key_slot = tl.where(present, slot, -1)
     channel = tl.arange(0, D)
     if IDS:
