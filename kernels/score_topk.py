@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-BUFFERS = ("group_max", "span_max", "bounds", "span_starts", "span_stops", "chosen_groups", "entries")
+BUFFERS = ("group_max", "span_max", "bounds", "chosen_spans", "chosen_groups", "entries")
 
 _LOWEST = tl.constexpr(-2139095041)  # the key of -inf: anything above it is a candidate
 _EMPTY = tl.constexpr(-8388608)  # the bits of -inf
@@ -82,7 +82,7 @@ def _group_maxima(scores, M: tl.constexpr, GROUPS: tl.constexpr, G: tl.constexpr
     return tl.max(tl.reshape(scores, [M, GROUPS, G]), axis=2)
 
 
-@triton.jit(do_not_specialize=["rows", "items", "tiles", "chunks", "spans_of_chunk", "tiles_of_span"])
+@triton.jit(do_not_specialize=["rows", "items", "tiles", "spans", "tiles_of_chunk", "tiles_of_span"])
 def scan(
     queries,
     table,
@@ -93,8 +93,8 @@ def scan(
     rows,
     items,
     tiles,
-    chunks,
-    spans_of_chunk,
+    spans,
+    tiles_of_chunk,
     tiles_of_span,
     D: tl.constexpr,
     DP: tl.constexpr,
@@ -109,10 +109,10 @@ def scan(
     PDL: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Group maxima [rows, tiles * BN / G], and span maxima [rows, chunks * spans_of_chunk] where SPANS.
+    """Group maxima [rows, tiles * BN / G], and where SPANS the maxima [rows, spans] of `tiles_of_span` tiles each.
 
-    A program takes M rows and one of `chunks` stretches of tiles. The programs of one stretch start side by side, so
-    that all but the first read its tiles from L2.
+    A program takes M rows and a chunk of tiles, whole spans. The programs of one chunk start side by side, so that all
+    but the first read its tiles from L2.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -125,11 +125,11 @@ def scan(
     row = row.to(tl.int64)
     if BK == DP:
         q = tl.load(queries + row[:, None] * D + column, mask=present[:, None] & (column < D), other=0.0)
-    first = ((chunk * tiles.to(tl.int64)) // chunks).to(tl.int32)
-    stop = (((chunk + 1) * tiles.to(tl.int64)) // chunks).to(tl.int32)
+    first = chunk * tiles_of_chunk
+    stop = tl.minimum(first + tiles_of_chunk, tiles)
     full = tl.minimum(stop, items // BN)
     group_row = group_max + (row * tiles * GROUPS)[:, None] + tl.arange(0, GROUPS)
-    span_row = span_max + row * chunks * spans_of_chunk + chunk * spans_of_chunk
+    span_row = span_max + row * spans
     item = tl.arange(0, BN)
     best = tl.full([M], -float("inf"), tl.float32)
     for tile in tl.range(first, full, num_stages=STAGES):
@@ -150,8 +150,8 @@ def scan(
         maxima = _group_maxima(scores, M, GROUPS, G, INTERPRETED)
         tl.store(group_row + tile * GROUPS, maxima, mask=present[:, None])
         if SPANS:
-            span = (tile - first) // tiles_of_span
-            starts = (tile - first) % tiles_of_span == 0
+            span = tile // tiles_of_span
+            starts = tile == span * tiles_of_span
             best = tl.maximum(tl.where(starts, -float("inf"), best), tl.max(maxima, axis=1))
             tl.store(span_row + span, best, mask=present)
     if full < stop:
@@ -167,26 +167,21 @@ def scan(
         maxima = _group_maxima(tl.where(here[None, :], scores, -float("inf")), M, GROUPS, G, INTERPRETED)
         tl.store(group_row + tile * GROUPS, maxima, mask=present[:, None])
         if SPANS:
-            span = (tile - first) // tiles_of_span
-            starts = (tile - first) % tiles_of_span == 0
+            span = tile // tiles_of_span
+            starts = tile == span * tiles_of_span
             best = tl.maximum(tl.where(starts, -float("inf"), best), tl.max(maxima, axis=1))
             tl.store(span_row + span, best, mask=present)
-    if SPANS:
-        # Stretches differ by one tile, so the shorter ones may lack the last span.
-        written = (stop - first + tiles_of_span - 1) // tiles_of_span
-        if written < spans_of_chunk:
-            tl.store(span_row + written, tl.full([M], -float("inf"), tl.float32), mask=present)
 
 
 @triton.jit
-def _maxima(at, count, values, starts, stops, width, NESTED: tl.constexpr):
-    """Keys and indices of values[at], or, NESTED, of value at % width of the slot at // width's stretch."""
+def _maxima(at, count, values, spans, shift, groups, NESTED: tl.constexpr):
+    """Keys and indices of values[at], or, NESTED, of the groups of `spans`, 2^shift each, one span after the other."""
     valid = at < count
     index = at
     if NESTED:
-        start = tl.load(starts + at // width, mask=valid, other=0)
-        index = start + at % width
-        valid = valid & (index < tl.load(stops + at // width, mask=valid, other=0))
+        span = tl.load(spans + (at >> shift), mask=valid, other=0)
+        index = (span << shift) + (at & ((1 << shift) - 1))
+        valid = valid & (index < groups)
     return _order(tl.load(values + index, mask=valid, other=-float("inf"))), index
 
 
@@ -217,57 +212,31 @@ def _narrow(low, high, reach_low, reach_high, cut_1, cut_2, reach_1, reach_2, k)
 
 
 @triton.jit
-def _groups_of(span, tiles, chunks, spans_of_chunk, tiles_of_span, GROUPS: tl.constexpr):
-    """The first group of a span, and the one after its last."""
-    chunk = span // spans_of_chunk
-    start = tiles * chunk // chunks + span % spans_of_chunk * tiles_of_span
-    stop = tl.minimum(start + tiles_of_span, tiles * (chunk + 1) // chunks)
-    return start * GROUPS, stop * GROUPS
-
-
-@triton.jit
 def _choose_maxima(
-    values,
-    count,
-    chosen,
-    starts,
-    stops,
-    low,
-    high,
-    k,
-    capacity,
-    tiles,
-    chunks,
-    spans_of_chunk,
-    tiles_of_span,
-    GROUPS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    NESTED: tl.constexpr,
-    SPANS: tl.constexpr,
+    values, count, chosen, spans, shift, groups, low, high, k, capacity, WIDTH: tl.constexpr, NESTED: tl.constexpr
 ):
-    """Choose the first k of `count` maxima by (value descending, index ascending), a few more where that ends sooner.
+    """Write to `chosen`, ascending, the indices of the first k maxima by (value descending, index ascending).
 
-    Of spans the first groups go to `starts`, those after the last to `stops`; of groups the indices go to `chosen`,
-    ascending all. NESTED: values are groups of the chosen spans, at least k of them reach `low` if there are so many,
-    and none reaches `high`. The first WIDTH keys stay in registers.
+    A few more, up to `capacity`, where that ends the search sooner. NESTED: the values are those of the groups of
+    `spans`, at least k of them reach `low` if there are so many, and none reaches `high`. The first WIDTH keys stay in
+    registers.
 
-    Returns how many, at most `capacity`; a key that all of them reach and, unless there are fewer than k, that the k-th
-    best item reaches too; and a key that none reaches.
+    Returns how many; a key that all of them reach and, unless there are fewer than k, that the k-th best item reaches
+    too; and a key that none reaches.
     """
     lane = tl.arange(0, WIDTH)
-    width = tiles_of_span * GROUPS
-    keys, index = _maxima(lane, count, values, starts, stops, width, NESTED)
+    keys, index = _maxima(lane, count, values, spans, shift, groups, NESTED)
     if NESTED:
         reach_low = tl.sum((keys >= low).to(tl.int32), axis=0)
         for at in range(WIDTH, count, WIDTH):
-            more, _ = _maxima(at + lane, count, values, starts, stops, width, NESTED)
+            more, _ = _maxima(at + lane, count, values, spans, shift, groups, NESTED)
             reach_low += tl.sum((more >= low).to(tl.int32), axis=0)
     else:
         reach_low = tl.sum((keys > _LOWEST).to(tl.int32), axis=0)
         low = tl.min(tl.where(keys > _LOWEST, keys, 0x7FFFFFFF), axis=0)
         high = tl.max(keys, axis=0)
         for at in range(WIDTH, count, WIDTH):
-            more, _ = _maxima(at + lane, count, values, starts, stops, width, NESTED)
+            more, _ = _maxima(at + lane, count, values, spans, shift, groups, NESTED)
             reach_low += tl.sum((more > _LOWEST).to(tl.int32), axis=0)
             low = tl.minimum(low, tl.min(tl.where(more > _LOWEST, more, 0x7FFFFFFF), axis=0))
             high = tl.maximum(high, tl.max(more, axis=0))
@@ -278,7 +247,7 @@ def _choose_maxima(
         cut_1, cut_2 = _cuts(low, high)
         reach_1, reach_2 = _two_counts(keys, cut_1, cut_2)
         for at in range(WIDTH, count, WIDTH):
-            more, _ = _maxima(at + lane, count, values, starts, stops, width, NESTED)
+            more, _ = _maxima(at + lane, count, values, spans, shift, groups, NESTED)
             more_1, more_2 = _two_counts(more, cut_1, cut_2)
             reach_1 += more_1
             reach_2 += more_2
@@ -291,18 +260,13 @@ def _choose_maxima(
     equal_before = reach_low * 0
     for at in range(0, count, WIDTH):
         if at > 0:
-            keys, index = _maxima(at + lane, count, values, starts, stops, width, NESTED)
+            keys, index = _maxima(at + lane, count, values, spans, shift, groups, NESTED)
         both = tl.where(keys > cut, 1, 0) + tl.where(keys == cut, 0x10000, 0)
         upto = tl.cumsum(both, axis=0)
         equal_upto = equal_before + (upto >> 16)
         place = above_before + (upto & 0xFFFF) + tl.minimum(equal_upto, equals) - 1
         taken = (keys > cut) | ((keys == cut) & (equal_upto <= equals))
-        if SPANS:
-            start, stop = _groups_of(index, tiles, chunks, spans_of_chunk, tiles_of_span, GROUPS)
-            tl.store(starts + place, start, mask=taken)
-            tl.store(stops + place, stop, mask=taken)
-        else:
-            tl.store(chosen + place, index, mask=taken)
+        tl.store(chosen + place, index, mask=taken)
         if at + WIDTH < count:
             both_sum = tl.sum(both, axis=0)
             above_before += both_sum & 0xFFFF
@@ -334,13 +298,6 @@ def _choose_entries(entries, fill, k, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _span_of(group, tiles, chunks, spans_of_chunk, tiles_of_span, GROUPS: tl.constexpr):
-    tile = group // GROUPS
-    chunk = ((tile + 1) * chunks - 1) // tiles
-    return chunk * spans_of_chunk + (tile - tiles * chunk // chunks) // tiles_of_span
-
-
-@triton.jit
 def _take_out(
     excluded_ids,
     begin,
@@ -349,12 +306,9 @@ def _take_out(
     span_max,
     bounds,
     items,
-    tiles,
-    chunks,
-    spans_of_chunk,
-    tiles_of_span,
+    groups,
+    shift,
     G: tl.constexpr,
-    GROUPS: tl.constexpr,
     SPANS: tl.constexpr,
 ):
     """Set the maxima of groups with an excluded id to -inf, and those of their spans to what is left.
@@ -377,20 +331,20 @@ def _take_out(
             bound = tl.load(bounds + at + lane, mask=at + lane < end, other=-float("inf"))
             item = tl.load(excluded_ids + at + lane, mask=at + lane < end, other=1)
             group = tl.where(bound > -float("inf"), (item - 1) // G, 0).to(tl.int32)
-            span = _span_of(group, tiles, chunks, spans_of_chunk, tiles_of_span, GROUPS)
+            span = group >> shift
             # A span keeps its maximum unless a group that had it went. (Another lane may have written the new one.)
             changes = (bound > -float("inf")) & (bound >= tl.load(span_max + span))
-            start, stop = _groups_of(span, tiles, chunks, spans_of_chunk, tiles_of_span, GROUPS)
             best = tl.full([128], -float("inf"), tl.float32)
-            for offset in range(0, tiles_of_span * GROUPS, 32):
-                other = start[:, None] + offset + column
-                value = tl.load(group_max + other, mask=changes[:, None] & (other < stop[:, None]), other=-float("inf"))
+            for offset in range(0, 1 << shift, 32):
+                other = (span << shift)[:, None] + offset + column
+                within = (offset + column < 1 << shift) & (other < groups)
+                value = tl.load(group_max + other, mask=changes[:, None] & within, other=-float("inf"))
                 best = tl.maximum(best, tl.max(tl.where(value == value, value, -float("inf")), axis=1))
             tl.store(span_max + span, best, mask=changes)
         tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["k", "capacity", "items", "tiles", "chunks", "spans_of_chunk", "tiles_of_span"])
+@triton.jit(do_not_specialize=["k", "capacity", "items", "groups_at_all", "spans", "shift"])
 def finish(
     queries,
     table,
@@ -400,8 +354,7 @@ def finish(
     group_max,
     span_max,
     bounds,
-    span_starts,
-    span_stops,
+    chosen_spans,
     chosen_groups,
     entries,
     scores_out,
@@ -409,19 +362,17 @@ def finish(
     k,
     capacity,
     items,
-    tiles,
-    chunks,
-    spans_of_chunk,
-    tiles_of_span,
+    groups_at_all,
+    spans,
+    shift,
     D: tl.constexpr,
     DP: tl.constexpr,
     G: tl.constexpr,
-    GROUPS: tl.constexpr,
     BK: tl.constexpr,
     M: tl.constexpr,
     R: tl.constexpr,
+    SPAN_WIDTH: tl.constexpr,
     WIDTH: tl.constexpr,
-    LISTED: tl.constexpr,
     BUFFER: tl.constexpr,
     RANKED: tl.constexpr,
     SPANS: tl.constexpr,
@@ -432,8 +383,8 @@ def finish(
     """The list of one row from its maxima."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, DP)
-    group_max += row * tiles * GROUPS
-    span_max += row * chunks * spans_of_chunk
+    group_max += row * groups_at_all
+    span_max += row * spans
     chosen_groups += row * capacity
     entries += row * BUFFER
     query = queries + row * D
@@ -448,27 +399,20 @@ def finish(
         begin = tl.load(excluded_offsets + row)
         end = tl.load(excluded_offsets + row + 1)
         chosen_groups += begin
-        _take_out(
-            excluded_ids, begin, end, group_max, span_max, bounds,
-            items, tiles, chunks, spans_of_chunk, tiles_of_span, G, GROUPS, SPANS,
-        )  # fmt: skip
+        _take_out(excluded_ids, begin, end, group_max, span_max, bounds, items, groups_at_all, shift, G, SPANS)
     if SPANS:
-        span_starts += row * LISTED
-        span_stops += row * LISTED
-        spans, low, high = _choose_maxima(
-            span_max, chunks * spans_of_chunk, chosen_groups, span_starts, span_stops, 0, 0, k, capacity,
-            tiles, chunks, spans_of_chunk, tiles_of_span, GROUPS, WIDTH, False, True,
-        )  # fmt: skip
-        count = spans * tiles_of_span * GROUPS
+        chosen_spans += row * capacity
+        count, low, high = _choose_maxima(
+            span_max, spans, chosen_spans, chosen_spans, 0, spans, 0, 0, k, capacity, SPAN_WIDTH, False
+        )
         clean, floor, _ = _choose_maxima(
-            group_max, count, chosen_groups, span_starts, span_stops, low, high, k, capacity,
-            tiles, chunks, spans_of_chunk, tiles_of_span, GROUPS, WIDTH, True, False,
+            group_max, count << shift, chosen_groups, chosen_spans, shift, groups_at_all, low, high, k, capacity,
+            WIDTH, True,
         )  # fmt: skip
     else:
         clean, floor, _ = _choose_maxima(
-            group_max, tiles * GROUPS, chosen_groups, chosen_groups, chosen_groups, 0, 0, k, capacity,
-            tiles, chunks, spans_of_chunk, tiles_of_span, GROUPS, WIDTH, False, False,
-        )  # fmt: skip
+            group_max, groups_at_all, chosen_groups, chosen_spans, 0, groups_at_all, 0, 0, k, capacity, WIDTH, False
+        )
     groups = clean
     if EXCLUDE:
         lane = tl.arange(0, 128)
@@ -546,10 +490,11 @@ def score_topk(
     capacity: int,
     group: int,
     tiles: int,
-    chunks: int,
-    spans_of_chunk: int,
+    spans: int,
+    tiles_of_chunk: int,
     tiles_of_span: int,
-    width: int,
+    span_width: int,
+    group_width: int,
     scan_shapes: dict[str, int],
     finish_shapes: dict[str, int],
 ) -> None:
@@ -560,7 +505,7 @@ def score_topk(
         table: contiguous, same dtype; row 0 is never read as an item.
         deny: [N + 1] bool, or None.
         excluded: ids [E] and offsets [B + 1], int64, or None. The offsets may start anywhere in the ids.
-        buffers: `group_max` and `span_max` float32, `bounds` [E] float32, `span_starts`, `span_stops`, and
+        buffers: `group_max` and `span_max` float32, `bounds` [E] float32, `chosen_spans` and
             `chosen_groups` int32, `entries` int64: contents do not matter and change.
         scores: written.
         ids: written.
@@ -568,10 +513,11 @@ def score_topk(
         capacity: groups and spans that are chosen at most, at least k.
         group: items of a group, a power of two, at most a tile's.
         tiles: tiles of the catalogue, the last one perhaps not full.
-        chunks: stretches of tiles, one a program of `scan` and block of rows.
-        spans_of_chunk: spans of a stretch, 0 where groups are few enough to be chosen from at once.
-        tiles_of_span: tiles of a span.
-        width: maxima that a choice holds in registers, a power of two.
+        spans: spans of the catalogue, 0 where groups are few enough to be chosen from at once.
+        tiles_of_chunk: tiles that one program of `scan` takes, whole spans.
+        tiles_of_span: tiles of a span, a power of two.
+        span_width: maxima that the choice of spans holds in registers, a power of two.
+        group_width: likewise that of groups.
         scan_shapes: M, BN, BK, num_warps, num_stages, TMA.
         finish_shapes: M, R, BK, num_warps, PDL.
     """
@@ -580,9 +526,9 @@ def score_topk(
     padded = max(16, triton.next_power_of_2(d))
     m, bn = scan_shapes["M"], scan_shapes["BN"]
     tma = bool(scan_shapes["TMA"])
-    nested = spans_of_chunk > 0
+    nested = spans > 0
     pdl = bool(finish_shapes["PDL"])
-    scan[(triton.cdiv(rows, m) * chunks,)](
+    scan[(triton.cdiv(rows, m) * triton.cdiv(tiles, tiles_of_chunk),)](
         queries,
         table,
         TensorDescriptor.from_tensor(table[1:], [bn, padded]) if tma else table,
@@ -592,8 +538,8 @@ def score_topk(
         rows,
         items,
         tiles,
-        chunks,
-        spans_of_chunk,
+        spans,
+        tiles_of_chunk,
         tiles_of_span,
         D=d,
         DP=padded,
@@ -609,6 +555,7 @@ def score_topk(
         INTERPRETED=not queries.is_cuda,
         num_warps=scan_shapes["num_warps"],
     )
+    r = min(finish_shapes["R"], triton.next_power_of_2(capacity * group))
     ranked = max(128, triton.next_power_of_2(k))
     excluded_ids, excluded_offsets = (ids, ids) if excluded is None else excluded
     finish[(rows,)](
@@ -623,20 +570,18 @@ def score_topk(
         k,
         capacity,
         items,
-        tiles,
-        chunks,
-        spans_of_chunk,
-        tiles_of_span,
+        tiles * (bn // group),
+        spans,
+        (tiles_of_span * (bn // group)).bit_length() - 1,
         D=d,
         DP=padded,
         G=group,
-        GROUPS=bn // group,
         BK=min(finish_shapes["BK"] or padded, padded),
         M=finish_shapes["M"],
-        R=finish_shapes["R"],
-        WIDTH=width,
-        LISTED=triton.next_power_of_2(capacity),
-        BUFFER=triton.next_power_of_2(ranked + finish_shapes["R"]),
+        R=r,
+        SPAN_WIDTH=span_width,
+        WIDTH=group_width,
+        BUFFER=triton.next_power_of_2(ranked + r),
         RANKED=ranked,
         SPANS=nested,
         DENY=deny is not None,

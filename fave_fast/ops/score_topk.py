@@ -162,11 +162,12 @@ class _Plan:
         rows: rows at a time.
         group: items of a group.
         tiles: tiles of the catalogue.
-        chunks: stretches of tiles that programs take.
-        spans_of_chunk: spans of a stretch; 0 where the groups are few enough to choose from them at once.
-        tiles_of_span: tiles of a span.
+        spans: spans of the catalogue; 0 where the groups are few enough to choose from them at once.
+        tiles_of_chunk: tiles that a program of the scan takes, whole spans.
+        tiles_of_span: tiles of a span, a power of two.
         capacity: groups chosen at most.
-        width: maxima that a choice holds in registers.
+        span_width: maxima that the choice of spans holds in registers.
+        group_width: likewise that of groups.
         scan: shapes of the scan.
         finish: shapes of the rest.
         sizes: workspace, each buffer's name, dtype and number of elements.
@@ -175,11 +176,12 @@ class _Plan:
     rows: int
     group: int
     tiles: int
-    chunks: int
-    spans_of_chunk: int
+    spans: int
+    tiles_of_chunk: int
     tiles_of_span: int
     capacity: int
-    width: int
+    span_width: int
+    group_width: int
     scan: Shapes
     finish: Shapes
     sizes: tuple[tuple[str, torch.dtype, int], ...]
@@ -193,36 +195,38 @@ class _Plan:
         scan = dict(tile_shapes("score_topk", f"scan_{kind}_{few}", device))
         for shapes, name in ((scan, "BN"), (finish, "R")):  # tiles of wider rows keep their bytes
             shapes[name] = max(16, shapes[name] * 128 // max(128, _power_of_two(d)))
-        if torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] < 9:
-            scan["TMA"] = 0
+        if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] < 9:
+            scan["TMA"] = finish["PDL"] = 0
         group = min(scan["BN"], _group_size(batch, items))
         tiles = _parts(items, scan["BN"])
         rows = MAX_WORKSPACE * group // (4 * items) // ROWS_AT_LEAST * ROWS_AT_LEAST
         rows = min(batch, max(ROWS_AT_LEAST, rows))
         chunks = max(1, scan["PER_SM"] * _multiprocessors(device) // _parts(rows, scan["M"]))
-        chunks = min(chunks, tiles)
-        groups = tiles * (scan["BN"] // group)
+        tiles_of_chunk = _parts(tiles, chunks)
+        of_tile = scan["BN"] // group
+        groups = tiles * of_tile
         capacity = k + max(4, k * finish["SLACK"] // 100)
-        spans_of_chunk, tiles_of_span, width = 0, 1, groups
+        spans, tiles_of_span, compared = 0, 1, groups
         if groups > max(min(256, finish["WIDTH"]), 2 * capacity):
-            # The number of spans, and of groups in the chosen ones: their sum is least where they are equal.
-            balanced = _power_of_two(int(math.sqrt(groups * capacity / 2)))
-            longest = _parts(tiles, chunks)
-            tiles_of_span = _parts(longest, max(1, min(balanced, finish["WIDTH"]) // chunks))
-            spans_of_chunk = _parts(longest, tiles_of_span)
-            width = _width(chunks * spans_of_chunk, capacity * tiles_of_span * (scan["BN"] // group))
-        width = min(max(128, _power_of_two(width)), max(finish["WIDTH"], _power_of_two(chunks)))
+            # As many spans as there are groups in the chosen ones: their sum is least so.
+            balanced = max(1, math.isqrt(groups // capacity) // of_tile)
+            tiles_of_span = 1 << (balanced.bit_length() - 1)
+            if _parts(tiles, tiles_of_span) > finish["WIDTH"]:
+                tiles_of_span = _power_of_two(_parts(tiles, finish["WIDTH"]))
+            tiles_of_chunk = _parts(tiles_of_chunk, tiles_of_span) * tiles_of_span
+            spans = _parts(tiles, tiles_of_span)
+            compared = capacity * tiles_of_span * of_tile
+        widths = (min(max(128, _power_of_two(n)), finish["WIDTH"]) for n in (spans, compared))
         buffer = _power_of_two(max(128, _power_of_two(k)) + finish["R"])
         sizes = (
             ("entries", torch.int64, rows * buffer),
             ("group_max", torch.float32, rows * groups),
-            ("span_max", torch.float32, rows * chunks * spans_of_chunk),
+            ("span_max", torch.float32, rows * spans),
             ("bounds", torch.float32, excluded),
-            ("span_starts", torch.int32, rows * _power_of_two(capacity)),
-            ("span_stops", torch.int32, rows * _power_of_two(capacity)),
+            ("chosen_spans", torch.int32, rows * capacity),
             ("chosen_groups", torch.int32, rows * capacity + excluded),
         )
-        return cls(rows, group, tiles, chunks, spans_of_chunk, tiles_of_span, capacity, width, scan, finish, sizes)
+        return cls(rows, group, tiles, spans, tiles_of_chunk, tiles_of_span, capacity, *widths, scan, finish, sizes)
 
     @property
     def bytes(self) -> int:
@@ -252,13 +256,9 @@ def _parts(n: int, size: int) -> int:
 
 def _group_size(batch: int, items: int) -> int:
     """Small groups cost memory for their maxima, large ones work when their items are scored again."""
-    if items <= 1 << 16 or (batch <= 64 and items <= 1 << 22):
-        return 16
-    return 32 if items <= 1 << 22 else 64 if items <= 1 << 25 else 128
-
-
-def _width(spans: int, groups: int) -> int:
-    return spans
+    if items <= 1 << 22:
+        return 8 if items <= 1 << 16 else 16 if batch <= 64 else 32
+    return 64 if items <= 1 << 25 else 128
 
 
 @functools.cache
@@ -318,10 +318,11 @@ def _run_triton(
             capacity=plan.capacity,
             group=plan.group,
             tiles=plan.tiles,
-            chunks=plan.chunks,
-            spans_of_chunk=plan.spans_of_chunk,
+            spans=plan.spans,
+            tiles_of_chunk=plan.tiles_of_chunk,
             tiles_of_span=plan.tiles_of_span,
-            width=plan.width,
+            span_width=plan.span_width,
+            group_width=plan.group_width,
             scan_shapes=scan,
             finish_shapes=plan.finish,
         )
