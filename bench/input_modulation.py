@@ -6,6 +6,7 @@ rows come from the L2 cache.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -128,61 +129,67 @@ def check(inputs: Inputs) -> None:
         raise AssertionError(f"error {errors[0]}, PyTorch's {errors[1]}")
 
 
-def forward(inputs: Inputs, lam: str, z: str, packed: bool, dual: bool, peers: bool) -> Iterator[Row]:
+def forward(inputs: Inputs, who: str, lam: str, z: str, packed: bool = False, dual: bool = False) -> Row:
     count = len(inputs.history)
     case = f"B {count}, lambda {lam}, z {z}" + (", packed" if packed else "") + (", dual" if dual else "")
     rows = count * LENGTH
-    size = {"floor_bytes": rows * (8 + 2 * D * (2 + dual + (lam == "given")))}
-    shape = (rows, D) if packed else (count, LENGTH, D)
-    values = [torch.empty(shape, device="cuda", dtype=DTYPE) for _ in range(1 + dual)]
-    space = torch.empty(2, count, D, device="cuda")
-    options = {"out": tuple(values), "workspace": space} if dual else {"out": values[0], "workspace": space[0]}
+    size = rows * (8 + 2 * D * (2 + dual + (lam == "given")))
     with torch.no_grad():
-        yield Row(
-            "input_modulation", case, "triton", time_us(lambda: inputs.ours(lam, z, packed, dual, **options)), **size
-        )
-        if not peers:
-            return
-        yield Row("input_modulation", case, "eager", time_us(lambda: inputs.plain(lam, z, dual), repeats=20), **size)
-        compiled = torch.compile(inputs.plain, dynamic=False)
-        yield Row("input_modulation", case, "torch.compile", time_us(lambda: compiled(lam, z, dual)), **size)
+        if who == "triton":
+            shape = (rows, D) if packed else (count, LENGTH, D)
+            values = [torch.empty(shape, device="cuda", dtype=DTYPE) for _ in range(1 + dual)]
+            space = torch.empty(2, count, D, device="cuda")
+            options = {"out": tuple(values), "workspace": space} if dual else {"out": values[0], "workspace": space[0]}
+            time = time_us(lambda: inputs.ours(lam, z, packed, dual, **options))
+        else:
+            plain = torch.compile(inputs.plain, dynamic=False) if who == "torch.compile" else inputs.plain
+            time = time_us(lambda: plain(lam, z, dual), repeats=20)
+    return Row("input_modulation", case, who, time, floor_bytes=size)
 
 
-def training(inputs: Inputs, packed: bool, dual: bool, peers: bool) -> Iterator[Row]:
+def training(inputs: Inputs, who: str, packed: bool = False, dual: bool = False) -> Row:
     count = len(inputs.history)
     case = f"B {count}, forward and backward" + (", packed" if packed else "") + (", dual" if dual else "")
     # Forward as above; backward reads E's gradient and the row, and writes and reads the row's gradient.
-    size = {"floor_bytes": count * LENGTH * (16 + 2 * D * (6 + 2 * dual)) + 2 * ITEMS * D}
-    ours = time_us(lambda: inputs.trained(lambda: inputs.ours("drawn", "computed", packed, dual)), repeats=20)
-    yield Row("input_modulation", case, "triton", ours, **size)
-    if not peers:
-        return
-    plain = time_us(lambda: inputs.trained(lambda: inputs.plain("drawn", "computed", dual)), repeats=10)
-    yield Row("input_modulation", case, "eager", plain, **size)
-    compiled = torch.compile(inputs.plain, dynamic=False)
-    fast = time_us(lambda: inputs.trained(lambda: compiled("drawn", "computed", dual)), repeats=20)
-    yield Row("input_modulation", case, "torch.compile", fast, **size)
+    size = count * LENGTH * (16 + 2 * D * (6 + 2 * dual)) + 2 * ITEMS * D
+    plain = torch.compile(inputs.plain, dynamic=False) if who == "torch.compile" else inputs.plain
+    if who == "triton":
+        time = time_us(lambda: inputs.trained(lambda: inputs.ours("drawn", "computed", packed, dual)), repeats=20)
+    else:
+        time = time_us(lambda: inputs.trained(lambda: plain("drawn", "computed", dual)), repeats=20)
+    return Row("input_modulation", case, who, time, floor_bytes=size)
+
+
+def measurements() -> Iterator[Row]:
+    """Ours and eager first: the compiler takes longest."""
+    inputs = Inputs.make(4096)
+    check(inputs)
+    for lam, z, packed in itertools.product(("constant", "given", "drawn"), ("given", "computed"), (False, True)):
+        yield forward(inputs, "triton", lam, z, packed)
+    for packed in (False, True):
+        yield forward(inputs, "triton", "drawn", "computed", packed, dual=True)
+        for dual in (False, True):
+            yield training(inputs, "triton", packed, dual)
+    for who in ("eager", "torch.compile"):
+        for dual in (False, True):
+            yield forward(inputs, who, "drawn", "computed", dual=dual)
+            yield training(inputs, who, dual=dual)
+        for lam, z in (("constant", "given"), ("given", "computed")):
+            yield forward(inputs, who, lam, z)
+    for count in (1, 64, 512):
+        inputs = Inputs.make(count)
+        for who in ("triton", "eager"):
+            yield forward(inputs, who, "constant", "given")
+            yield training(inputs, who)
 
 
 def main() -> None:
     gpu = torch.cuda.get_device_name()
     rows: list[Row] = []
-    inputs = Inputs.make(4096)
-    check(inputs)
-    for lam in ("constant", "given", "drawn"):
-        for z in ("given", "computed"):
-            for packed in (False, True):
-                peers = not packed and (lam, z) in (("constant", "given"), ("given", "computed"), ("drawn", "computed"))
-                rows += forward(inputs, lam, z, packed, False, peers)
-    rows += forward(inputs, "drawn", "computed", False, True, peers=True)
-    rows += forward(inputs, "drawn", "computed", True, True, peers=False)
-    for dual in (False, True):
-        rows += training(inputs, False, dual, peers=True)
-        rows += training(inputs, True, dual, peers=False)
-    for count in (1, 64, 512):
-        inputs = Inputs.make(count)
-        rows += forward(inputs, "constant", "given", False, False, peers=count == 512)
-    print(table(rows, gpu))
+    for row in measurements():
+        heading, line = table([row], gpu).splitlines()
+        print(line if rows else f"{heading}\n{line}", flush=True)
+        rows.append(row)
     print(json.dumps({"gpu": gpu, "rows": [row.as_dict(gpu) for row in rows]}))
 
 

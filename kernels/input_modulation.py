@@ -467,8 +467,8 @@ def _same_ids(ids_ptr, order_ptr, rows_ptr, sum_ptr, edge_ptr, count, D: tl.cons
     item = tl.load(ids_ptr + place, place < count, 0).to(tl.int64)
     before = tl.load(ids_ptr + place - 1, (place > 0) & (place < count), -1).to(tl.int64)
     after = tl.load(ids_ptr + first + CHUNK, first + CHUNK < count, -1).to(tl.int64)
-    row = tl.load(order_ptr + place, item != 0, 0)
-    values = tl.load(rows_ptr + row[:, None] * D + channel[None, :], (item != 0)[:, None], 0.0)
+    row = tl.load(order_ptr + place, place < count, 0)
+    values = tl.load(rows_ptr + row[:, None] * D + channel[None, :], (place < count)[:, None], 0.0)
     same = (item[:, None] == item[None, :]).to(values.dtype)
     sums = _dot(same, values, values.dtype, "tf32x3")
     begins = (item != before) & (item != 0)
@@ -537,6 +537,7 @@ def launch_rows(
         lam, lam.shape[0] if mode == SHARED else 0, delta, seed, users, *_dropped(dropout), out, dout,
         D=d, V=v, ROWS=rows, LAMBDA=mode, DROP=dropout > 0, AFTER=overlap, num_warps=shapes["num_warps"],
         **({"launch_pdl": True} if overlap else {}),
+        **({"maxnreg": shapes["max_registers"]} if shapes["max_registers"] else {}),
     )  # fmt: skip
 
 

@@ -432,9 +432,13 @@ def _lambda_arguments(call: _Call, kernels: Any) -> tuple[Tensor | None, int, fl
 
 
 def _shapes(kernel: str, call: _Call) -> dict[str, int]:
-    """Tile shapes; a float32 product needs more room than one of 16 bits."""
-    wide = kernel.startswith("times") and call.dtype == torch.float32
-    return tile_shapes("input_modulation", f"{kernel}_fp32" if wide else kernel, call.table.device)
+    """Tile shapes; a float32 product needs more room than one of 16 bits, and drawing wants more warps."""
+    variant = kernel
+    if kernel.startswith("times") and call.dtype == torch.float32:
+        variant += "_fp32"
+    elif kernel == "rows" and isinstance(call.lam, Drawn):
+        variant += "_drawn"
+    return tile_shapes("input_modulation", variant, call.table.device)
 
 
 def _launch(call: _Call) -> tuple[Tensor, Tensor | None]:
@@ -542,7 +546,8 @@ def _table_gradient(call: _Call, row_grad: Tensor) -> Tensor:
     from fave_fast.kernels import input_modulation as kernels
 
     shapes = _shapes("table_gradient", call)
-    ids, order = call.ids.reshape(-1).sort(stable=True)
+    # 56 us for 204,800 ids of 32 bits, 91 of 64
+    ids, order = call.ids.reshape(-1).to(torch.int32 if len(call.table) < 2**31 else torch.int64).sort(stable=True)
     table_grad = torch.zeros_like(call.table, memory_format=torch.contiguous_format)
     edges = torch.empty(-(-len(ids) // shapes["chunk"]), 2, table_grad.shape[1], device=ids.device)
     if len(edges) > 0:
