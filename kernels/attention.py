@@ -272,7 +272,7 @@ def _forward_long(
             _store(do_ptr, do, local, local < count, D, channel, C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["padded_length"])
 def _forward_kernel(
     q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, o_ptr, do_ptr, bounds_ptr, cos_ptr, sin_ptr, padded_length, scale,
     STRIDE_Q: tl.constexpr, STRIDE_KV: tl.constexpr, HEADS: tl.constexpr,
@@ -513,7 +513,7 @@ def _backward_long(
             )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["padded_length"])
 def _backward_kernel(
     q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, g_ptr, e_ptr,
     gq_ptr, gk_ptr, gv_ptr, gdq_ptr, gdk_ptr, gdv_ptr, bounds_ptr, cos_ptr, sin_ptr, stats_ptr, padded_length, scale,

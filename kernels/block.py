@@ -1,9 +1,9 @@
 """What a transformer block does around its attention, row by row, on values and (DUAL) on their tangents.
 
-Four kernels: norm and projection; everything after the attention, with the feed-forward's hidden layer kept on the
-chip; the backward pass through GELU, which writes what the weight gradients need; a product and the norm's backward
-pass. A program takes BM rows whatever else is in the batch and sums in a fixed order, so a row's results have the same
-bits in any batch. Value and tangent of a row are in one program: a tile of weights is read once for both.
+Forward: norm and projection; everything after the attention, with the feed-forward's hidden layer kept on the chip.
+Backward: through GELU, writing what the weight gradients need; a plain product; the norm. A program takes BM rows
+whatever else is in the batch and sums in a fixed order, so a row's results have the same bits in any batch. Value and
+tangent of a row are in one program, or are rows of one product: a tile of weights is read once for both.
 
 The formulas are those of `fave_fast.ops.block`.
 """
@@ -104,7 +104,7 @@ def _gelu_parts(x, EXACT: tl.constexpr):
     return below, 0.3989422804014327 * bell
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _norm_linear_kernel(
     x_ptr, dx_ptr, gain_ptr, bias_ptr, w_ptr, y_ptr, dy_ptr, count, eps,
     D: tl.constexpr, D_BLOCK: tl.constexpr, WIDTH: tl.constexpr, LAYER: tl.constexpr, DUAL: tl.constexpr,
@@ -127,7 +127,7 @@ def _norm_linear_kernel(
             _store_rows(dy_ptr, _dot(dn, w), first, row, keep, column, WIDTH)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "stream", "threshold"])
 def _tail_kernel(
     o_ptr, do_ptr, x_ptr, dx_ptr, wo_ptr, gain_ptr, bias_ptr, w1_ptr, w2_ptr, seed_ptr,
     h_ptr, dh_ptr, y_ptr, dy_ptr, count, stream, threshold, scale, eps,
@@ -179,7 +179,7 @@ def _tail_kernel(
         _store_rows(dy_ptr, dy + dh.to(tl.float32), first, row, keep, channel, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "stream", "threshold"])
 def _gelu_backward_kernel(
     h_ptr, dh_ptr, gain_ptr, bias_ptr, g_ptr, e_ptr, w1_ptr, w2_ptr, seed_ptr,
     u_ptr, du_ptr, ga_ptr, gda_ptr, gz_ptr, gdz_ptr, count, stream, threshold, scale, eps,
@@ -225,43 +225,51 @@ def _gelu_backward_kernel(
         _store_rows(ga_ptr, ga, first, row, keep, hidden, HIDDEN)
 
 
-@triton.jit
-def _linear_norm_backward_kernel(
-    g_ptr, e_ptr, w_ptr, x_ptr, dx_ptr, gain_ptr, bias_ptr, residual_ptr, dresidual_ptr, owner_ptr, gq_ptr, gdq_ptr,
-    wq_ptr, wo_ptr, seed_ptr, gx_ptr, gdx_ptr, n_ptr, dn_ptr, gz_ptr, gdz_ptr, go_ptr, gdo_ptr, sums_ptr,
-    count, stream, threshold, scale, eps,
-    D: tl.constexpr, D_BLOCK: tl.constexpr, WIDTH: tl.constexpr, LAYER: tl.constexpr, DUAL: tl.constexpr,
-    DROP: tl.constexpr, PROJECT: tl.constexpr, SPARSE: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+@triton.jit(do_not_specialize=["count"])
+def _linear_kernel(
+    x_ptr, w_ptr, y_ptr, count, K: tl.constexpr, D: tl.constexpr, D_BLOCK: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     first, row = tl.program_id(0).to(tl.int64) * BM, tl.arange(0, BM)
     keep, channel = row < count - first, tl.arange(0, D_BLOCK)
-    gn = tl.zeros([BM, D_BLOCK], tl.float32)
-    gdn = gn
-    for start in range(0, WIDTH, BK):
+    y = tl.zeros([BM, D_BLOCK], tl.float32)
+    for start in range(0, K, BK):
         inner = start + tl.arange(0, BK)
-        w = _load_matrix(w_ptr, inner, channel, WIDTH, D)
-        gn += _dot(_load_rows(g_ptr, first, row, keep, inner, WIDTH), w)
-        if DUAL:
-            gdn += _dot(_load_rows(e_ptr, first, row, keep, inner, WIDTH), w)
+        y += _dot(_load_rows(x_ptr, first, row, keep, inner, K), _load_matrix(w_ptr, inner, channel, K, D))
+    _store_rows(y_ptr, y, first, row, keep, channel, D)
+
+
+@triton.jit(do_not_specialize=["count", "programs", "stream", "threshold"])
+def _norm_backward_kernel(
+    gn_ptr, gdn_ptr, x_ptr, dx_ptr, gain_ptr, bias_ptr, residual_ptr, dresidual_ptr, owner_ptr, gq_ptr, gdq_ptr,
+    seed_ptr, gx_ptr, gdx_ptr, n_ptr, dn_ptr, gz_ptr, gdz_ptr, sums_ptr, count, programs, stream, threshold, scale, eps,
+    D: tl.constexpr, D_BLOCK: tl.constexpr, LAYER: tl.constexpr, DUAL: tl.constexpr, DROP: tl.constexpr,
+    SPARSE: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    first, row = tl.program_id(0).to(tl.int64) * BM, tl.arange(0, BM)
+    keep, channel = row < count - first, tl.arange(0, D_BLOCK)
+    gn = _load_rows(gn_ptr, first, row, keep, channel, D).to(tl.float32)
+    gdn = gn
+    if DUAL:
+        gdn = _load_rows(gdn_ptr, first, row, keep, channel, D).to(tl.float32)
     if SPARSE:
         # The newest items alone had a query and a residual stream.
         owner = tl.load(owner_ptr + first + row, mask=keep, other=-1).to(tl.int64)
         owners, stored, owned = first * 0, tl.maximum(owner, 0), owner >= 0
-        wq = _load_matrix(wq_ptr, channel, channel, D, D)
-        gn += _dot(_load_rows(gq_ptr, owners, stored, owned, channel, D), wq)
+        gn += _load_rows(gq_ptr, owners, stored, owned, channel, D).to(tl.float32)
         if DUAL:
-            gdn += _dot(_load_rows(gdq_ptr, owners, stored, owned, channel, D), wq)
+            gdn += _load_rows(gdq_ptr, owners, stored, owned, channel, D).to(tl.float32)
     else:
         owners, stored, owned = first, row, keep
-    # What is written goes out as soon as it is there: each float32 tile that waits costs 32 registers or more.
+    # What is written goes out as soon as it is there, which keeps few tiles alive at a time.
     gain = _load_vector(gain_ptr, channel, D)
     c = _centred(_load_rows(x_ptr, first, row, keep, channel, D), channel, D, LAYER)
     r = tl.rsqrt(tl.sum(c * c, 1) / D + eps)[:, None]
-    sums_ptr += tl.program_id(0) * (2 * D)
+    sums_ptr += tl.program_id(0)
     n = c * (r * gain)
     if LAYER:
         n += _load_vector(bias_ptr, channel, D)
-        tl.store(sums_ptr + D + channel, tl.sum(gn, 0), mask=channel < D)
+        tl.store(sums_ptr + (D + channel) * programs, tl.sum(gn, 0), mask=channel < D)
     _store_rows(n_ptr, n, first, row, keep, channel, D)
     to_gain = tl.sum(gn * (c * r), 0)
     a = gn * gain
@@ -283,23 +291,16 @@ def _linear_norm_backward_kernel(
         _store_rows(gdx_ptr, gdx, first, row, keep, channel, D)
     else:
         gx = r * a - c * (r * r * r * tl.sum(a * c, 1)[:, None] / D)
-    tl.store(sums_ptr + channel, to_gain, mask=channel < D)
+    tl.store(sums_ptr + channel * programs, to_gain, mask=channel < D)
     if LAYER:
         gx = tl.where((channel < D)[None, :], gx - tl.sum(gx, 1)[:, None] / D, 0.0)
     gx += _load_rows(residual_ptr, owners, stored, owned, channel, D).to(tl.float32)
     _store_rows(gx_ptr, gx, first, row, keep, channel, D)
-    if PROJECT:
-        if DROP:
-            factor = _dropout_scale(seed_ptr, stream, first, row, channel, threshold, scale, D)
-            gx *= factor
-            _store_rows(gz_ptr, gx, first, row, keep, channel, D)
-            if DUAL:
-                gdx *= factor
-                _store_rows(gdz_ptr, gdx, first, row, keep, channel, D)
-        wo = _load_matrix(wo_ptr, channel, channel, D, D)
-        _store_rows(go_ptr, _dot(gx.to(wo.dtype), wo), first, row, keep, channel, D)
+    if DROP:
+        factor = _dropout_scale(seed_ptr, stream, first, row, channel, threshold, scale, D)
+        _store_rows(gz_ptr, gx * factor, first, row, keep, channel, D)
         if DUAL:
-            _store_rows(gdo_ptr, _dot(gdx.to(wo.dtype), wo), first, row, keep, channel, D)
+            _store_rows(gdz_ptr, gdx * factor, first, row, keep, channel, D)
 
 
 def _pair(tensors):
@@ -362,32 +363,42 @@ def gelu_backward(h, norm, upstream, weights, dropout, u, ga, gz, shapes):
     )  # fmt: skip
 
 
-def linear_norm_backward(g, weight, x, norm, residual, newest, project, gx, n, sums, shapes):
-    """Gradients of x, given those of norm(x) weight^T and of x by the residual stream.
+def linear(x, weight, y, shapes):
+    """Write y [rows, D] = x [rows, K] weight, `weight` [K, D]. `shapes`: BM, BK, num_warps, num_stages.
+
+    Not torch.mm: its order of summation over K depends on the number of rows.
+    """
+    count, d = y.shape
+    _linear_kernel[(triton.cdiv(count, shapes["BM"]),)](
+        x, weight, y, count, K=len(weight), D=d, D_BLOCK=_block_of(d), **shapes
+    )
+
+
+def norm_backward(gn, x, norm, residual, newest, dropout, gx, n, gz, sums, shapes):
+    """Gradients of x, given those of norm(x) and of x by the residual stream.
 
     Args:
-        g: tuple of the value's, or of the value's and the tangent's, [rows, WIDTH]; so are all below without a type.
-        weight: [WIDTH, D].
+        gn: tuple of the value's, or of the value's and the tangent's, [rows, D]; so are all below without a type.
         x: [rows, D].
         norm: as for `norm_linear`.
         residual: gradients [rows, D], or with `newest` [B, D].
-        newest: None, or (owner int32 [rows], gq [B, D], Wq [D, D]): row by row the history whose newest item it is, or
-            -1; norm(x) Wq^T of those rows has the gradient gq.
-        project: None, or (Wo, dropout, gz, go): go = gz Wo is written, gz being gx times the first dropout of `tail`,
-            written where `dropout` is not None.
+        newest: None, or (owner int32 [rows], more [B, D]): row by row the history whose newest item it is, or -1; the
+            gradient of norm(x) has `more` added at those rows.
+        dropout: None, or that of `tail`, whose first use gx is multiplied with to give gz.
         gx: written, gradients of x.
         n: written, norm(x).
-        sums: float32 [programs, 2, D], written: each program's share of the gain's and (LayerNorm) the bias's gradient.
-        shapes: BM, BK, num_warps, num_stages.
+        gz: written where `dropout` is not None.
+        sums: float32 [2, D, programs], written: each program's share of the gain's and (LayerNorm) the bias's gradient.
+        shapes: BM, num_warps.
     """
     count, d = x[0].shape
     gain, bias, eps = norm
-    owner, gq, wq = newest or (gain, gx, weight)
-    wo, dropout, gz, go = project or (gain, None, None, gx)
+    owner, more = newest or (gain, gx)
     seed, stream, threshold, scale = dropout or (gain, 0, 0, 1.0)
-    _linear_norm_backward_kernel[(triton.cdiv(count, shapes["BM"]),)](
-        *_pair(g), weight, *_pair(x), gain, gain if bias is None else bias, *_pair(residual), owner, *_pair(gq), wq, wo,
-        seed, *_pair(gx), *_pair(n), *_pair(gz or gx), *_pair(go), sums, count, stream,
-         threshold, scale, eps, D=d, D_BLOCK=_block_of(d), WIDTH=len(weight), LAYER=bias is not None,
-        DUAL=len(g) == 2, DROP=dropout is not None, PROJECT=project is not None, SPARSE=newest is not None, **shapes,
+    programs = triton.cdiv(count, shapes["BM"])
+    _norm_backward_kernel[(programs,)](
+        *_pair(gn), *_pair(x), gain, gain if bias is None else bias, *_pair(residual), owner, *_pair(more), seed,
+        *_pair(gx), *_pair(n), *_pair(gz or gx), sums, count, programs, stream, threshold, scale, eps, D=d,
+        D_BLOCK=_block_of(d), LAYER=bias is not None, DUAL=len(gn) == 2, DROP=dropout is not None,
+        SPARSE=newest is not None, **shapes,
     )  # fmt: skip
