@@ -174,13 +174,16 @@ def scan(
 
 
 @triton.jit
-def _maxima(at, count, values, spans, shift, groups, NESTED: tl.constexpr):
-    """Keys and indices of values[at], or, NESTED, of the groups of `spans`, 2^shift each, one span after the other."""
+def _maxima(at, count, values, spans, width, groups, SHIFT: tl.constexpr, NESTED: tl.constexpr):
+    """Keys and indices of values[at], or, NESTED, of the groups of `spans`, `width` each, one span after the other.
+
+    SHIFT is the power of two that the width is, or -1: division takes twenty instructions a key.
+    """
     valid = at < count
     index = at
     if NESTED:
-        span = tl.load(spans + (at >> shift), mask=valid, other=0)
-        index = (span << shift) + (at & ((1 << shift) - 1))
+        slot = at >> SHIFT if SHIFT >= 0 else at // width
+        index = tl.load(spans + slot, mask=valid, other=0) * width + (at - slot * width)
         valid = valid & (index < groups)
     return _order(tl.load(values + index, mask=valid, other=-float("inf"))), index
 
@@ -213,7 +216,19 @@ def _narrow(low, high, reach_low, reach_high, cut_1, cut_2, reach_1, reach_2, k)
 
 @triton.jit
 def _choose_maxima(
-    values, count, chosen, spans, shift, groups, low, high, k, capacity, WIDTH: tl.constexpr, NESTED: tl.constexpr
+    values,
+    count,
+    chosen,
+    spans,
+    width,
+    groups,
+    low,
+    high,
+    k,
+    capacity,
+    WIDTH: tl.constexpr,
+    SHIFT: tl.constexpr,
+    NESTED: tl.constexpr,
 ):
     """Write to `chosen`, ascending, the indices of the first k maxima by (value descending, index ascending).
 
@@ -225,18 +240,18 @@ def _choose_maxima(
     too; and a key that none reaches.
     """
     lane = tl.arange(0, WIDTH)
-    keys, index = _maxima(lane, count, values, spans, shift, groups, NESTED)
+    keys, index = _maxima(lane, count, values, spans, width, groups, SHIFT, NESTED)
     if NESTED:
         reach_low = tl.sum((keys >= low).to(tl.int32), axis=0)
         for at in range(WIDTH, count, WIDTH):
-            more, _ = _maxima(at + lane, count, values, spans, shift, groups, NESTED)
+            more, _ = _maxima(at + lane, count, values, spans, width, groups, SHIFT, NESTED)
             reach_low += tl.sum((more >= low).to(tl.int32), axis=0)
     else:
         reach_low = tl.sum((keys > _LOWEST).to(tl.int32), axis=0)
         low = tl.min(tl.where(keys > _LOWEST, keys, 0x7FFFFFFF), axis=0)
         high = tl.max(keys, axis=0)
         for at in range(WIDTH, count, WIDTH):
-            more, _ = _maxima(at + lane, count, values, spans, shift, groups, NESTED)
+            more, _ = _maxima(at + lane, count, values, spans, width, groups, SHIFT, NESTED)
             reach_low += tl.sum((more > _LOWEST).to(tl.int32), axis=0)
             low = tl.minimum(low, tl.min(tl.where(more > _LOWEST, more, 0x7FFFFFFF), axis=0))
             high = tl.maximum(high, tl.max(more, axis=0))
@@ -247,7 +262,7 @@ def _choose_maxima(
         cut_1, cut_2 = _cuts(low, high)
         reach_1, reach_2 = _two_counts(keys, cut_1, cut_2)
         for at in range(WIDTH, count, WIDTH):
-            more, _ = _maxima(at + lane, count, values, spans, shift, groups, NESTED)
+            more, _ = _maxima(at + lane, count, values, spans, width, groups, SHIFT, NESTED)
             more_1, more_2 = _two_counts(more, cut_1, cut_2)
             reach_1 += more_1
             reach_2 += more_2
@@ -260,7 +275,7 @@ def _choose_maxima(
     equal_before = reach_low * 0
     for at in range(0, count, WIDTH):
         if at > 0:
-            keys, index = _maxima(at + lane, count, values, spans, shift, groups, NESTED)
+            keys, index = _maxima(at + lane, count, values, spans, width, groups, SHIFT, NESTED)
         both = tl.where(keys > cut, 1, 0) + tl.where(keys == cut, 0x10000, 0)
         upto = tl.cumsum(both, axis=0)
         equal_upto = equal_before + (upto >> 16)
@@ -307,7 +322,7 @@ def _take_out(
     bounds,
     items,
     groups,
-    shift,
+    width,
     G: tl.constexpr,
     SPANS: tl.constexpr,
 ):
@@ -315,36 +330,36 @@ def _take_out(
 
     The exchange gives a group's bound to exactly one of its excluded ids: bounds[i] belongs to the group of id i.
     """
-    lane = tl.arange(0, 128)
+    lane = tl.arange(0, 64)
     group_bits = group_max.to(tl.pointer_type(tl.int32), bitcast=True)
-    for at in range(begin, end, 128):
+    for at in range(begin, end, 64):
         item = tl.load(excluded_ids + at + lane, mask=at + lane < end, other=0)
         within = (item >= 1) & (item <= items)
         group = ((item - 1) // G).to(tl.int32)
-        bits = tl.atomic_xchg(group_bits + group, tl.full([128], _EMPTY, tl.int32), mask=within, sem="relaxed")
+        bits = tl.atomic_xchg(group_bits + group, tl.full([64], _EMPTY, tl.int32), mask=within, sem="relaxed")
         bound = bits.to(tl.float32, bitcast=True)
         tl.store(bounds + at + lane, tl.where(within, bound, -float("inf")), mask=at + lane < end)
     tl.debug_barrier()
     if SPANS:
-        column = tl.arange(0, 32)
-        for at in range(begin, end, 128):
+        column = tl.arange(0, 16)
+        for at in range(begin, end, 64):
             bound = tl.load(bounds + at + lane, mask=at + lane < end, other=-float("inf"))
             item = tl.load(excluded_ids + at + lane, mask=at + lane < end, other=1)
             group = tl.where(bound > -float("inf"), (item - 1) // G, 0).to(tl.int32)
-            span = group >> shift
+            span = group // width
             # A span keeps its maximum unless a group that had it went. (Another lane may have written the new one.)
             changes = (bound > -float("inf")) & (bound >= tl.load(span_max + span))
-            best = tl.full([128], -float("inf"), tl.float32)
-            for offset in range(0, 1 << shift, 32):
-                other = (span << shift)[:, None] + offset + column
-                within = (offset + column < 1 << shift) & (other < groups)
+            best = tl.full([64], -float("inf"), tl.float32)
+            for offset in range(0, width, 16):
+                other = (span * width)[:, None] + offset + column
+                within = (offset + column < width) & (other < groups)
                 value = tl.load(group_max + other, mask=changes[:, None] & within, other=-float("inf"))
                 best = tl.maximum(best, tl.max(tl.where(value == value, value, -float("inf")), axis=1))
             tl.store(span_max + span, best, mask=changes)
         tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["k", "capacity", "items", "groups_at_all", "spans", "shift"])
+@triton.jit(do_not_specialize=["k", "capacity", "items", "groups_at_all", "spans", "width"])
 def finish(
     queries,
     table,
@@ -364,7 +379,7 @@ def finish(
     items,
     groups_at_all,
     spans,
-    shift,
+    width,
     D: tl.constexpr,
     DP: tl.constexpr,
     G: tl.constexpr,
@@ -373,6 +388,7 @@ def finish(
     R: tl.constexpr,
     SPAN_WIDTH: tl.constexpr,
     WIDTH: tl.constexpr,
+    SHIFT: tl.constexpr,
     BUFFER: tl.constexpr,
     RANKED: tl.constexpr,
     SPANS: tl.constexpr,
@@ -399,19 +415,19 @@ def finish(
         begin = tl.load(excluded_offsets + row)
         end = tl.load(excluded_offsets + row + 1)
         chosen_groups += begin
-        _take_out(excluded_ids, begin, end, group_max, span_max, bounds, items, groups_at_all, shift, G, SPANS)
+        _take_out(excluded_ids, begin, end, group_max, span_max, bounds, items, groups_at_all, width, G, SPANS)
     if SPANS:
         chosen_spans += row * capacity
         count, low, high = _choose_maxima(
-            span_max, spans, chosen_spans, chosen_spans, 0, spans, 0, 0, k, capacity, SPAN_WIDTH, False
+            span_max, spans, chosen_spans, chosen_spans, 1, spans, 0, 0, k, capacity, SPAN_WIDTH, 0, False
         )
         clean, floor, _ = _choose_maxima(
-            group_max, count << shift, chosen_groups, chosen_spans, shift, groups_at_all, low, high, k, capacity,
-            WIDTH, True,
+            group_max, count * width, chosen_groups, chosen_spans, width, groups_at_all, low, high, k, capacity,
+            WIDTH, SHIFT, True,
         )  # fmt: skip
     else:
         clean, floor, _ = _choose_maxima(
-            group_max, groups_at_all, chosen_groups, chosen_spans, 0, groups_at_all, 0, 0, k, capacity, WIDTH, False
+            group_max, groups_at_all, chosen_groups, chosen_spans, 1, groups_at_all, 0, 0, k, capacity, WIDTH, 0, False
         )
     groups = clean
     if EXCLUDE:
@@ -515,11 +531,11 @@ def score_topk(
         tiles: tiles of the catalogue, the last one perhaps not full.
         spans: spans of the catalogue, 0 where groups are few enough to be chosen from at once.
         tiles_of_chunk: tiles that one program of `scan` takes, whole spans.
-        tiles_of_span: tiles of a span, a power of two.
+        tiles_of_span: tiles of a span.
         span_width: maxima that the choice of spans holds in registers, a power of two.
         group_width: likewise that of groups.
         scan_shapes: M, BN, BK, num_warps, num_stages, TMA.
-        finish_shapes: M, R, BK, num_warps, PDL.
+        finish_shapes: M, R, BK, num_warps, REGISTERS (a thread's at most, or 0), PDL.
     """
     rows, d = queries.shape
     items = len(table) - 1
@@ -527,6 +543,7 @@ def score_topk(
     m, bn = scan_shapes["M"], scan_shapes["BN"]
     tma = bool(scan_shapes["TMA"])
     nested = spans > 0
+    width = tiles_of_span * (bn // group)
     pdl = bool(finish_shapes["PDL"])
     scan[(triton.cdiv(rows, m) * triton.cdiv(tiles, tiles_of_chunk),)](
         queries,
@@ -572,7 +589,7 @@ def score_topk(
         items,
         tiles * (bn // group),
         spans,
-        (tiles_of_span * (bn // group)).bit_length() - 1,
+        width,
         D=d,
         DP=padded,
         G=group,
@@ -581,6 +598,7 @@ def score_topk(
         R=r,
         SPAN_WIDTH=span_width,
         WIDTH=group_width,
+        SHIFT=width.bit_length() - 1 if width & (width - 1) == 0 else -1,
         BUFFER=triton.next_power_of_2(ranked + r),
         RANKED=ranked,
         SPANS=nested,
@@ -589,4 +607,5 @@ def score_topk(
         PDL=pdl,
         num_warps=finish_shapes["num_warps"],
         **({"launch_pdl": True} if pdl else {}),
+        **({"maxnreg": finish_shapes["REGISTERS"]} if finish_shapes["REGISTERS"] else {}),
     )

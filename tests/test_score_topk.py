@@ -36,6 +36,7 @@ NARROW = {
         "SLACK": 25,
         "num_warps": 4,
         "BK": 16,
+        "REGISTERS": 0,
         "PDL": 0,
     },
 }

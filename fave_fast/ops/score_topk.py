@@ -164,7 +164,7 @@ class _Plan:
         tiles: tiles of the catalogue.
         spans: spans of the catalogue; 0 where the groups are few enough to choose from them at once.
         tiles_of_chunk: tiles that a program of the scan takes, whole spans.
-        tiles_of_span: tiles of a span, a power of two.
+        tiles_of_span: tiles of a span.
         capacity: groups chosen at most.
         span_width: maxima that the choice of spans holds in registers.
         group_width: likewise that of groups.
@@ -209,11 +209,8 @@ class _Plan:
         spans, tiles_of_span, compared = 0, 1, groups
         if groups > max(min(256, finish["WIDTH"]), 2 * capacity):
             # As many spans as there are groups in the chosen ones: their sum is least so.
-            balanced = max(1, math.isqrt(groups // capacity) // of_tile)
-            tiles_of_span = 1 << (balanced.bit_length() - 1)
-            if _parts(tiles, tiles_of_span) > finish["WIDTH"]:
-                tiles_of_span = _power_of_two(_parts(tiles, finish["WIDTH"]))
-            tiles_of_chunk = _parts(tiles_of_chunk, tiles_of_span) * tiles_of_span
+            tiles_of_span = max(1, math.isqrt(groups // capacity) // of_tile)
+            tiles_of_chunk, tiles_of_span = _even_spans(tiles_of_chunk, tiles_of_span, chunks, finish["WIDTH"])
             spans = _parts(tiles, tiles_of_span)
             compared = capacity * tiles_of_span * of_tile
         widths = (min(max(128, _power_of_two(n)), finish["WIDTH"]) for n in (spans, compared))
@@ -252,6 +249,23 @@ def _power_of_two(n: int) -> int:
 
 def _parts(n: int, size: int) -> int:
     return -(-n // size)
+
+
+def _even_spans(tiles: int, wanted: int, chunks: int, most: int) -> tuple[int, int]:
+    """Tiles of a chunk, at least `tiles`, and of its spans, near `wanted`.
+
+    Of the ways to cut a chunk one that adds at most 2 % tiles, if possible into powers of two. `most` limits the number
+    of all spans, where there are not more chunks anyway.
+    """
+    near = max(1, round(tiles / wanted))
+    most = max(1, min(most, _power_of_two(chunks * near)) // chunks)
+
+    def badness(spans: int) -> tuple[float, bool, int]:
+        size = _parts(tiles, spans)
+        return max(1.02 * tiles, spans * size), size != _power_of_two(size), abs(spans - near)
+
+    spans = min(range(min(max(1, near // 2), most), most + 1), key=badness)
+    return _parts(tiles, spans) * spans, _parts(tiles, spans)
 
 
 def _group_size(batch: int, items: int) -> int:
