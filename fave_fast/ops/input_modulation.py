@@ -66,7 +66,7 @@ class Drawn:
 class Shared:
     """One lambda for all users, by age."""
 
-    values: Tensor  # [longest, D], the newest position last
+    values: Tensor  # [at least the longest history, D], the newest position last
 
 
 class HasTimeEmbedding(Protocol):
@@ -393,8 +393,8 @@ def _reference_lambda(call: _Call, owners: Tensor, ages: Tensor) -> Tensor:
         return lam.values[len(lam.values) - 1 - ages]
     if isinstance(lam, Tensor):
         return lam
-    assert isinstance(lam, float)
-    return torch.full((), lam, dtype=call.table.dtype, device=ages.device)
+    assert not isinstance(lam, Drawn)
+    return torch.full((), float(lam), dtype=call.table.dtype, device=ages.device)
 
 
 def _time_features(time: Times, t: Tensor) -> Tensor:
@@ -420,7 +420,7 @@ def _run_triton(call: _Call) -> tuple[Tensor, Tensor | None]:
 
 def _lambda_arguments(call: _Call, kernels: Any) -> tuple[Tensor | None, int, float, Tensor | None, Tensor | None]:
     """Lambda's tensor, where it comes from, delta, and the key of the draws."""
-    seed, users = (call.draws.seed, call.draws.users) if call.draws is not None else (None, None)
+    seed, users = (call.draws.seed, call.draws.users.contiguous()) if call.draws is not None else (None, None)
     lam = call.lam
     if isinstance(lam, Tensor):
         return lam.contiguous(), kernels.GIVEN, 0.0, seed, users
@@ -451,6 +451,11 @@ def _launch(call: _Call) -> tuple[Tensor, Tensor | None]:
         dout = torch.empty_like(out)
     if out.numel() == 0:
         return out, dout
+    anchor = call.x_t if isinstance(call.x_t, Anchor) else None
+    x_t = None if isinstance(call.x_t, Anchor) else call.x_t.contiguous()
+    dx_t, keep = _whole(call.dx_t), None if anchor is None else anchor.keep.contiguous()
+    inputs = (*_rows_arguments(call), call.norm_bias.contiguous(), call.eps, x_t, keep)
+    lam = _lambda_arguments(call, kernels)
     dz = None
     if isinstance(call.time, Times):
         space = call.workspace
@@ -458,19 +463,30 @@ def _launch(call: _Call) -> tuple[Tensor, Tensor | None]:
             parts = 1 if call.dx_t is None else 2
             space = torch.empty(parts, call.count, d, dtype=torch.float32, device=device)
         z, dz = (space.view(call.count, d), None) if call.dx_t is None else (space[0], space[1])
+        # Nothing may come between this launch and the next one, which may begin before this one ends.
         _launch_times(call, call.time, z, dz)
     else:
-        z = call.time
-    anchor = call.x_t if isinstance(call.x_t, Anchor) else None
+        z = call.time.contiguous()
     kernels.launch_rows(
-        call.ids.contiguous(), call.offsets, call.table.contiguous(), call.norm_weight, call.norm_bias, call.eps,
-        None if isinstance(call.x_t, Anchor) else call.x_t.contiguous(),
-        None if anchor is None else anchor.keep.contiguous(), None if anchor is None else anchor.ages,
-        z.contiguous(), None if call.dx_t is None else call.dx_t.contiguous(), dz,
-        *_lambda_arguments(call, kernels), call.dropout, out, dout,
+        *inputs, None if anchor is None else anchor.ages.contiguous(), z, dx_t, dz, *lam, call.dropout, out, dout,
         count=call.count, overlap=_overlaps(call), shapes=_shapes("rows", call),
     )  # fmt: skip
     return out, dout
+
+
+def _whole(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _rows_arguments(call: _Call) -> tuple[Tensor | None, ...]:
+    """Ids, offsets, table and the norm's weight, as the kernels read them."""
+    return _whole(call.ids), _whole(call.offsets), _whole(call.table), _whole(call.norm_weight)
+
+
+def _times_arguments(time: Times) -> tuple[Tensor, ...]:
+    """t, r, hidden's weight and bias, out's weight, as the kernels read them."""
+    parts = (time.t, time.r, time.hidden_weight, time.hidden_bias, time.out_weight)
+    return tuple(part.contiguous() for part in parts)
 
 
 def _overlaps(call: _Call) -> bool:
@@ -484,8 +500,7 @@ def _launch_times(call: _Call, time: Times, z: Tensor, dz: Tensor | None) -> Non
     from fave_fast.kernels import input_modulation as kernels
 
     kernels.launch_times(
-        time.t.contiguous(), time.r.contiguous(), time.hidden_weight.contiguous(), time.hidden_bias,
-        time.out_weight.contiguous(), time.out_bias, z, dz,
+        *_times_arguments(time), time.out_bias.contiguous(), z, dz,
         scale=time.scale, product=call.dtype, overlap=_overlaps(call), shapes=_shapes("times", call),
     )  # fmt: skip
 
@@ -526,8 +541,7 @@ def _backward(call: _Call, needed: tuple[bool, ...], grad: Tensor, dgrad: Tensor
     dshift_grad = None if dgrad is None else torch.empty_like(shift_grad)
     if count > 0:
         kernels.launch_rows_backward(
-            call.ids.contiguous(), call.offsets, call.table.contiguous(), call.norm_weight, call.eps,
-            *_lambda_arguments(call, kernels), call.dropout, grad, None if dgrad is None else dgrad.contiguous(),
+            *_rows_arguments(call), call.eps, *_lambda_arguments(call, kernels), call.dropout, grad, _whole(dgrad),
             shift_grad, dshift_grad, norm_part, row_grad, shapes=_shapes("rows_backward", call),
         )  # fmt: skip
     table_grad = None if row_grad is None else _table_gradient(call, row_grad)
@@ -567,8 +581,7 @@ def _times_backward(call: _Call, needed: bool, grad: Tensor, dgrad: Tensor | Non
     part = torch.empty(blocks, 2 * d * d + 2 * d, device=grad.device)
     if blocks > 0:
         kernels.launch_times_backward(
-            time.t.contiguous(), time.r.contiguous(), time.hidden_weight.contiguous(), time.hidden_bias,
-            time.out_weight.contiguous(), grad, dgrad, part, scale=time.scale, product=call.dtype, shapes=shapes,
+            *_times_arguments(time), grad, dgrad, part, scale=time.scale, product=call.dtype, shapes=shapes,
         )  # fmt: skip
     total = _summed(call, part, time.hidden_weight.dtype)
     hidden, out, hidden_bias, out_bias = total.tensor_split((d * d, 2 * d * d, 2 * d * d + d))
