@@ -204,6 +204,16 @@ def test_a_batch_that_needs_more_workspace_goes_in_parts(narrow: None, monkeypat
     assert_equals_the_reference(*whole_numbers(19, 40, 4), 3, exclusions(19, 40, (0, 5)))
 
 
+def test_tensors_that_are_not_contiguous_or_aligned() -> None:
+    queries, table = whole_numbers(2, 200, 8, dtype=torch.float16)
+    deny = denied(401, 0.3)[::2]
+    wide = torch.randint(0, 202, (2, 10), device=DEVICE)
+    exclude = Exclusions(wide.T.reshape(-1)[::2], torch.tensor([0, 0, 3, 3, 10], device=DEVICE)[::2])
+    assert_equals_the_reference(queries[:, ::2], table[:, 1::2], 20, exclude, deny)
+    shifted = torch.empty(table.numel() + 1, dtype=table.dtype, device=DEVICE)[1:].view_as(table).copy_(table)
+    assert_equals_the_reference(queries, shifted, 20)
+
+
 def test_no_rows_and_no_items() -> None:
     queries, table = whole_numbers(2, 5, 4)
     assert score_topk(queries[:0], table, 3, backend="triton")[1].shape == (0, 3)
@@ -248,7 +258,7 @@ def test_the_matrix_of_sizes(batch: int, items: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("d", [4, 16, 32, 50, 64, 100, 128, 256])
+@pytest.mark.parametrize("d", [4, 50, 64, 256])
 def test_dtypes_and_widths(dtype: torch.dtype, d: int) -> None:
     queries, table = whole_numbers(70, 12_101, d, dtype=dtype)
     assert_equals_the_reference(queries, table, 20, exclusions(70, 12_101, (0, 50)))

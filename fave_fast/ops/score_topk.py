@@ -315,16 +315,19 @@ def _run_triton(
             f"workspace is {workspace.dtype} {list(workspace.shape)} on {workspace.device}; "
             f"expected uint8 [{plan.bytes}] on {device}"
         )
-    # The copy engine reads rows of whole 16 bytes.
-    scan = plan.scan if table.shape[1] * table.element_size() % 16 == 0 else {**plan.scan, "TMA": 0}
+    # The copy engine takes rows that start at multiples of 16 bytes.
+    aligned = table.data_ptr() % 16 == 0 and table.shape[1] * table.element_size() % 16 == 0
+    scan = plan.scan if aligned else {**plan.scan, "TMA": 0}
     buffers = plan.buffers(workspace)
+    deny = None if deny is None else deny.contiguous()
+    excluded = None if exclude is None else (exclude.ids.contiguous(), exclude.offsets.contiguous())
     for start in range(0, batch, plan.rows):
         part = slice(start, min(start + plan.rows, batch))
         kernels.score_topk(
             queries[part],
             table,
             deny,
-            None if exclude is None else (exclude.ids, exclude.offsets[start:]),
+            None if excluded is None else (excluded[0], excluded[1][start:]),
             buffers,
             scores[part],
             ids[part],
