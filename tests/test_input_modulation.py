@@ -479,6 +479,27 @@ def test_given_memory_is_used_whatever_it_holds() -> None:
 
 
 @kernels
+def test_strided_inputs() -> None:
+    case = make(3, 4, 16)
+
+    def strided(tensor: Tensor) -> Tensor:
+        return torch.stack((tensor, torch.zeros_like(tensor)), -1)[..., 0]
+
+    apart = replace(
+        case,
+        **{name: strided(getattr(case, name)) for name in ("padded", "packed", "offsets", "t", "r")},
+        parameters={name: strided(value.detach()).requires_grad_() for name, value in case.parameters.items()},
+        draws=Draws(case.draws.seed, strided(case.draws.users)),
+    )
+    for packed in (False, True):
+        lam = lambda_of(case, packed)
+        for plain, other in ((lam, strided(lam)), (Drawn(0.5), Drawn(0.5))):
+            expected = gradients(case, case.call(plain, packed, dual=True))
+            for name, value in gradients(apart, apart.call(other, packed, dual=True)).items():
+                assert torch.equal(value, expected[name]), name
+
+
+@kernels
 def test_e_in_16_bits_from_a_table_in_32() -> None:
     case = make(3, 4, 16)
     got = gradients(case, case.call(0.5, dual=True, dtype=torch.float16))
