@@ -9,6 +9,10 @@ for ids under the target's, `level` (t itself) for the others. Most tiles lie on
 costs a comparison and an addition; tiles that hold a target choose between the two for each score. A target at minus
 infinity (NaN counts as that) comes after every lower id, whatever its score: those are counted in advance, and its
 `below` is plus infinity.
+
+On one H200 in bfloat16 with D = 128 the scan of 512 rows and a million items takes 216 us, where the products alone are
+178 at 740 TFLOP/s and torch.mm, which writes them, takes 402. Two programs a multiprocessor hide the counting of one
+behind the product of the other; one program with deeper loads (265 us), 64 rows (227) or 256 items (272) are slower.
 """
 
 import functools
@@ -65,11 +69,11 @@ def _thresholds(
 
 
 @triton.jit
-def _rows_of(offsets_ptr, base, entry, B, rounds, W: tl.constexpr):
+def _rows_of(offsets_ptr, base, entry, B, rounds, W: tl.constexpr, NEAR: tl.constexpr):
     """The row that each entry [P] of the list belongs to, `base` being the first: the last that starts at or before it.
 
-    The first entry's row is found W offsets at a time, and the others among the W rows from there on, or the next W if
-    so many rows are empty: three dependent loads where halving takes fifteen.
+    The first entry's row is found W offsets at a time, and the others among the rows from there on, NEAR of them at a
+    time: four dependent loads where halving takes fifteen.
     """
     low, high = 0, B
     for _ in range(rounds):
@@ -82,11 +86,11 @@ def _rows_of(offsets_ptr, base, entry, B, rounds, W: tl.constexpr):
     last = tl.max(entry, 0)
     reached = base
     while reached <= last:
-        at = low + 1 + tl.arange(0, W)
+        at = low + 1 + tl.arange(0, NEAR)
         starts = tl.load(offsets_ptr + at, at <= B, 0x7FFFFFFFFFFFFFFF)
         row += tl.sum((starts[None, :] <= entry[:, None]).to(tl.int32), 1)
         reached = tl.max(starts, 0)
-        low += W
+        low += NEAR
     return row
 
 
@@ -98,7 +102,7 @@ def _leave_out(
     """Take back what the scan counts of excluded ids, each once a row; it never counts the target itself."""
     base = tl.program_id(0).to(tl.int64) * P
     entry = base + tl.arange(0, P)
-    row = _rows_of(offsets_ptr, base, entry, B, rounds, P)
+    row = _rows_of(offsets_ptr, base, entry, B, rounds, P, 16)
     live = (entry < E) & (row < B)
     row = tl.where(live, row, 0)
     item = tl.load(excluded_ptr + entry, live, 0)
