@@ -213,7 +213,7 @@ class _Plan:
             tiles_of_chunk, tiles_of_span = _even_spans(tiles_of_chunk, tiles_of_span, chunks, finish["WIDTH"])
             spans = _parts(tiles, tiles_of_span)
             compared = capacity * tiles_of_span * of_tile
-        widths = (min(max(128, _power_of_two(n)), finish["WIDTH"]) for n in (spans, compared))
+        span_width, group_width = (min(max(128, _power_of_two(n)), finish["WIDTH"]) for n in (spans, compared))
         buffer = _power_of_two(max(128, _power_of_two(k)) + finish["R"])
         sizes = (
             ("entries", torch.int64, rows * buffer),
@@ -223,7 +223,8 @@ class _Plan:
             ("chosen_spans", torch.int32, rows * capacity),
             ("chosen_groups", torch.int32, rows * capacity + excluded),
         )
-        return cls(rows, group, tiles, spans, tiles_of_chunk, tiles_of_span, capacity, *widths, scan, finish, sizes)
+        chosen = (capacity, span_width, group_width)
+        return cls(rows, group, tiles, spans, tiles_of_chunk, tiles_of_span, *chosen, scan, finish, sizes)
 
     @property
     def bytes(self) -> int:
