@@ -8,9 +8,10 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -24,6 +25,7 @@ B, L, D, HEADS = 512, 50, 128, 4
 P = 0.3
 PEERS = {"flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH}
 Pair = tuple[Tensor, ...]
+NONE = (0, 0, 0)  # no floor
 
 
 def beauty_lengths() -> Tensor:
@@ -43,9 +45,16 @@ def times(
     """Forward alone and with backward; `floors` are the bytes of each and the operations of the forward pass."""
     with torch.no_grad():
         yield Row(op, f"{case}, forward", who, time_us(call, 30), floors[0], floors[2])
+    yield both_ways(op, case, who, call, leaves, floors)
+
+
+def both_ways(
+    op: str, case: str, who: str, call: Callable[[], Pair], leaves: list[Tensor], floors: tuple[int, int, int] = NONE
+) -> Row:
+    """Forward and backward from random gradients."""
     upstream = [torch.randn_like(one) for one in call()]
-    both = lambda: torch.autograd.grad(call(), leaves, upstream)  # noqa: E731
-    yield Row(op, f"{case}, forward + backward", who, time_us(both, 30), floors[1], 3 * floors[2])
+    run = lambda: torch.autograd.grad(call(), leaves, upstream)  # noqa: E731
+    return Row(op, f"{case}, forward + backward", who, time_us(run, 20), floors[1], 3 * floors[2])
 
 
 def attention_rows(lengths: Tensor, case: str) -> Iterator[Row]:
@@ -63,22 +72,21 @@ def attention_peers() -> Iterator[Row]:
     """On padded [B, H, L, C], rotary not included: it is one more pass in theirs."""
     case = f"B {B}, L {L}"
     values, tangents = ([random(B, HEADS, L, D // HEADS, leaf=True) for _ in range(3)] for _ in range(2))
-    zero = (0, 0, 0)
     for who, backend in PEERS.items():
         with sdpa_kernel(backend):
             call = lambda: (F.scaled_dot_product_attention(*values),)  # noqa: E731
-            yield from times("attention", case, f"SDPA {who}", call, values, zero)
+            yield from times("attention", case, f"SDPA {who}", call, values, NONE)
     allowed = torch.ones(B, 1, 1, L, dtype=torch.bool, device="cuda")
     explicit = torch.compile(lambda *x: softmax_attention([x[:3], x[3:]], allowed))
     both = lambda: explicit(*values, *tangents)  # noqa: E731
-    yield from times("attention_dual", case, "compiled explicit dual", both, [*values, *tangents], zero)
+    yield both_ways("attention_dual", case, "compiled explicit dual", both, [*values, *tangents])
 
     def forward_mode() -> Pair:
         with sdpa_kernel(SDPBackend.MATH):
             result: Pair = torch.func.jvp(F.scaled_dot_product_attention, tuple(values), tuple(tangents))
         return result
 
-    yield from times("attention_dual", case, "torch.func.jvp, SDPA math", forward_mode, [*values, *tangents], zero)
+    yield both_ways("attention_dual", case, "torch.func.jvp, SDPA math", forward_mode, [*values, *tangents])
 
 
 def weights_of(module: Block) -> BlockWeights:
@@ -117,11 +125,12 @@ def block_rows(module: Block, lengths: Tensor, case: str) -> Iterator[Row]:
     leaves = list(module.parameters())
     dropout = BlockDropout(P, torch.tensor([1], device="cuda"))
     unit, operations = 2 * rows * D, 2 * rows * 12 * D * D
-    # x, qkv, o and h once each way, y; backward: 52 rows' widths of 128, the hidden layer and its gradient among them.
-    floors = (13 * unit, 65 * unit, operations)
+    # Rows of D that these kernels read and write. Forward: x; q, k, v twice; o twice; x, h, y. Backward, with the
+    # weight gradients: 56, of which 20 are the hidden layer and its gradient.
+    floors = (12 * unit, 68 * unit, operations)
     for last in (False, True):
         name = f"{case}, newest only" if last else case
-        some = (0, 0, 0) if last else floors
+        some = NONE if last else floors
         options = {"last_only": last, "dropout": dropout}
         one = functools.partial(block, x, weights, offsets, HEADS, tables, **options)
         yield from times("block", name, "triton", lambda one=one: (one(),), [x, *leaves], some)
@@ -135,48 +144,83 @@ def block_peers(module: Block) -> Iterator[Row]:
     leaves: list[Tensor] = list(module.parameters())
     allowed = torch.ones(B, 1, 1, L, dtype=torch.bool, device="cuda")
     tables = rotary_tables(torch.arange(L - 1, -1, -1, device="cuda"), D // HEADS)
-    zero = (0, 0, 0)
-    compiled: nn.Module = torch.compile(module)  # type: ignore[assignment]
-    for who, network in (("eager", module), ("torch.compile", compiled)):
-        one = functools.partial(network, x, allowed, tables, False)
-        yield from times("block", case, who, lambda one=one: (one(),), [x, *leaves], zero)
+    one = lambda network: (network(x, allowed, tables, False),)  # noqa: E731
+    yield from times("block", case, "eager", lambda: one(module), [x, *leaves], NONE)
+    compiled = torch.compile(module)
+    yield both_ways("block", case, "torch.compile", lambda: one(compiled), [x, *leaves])
     explicit = torch.compile(lambda x, dx: dense_dual((x, dx), module, allowed, tables))
-    yield from times("block_dual", case, "compiled explicit dual", lambda: explicit(x, dx), [x, dx, *leaves], zero)
+    yield both_ways("block_dual", case, "compiled explicit dual", lambda: explicit(x, dx), [x, dx, *leaves])
 
     def forward_mode() -> Pair:
         with sdpa_kernel(SDPBackend.MATH):
             result: Pair = torch.func.jvp(lambda z: module(z, allowed, tables, False), (x,), (dx,))
         return result
 
-    yield from times("block_dual", case, "torch.func.jvp", forward_mode, [x, dx, *leaves], zero)
+    yield both_ways("block_dual", case, "torch.func.jvp", forward_mode, [x, dx, *leaves])
+
+
+def breakdown(module: Block) -> Iterator[str]:
+    """The kernels of forward + backward of the block and of its dual, and what each takes, the L2 cache warm."""
+    offsets, tables = torch.arange(B + 1, device="cuda") * L, rotary_by_age(L, D // HEADS, "cuda")
+    x, dx = random(B * L, D, leaf=True), random(B * L, D, leaf=True)
+    options = {"dropout": BlockDropout(P, torch.tensor([1], device="cuda"))}
+    for op, inputs in ((block, (x,)), (block_dual, (x, dx))):
+        leaves, times = [*inputs, *module.parameters()], 5
+
+        def run(op: Callable[..., Any] = op, inputs: Pair = inputs, leaves: list[Tensor] = leaves) -> None:
+            result = op(*inputs, weights_of(module), offsets, HEADS, tables, **options)
+            torch.autograd.grad(result, leaves, inputs if op is block_dual else inputs[0])
+
+        run()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for _ in range(times):
+                run()
+            torch.cuda.synchronize()
+        spent = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)
+        parts = [f"{one.key[:32]} x{one.count // times} {one.self_device_time_total / times:.1f}" for one in spent[:14]]
+        yield f"{op.__name__}, kernels in us: " + " | ".join(parts)
 
 
 def check() -> None:
-    """No time of ours counts unless the block equals the reference network's."""
+    """No time of ours counts unless the block and its gradients equal the reference network's."""
     module = Block(ModelConfig(dropout=0.0)).to("cuda", torch.bfloat16)
-    x = random(B, L, D)
-    tables = rotary_tables(torch.arange(L - 1, -1, -1, device="cuda"), D // HEADS)
-    offsets = torch.arange(B + 1, device="cuda") * L
+    x, upstream = random(B * L, D, leaf=True), random(B * L, D)
+    offsets, rotary = torch.arange(B + 1, device="cuda") * L, rotary_by_age(L, D // HEADS, "cuda")
+    y = block(x, weights_of(module), offsets, HEADS, rotary)
+    got = [y, *torch.autograd.grad(y, [x, *module.parameters()], upstream)]
+    dual = block_dual(x, upstream, weights_of(module), offsets, HEADS, rotary)
+    got += [*dual, *torch.autograd.grad(dual, [x, *module.parameters()], (upstream, upstream))]
+
+    module.double()
     allowed = torch.ones(B, 1, 1, L, dtype=torch.bool, device="cuda")
-    with torch.no_grad():
-        want = module.double()(x.double(), allowed, tables, False).view(B * L, D)
-        module.to(torch.bfloat16)
-        got = block(x.view(B * L, D), weights_of(module), offsets, HEADS, rotary_by_age(L, D // HEADS, "cuda"))
-    error = float((got.double() - want).norm() / want.norm())
-    if not error < 1e-2:
-        raise AssertionError(f"the block differs from the reference network's by {error:.2e}")
+    tables = rotary_tables(torch.arange(L - 1, -1, -1, device="cuda"), D // HEADS)
+    wide, along = x.detach().double().requires_grad_(), upstream.double()
+    call = lambda z: module(z.view(B, L, D), allowed, tables, False).view(B * L, D)  # noqa: E731
+    y = call(wide)
+    want = [y, *torch.autograd.grad(y, [wide, *module.parameters()], along)]
+    with sdpa_kernel(SDPBackend.MATH):
+        dual = torch.func.jvp(call, (wide,), (along,))
+    want += [*dual, *torch.autograd.grad(dual, [wide, *module.parameters()], (along, along))]
+    errors = [float((one.double() - two).norm() / two.norm()) for one, two in zip(got, want, strict=True)]
+    if not max(errors) < 1.5e-2:
+        raise AssertionError(f"the block differs from the reference network's by {errors}")
+    print(f"relative errors against fp64: {', '.join(f'{one:.1e}' for one in errors)}")
 
 
 def main() -> None:
     torch.manual_seed(0)
     gpu = torch.cuda.get_device_name()
-    module = Block(ModelConfig(dropout=P)).to("cuda", torch.bfloat16)
     check()
+    module = Block(ModelConfig(dropout=P)).to("cuda", torch.bfloat16)
+    print("\n".join(breakdown(module)), flush=True)
     rows: list[Row] = []
-    for lengths, case in ((torch.full((B,), L), f"B {B}, L {L}"), (beauty_lengths(), f"B {B}, as Beauty")):
-        rows += [*attention_rows(lengths, case), *block_rows(module, lengths, case)]
-    rows += [*attention_peers(), *block_peers(module)]
-    print(table(rows, gpu))
+    groups = [attention_peers(), block_peers(module)]
+    for lengths, case in ((beauty_lengths(), f"B {B}, as Beauty"), (torch.full((B,), L), f"B {B}, L {L}")):
+        groups = [attention_rows(lengths, case), block_rows(module, lengths, case), *groups]
+    for group in groups:
+        some = list(group)
+        print(table(some, gpu), flush=True)
+        rows += some
     print(json.dumps({"gpu": gpu, "rows": [row.as_dict(gpu) for row in rows]}))
 
 
