@@ -114,6 +114,12 @@ def test_exclusions_and_a_deny_list(narrow: None, lengths: tuple[int, ...], shar
     assert_equals_the_reference(queries, table, 20, exclusions(2, 700, lengths), deny)
 
 
+def test_spans_of_three_tiles(narrow: None) -> None:
+    queries, table = whole_numbers(1, 2000, 4)
+    assert OP_MODULE._Plan.make(1, 2000, queries, 20, 0).tiles_of_span == 3 or DEVICE.type == "cuda"
+    assert_equals_the_reference(queries, table, 20, exclusions(1, 2000, (90,)))
+
+
 def test_excluding_the_best_items_of_every_group(narrow: None) -> None:
     """All groups but one are upper bounds only, and the best of what is left stands behind excluded items."""
     queries, table = whole_numbers(1, 640, 8)
@@ -247,25 +253,6 @@ def test_the_reference_writes_where_it_is_told() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("items", [1, 97, 1682, 12_101, 1_000_003])
-@pytest.mark.parametrize("batch", [1, 2, 3, 63, 132, 513])
-def test_the_matrix_of_sizes(batch: int, items: int) -> None:
-    for k in (1, 20, 100, 1024):
-        assert_equals_the_reference(*whole_numbers(batch, items, 128, dtype=torch.bfloat16), k)
-    queries, table = whole_numbers(batch, items, 128, spread=1, dtype=torch.bfloat16)
-    assert_equals_the_reference(queries, table, 20, exclusions(batch, items, (0, 50, 700)), denied(items, 0.2))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("d", [4, 50, 64, 256])
-def test_dtypes_and_widths(dtype: torch.dtype, d: int) -> None:
-    queries, table = whole_numbers(70, 12_101, d, dtype=dtype)
-    assert_equals_the_reference(queries, table, 20, exclusions(70, 12_101, (0, 50)))
-    assert_equals_the_reference(queries[:3], table, 20, deny=denied(12_101, 0.2))
-
-
-@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("batch", "items"), [(3, 12_101), (132, 1_000_003)])
 def test_random_floats(batch: int, items: int, dtype: torch.dtype) -> None:
@@ -317,6 +304,34 @@ def test_graph_replay_follows_its_inputs_and_allocates_nothing() -> None:
         expected = score_topk(queries, table, 20, exclude, backend="reference")
         assert torch.equal(out[0], expected[0])
         assert torch.equal(out[1], expected[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("items", [1, 97, 1682, 12_101, 1_000_003])
+@pytest.mark.parametrize("batch", [1, 2, 3, 63, 132, 513])
+def test_the_matrix_of_sizes(batch: int, items: int) -> None:
+    assert_equals_the_reference(*whole_numbers(batch, items, 128, dtype=torch.bfloat16), 20)
+    queries, table = whole_numbers(batch, items, 128, spread=1, dtype=torch.bfloat16)
+    assert_equals_the_reference(queries, table, 20, exclusions(batch, items, (0, 50, 700)), denied(items, 0.2))
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("k", [1, 100, 1024])
+@pytest.mark.parametrize("items", [97, 12_101, 1_000_003])
+@pytest.mark.parametrize("batch", [3, 132, 513])
+def test_other_lengths_of_lists(batch: int, items: int, k: int) -> None:
+    assert_equals_the_reference(*whole_numbers(batch, items, 128, dtype=torch.bfloat16), k)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("d", [4, 50, 64, 256])
+def test_dtypes_and_widths(dtype: torch.dtype, d: int) -> None:
+    queries, table = whole_numbers(70, 12_101, d, dtype=dtype)
+    assert_equals_the_reference(queries, table, 20, exclusions(70, 12_101, (0, 50)))
+    assert_equals_the_reference(queries[:3], table, 20, deny=denied(12_101, 0.2))
 
 
 @pytest.mark.gpu
