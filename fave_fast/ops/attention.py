@@ -210,10 +210,15 @@ def _check(stacked: tuple[Tensor, ...], queries: tuple[Tensor, ...], histories: 
         if one.shape != wanted or one.dtype != qkv.dtype or one.device != qkv.device:
             raise ValueError(f"q is {one.dtype} {list(one.shape)} on {one.device}; expected {qkv.dtype} {list(wanted)}")
     if bounds.device.type == "cpu":  # elsewhere a look at the values would make the host wait
-        _check_values(histories, qkv.shape[0])
+        check_values(histories, qkv.shape[0])
 
 
-def _check_values(histories: Histories, total: int) -> None:
+def check_values(histories: Histories, total: int) -> None:
+    """Look at the bounds of `total` rows of packed histories, or of padded ones, which waits for the device.
+
+    Raises:
+        ValueError: bounds that do not fit, or a history that is longer than the rotary tables.
+    """
     bounds, longest = histories.bounds, histories.padded_length
     lengths = bounds if longest is not None else bounds.diff()
     if longest is not None:

@@ -29,7 +29,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fave_fast.ops.attention import Histories, Tables, backward_into, forward_into, refuse_forward_mode, views
+from fave_fast.ops.attention import (
+    Histories,
+    Tables,
+    backward_into,
+    check_values,
+    forward_into,
+    refuse_forward_mode,
+    views,
+)
 from fave_fast.ops.attention import reference as attend
 from fave_fast.ops.registry import Implementation, Op, not_interpreted, triton_kernels
 from fave_fast.ops.tuning import Shapes, tile_shapes
@@ -200,6 +208,8 @@ def _check(x: tuple[Tensor, ...], weights: BlockWeights, histories: Histories) -
         raise ValueError(f"offsets are {bounds.dtype} {list(bounds.shape)}; expected int32 or int64 [B + 1]")
     if bounds.device != first.device:
         raise ValueError(f"offsets are on {bounds.device} and x on {first.device}; expected one device")
+    if bounds.device.type == "cpu":  # elsewhere a look at the values would make the host wait
+        check_values(histories, len(first))
 
 
 def norm_dual(x: tuple[Tensor, ...], gain: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, ...]:
