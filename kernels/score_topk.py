@@ -10,8 +10,9 @@ The same holds of groups within spans of neighbouring groups. So:
    again and chooses K of them.
 
 Nothing depends on how scores are spread: no threshold that data can defeat, no list that can overflow, no order of
-arrival. Both kernels form a score by the same sequence of matrix instructions, whatever the batch, so that a group's
-largest score is, bit for bit, the score of one of its items, and a row's list is the same in any batch.
+arrival. A group's largest score is, bit for bit, the score of one of its items, and a row's list is the same in any
+batch, because the matrix units of an H200 give the same bits in every tile shape and with their operands exchanged
+(a test looks), and ordinary float32 products add up in the order of the columns.
 
 Excluded ids: the maximum of a group that holds one is only an upper bound. `finish` takes such groups out of the
 tournament and adds to the chosen ones those whose bound reaches the last chosen maximum.
@@ -404,7 +405,7 @@ def finish(
     chosen_groups += row * capacity
     entries += row * BUFFER
     query = queries + row * D
-    # All M rows of the product are this one, any row of it is the result.
+    # All M rows are this one, the least that a matrix instruction takes; any column of the product is the result.
     q = tl.load(query + column, mask=column < D, other=0.0)
     q = tl.broadcast_to(q[None, :], [M, DP])
     if PDL:

@@ -28,6 +28,7 @@ _Run = Callable[[Tiles, int, Tensor | None, tuple[Tensor, Tensor] | None, Tensor
 
 MAX_K = 1024  # of the kernels
 MAX_WIDTH = 256  # D of the kernels
+MAX_ITEMS = (1 << 31) - (1 << 12)  # N of the kernels: ids of a tile's last items stay below 2^31
 MAX_WORKSPACE = 512 << 20  # bytes of group maxima at a time
 ROWS_AT_LEAST = 128  # at a time, though they need more
 
@@ -61,7 +62,7 @@ def score_topk(
         tile: columns computed at a time by the reference; by default as many as keep B * tile within 2^24 scores.
         out: scores [B, K] float32 and ids [B, K] int64, contiguous: written and returned.
         workspace: at least `workspace_bytes` of uint8 for the triton backend; its contents do not matter and change.
-        backend: auto, reference, or triton (K up to 1,024, D up to 256, N below 2^31).
+        backend: auto, reference, or triton (K up to 1,024, D up to 256, N up to 2^31 - 2^12).
 
     Returns:
         Scores [B, K] float32, and ids [B, K] int64; where fewer than K candidates remain, -inf and 0.
@@ -284,7 +285,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 def _beyond_the_kernels(d: int, k: int, length: int) -> dict[str, str]:
     """Why a call is not for the kernels, by backend."""
-    for name, value, limit in (("K", k, MAX_K), ("D", d, MAX_WIDTH), ("N", length - 1, (1 << 31) - 2)):
+    for name, value, limit in (("K", k, MAX_K), ("D", d, MAX_WIDTH), ("N", length - 1, MAX_ITEMS)):
         if value > limit:
             return {"triton": f"its kernels take {name} up to {limit}, not {value}"}
     return {}
