@@ -19,7 +19,7 @@ from fave_fast.ops.encoder import EncoderWeights, InputPath, Plan, encode, encod
 ITEMS = 12_101
 LENGTH = 50
 BATCHES = (1, 64, 132, 512, 4096)
-COMPILED = (1, 512)
+COMPILED = (512,)
 BEAUTY = (512, 4096, 16_384)
 
 

@@ -138,8 +138,11 @@ def _attend(q, k, v, query_slot, key_slot, age, SCALE: tl.constexpr, CAUSAL: tl.
         allowed &= age[:, None] <= age[None, :]
     scores = tl.where(allowed, scores, MASKED)
     # A row without any key would have infinite minus infinite; this way it has zeros, and spoils no other by NaN.
-    top = tl.maximum(tl.max(scores, 1), MASKED / 2) * (SCALE * LOG2_E)
-    p = tl.exp2(scores * (SCALE * LOG2_E) - top[:, None])
+    top = tl.maximum(tl.max(scores, 1), MASKED / 2)
+    if q.dtype == tl.float32:
+        p = tl.exp2((scores - top[:, None]) * (SCALE * LOG2_E))  # no rounding at the size of the scores
+    else:
+        p = tl.exp2(scores * (SCALE * LOG2_E) - (top * (SCALE * LOG2_E))[:, None])
     return _dot(p.to(v.dtype), v) * (1.0 / tl.maximum(tl.sum(p, 1), 0.5))[:, None]
 
 
@@ -161,7 +164,7 @@ def _feed_forward(
 def _slot(row, shift, EXACT: tl.constexpr):
     """Row >> shift.
 
-    Unless EXACT, by assembly that LLVM cannot take part in: of many such shifts it made vectors, in which it shifted the
+    Unless EXACT, by assembly, which LLVM leaves alone: of many such shifts it made vectors, in which it shifted the
     thread's number 31 bits up, into the neighbour. With eight warps, loads were then at odd addresses.
     """
     if EXACT:

@@ -5,6 +5,7 @@ from typing import Any
 from fave_fast.ops import attention as _attention
 from fave_fast.ops import block as _block
 from fave_fast.ops import cross_entropy as _cross_entropy
+from fave_fast.ops import encoder as _encoder
 from fave_fast.ops import input_modulation as _input_modulation
 from fave_fast.ops import rank_count as _rank_count
 from fave_fast.ops import score_topk as _score_topk
@@ -15,6 +16,7 @@ OPS: tuple[Op[Any], ...] = (
     _attention.OP,
     _block.OP,
     _cross_entropy.OP,
+    _encoder.OP,
     _input_modulation.OP,
     _rank_count.OP,
     _score_topk.OP,
