@@ -4,9 +4,15 @@ One program holds M rows: M / T histories in slots of T rows, T a power of two f
 from the end (its newest item is the slot's last row), and rows before its oldest item are masked. The residual stream
 stays in float32 registers from the first block to the last; what a block reads is its weights.
 
-A history's bits do not depend on M, T, its slot or its neighbours: a product's row sees that row alone, and attention
-sums over all M keys with exact zeros at the keys of others, in an order that is fixed relative to a multiple of eight
-keys. (Only a NaN or an infinity spreads: zero times it is NaN.)
+A history's bits do not depend on M (64 or 128; smaller tiles use another instruction and split their sums otherwise), on
+T, its slot or its neighbours: a product's row sees that row alone, and attention sums over all M keys with exact zeros
+at the keys of others, in an order that is fixed relative to a multiple of eight keys. (Only a NaN or an infinity
+spreads: zero times it is NaN.)
+
+On an H200 (bf16, D = 128, 4 blocks, L = 50), M = 64 takes 54 us at B = 1, 135 at 512 and 980 at 4,096. Each of a
+block's 12 steps is a chain of products and of arithmetic that waits for them; two programs share a multiprocessor and
+fill about 40 % of its tensor cores' time and a third of its issue slots. M = 128 reads half the weights and is slower,
+162 us and 1,195: its two groups of warps meet at every barrier and so wait together.
 
 The last block answers for the newest rows alone: its feed-forward runs on 16 rows, row j standing for whatever newest
 row there is among the tile's rows j M / 16 to (j + 1) M / 16 - 1. (Its attention does not: a loop that mixes products
