@@ -271,8 +271,10 @@ def reference(
 _Mask = tuple[Tensor, int, int, float]  # seed, first of two streams, threshold, scale
 
 
-def _shapes(kernel: str, dual: bool, device: torch.device) -> Shapes:
-    return tile_shapes("block", f"{kernel}_dual" if dual else kernel, device)
+def _shapes(kernel: str, dual: bool, like: Tensor) -> Shapes:
+    # float32 products are ordinary multiply-adds with both operands in registers: large tiles spill by the kilobyte.
+    narrow = like.dtype == torch.float32 and kernel != "norm_backward"
+    return tile_shapes("block", f"{kernel}_fp32" if narrow else f"{kernel}_dual" if dual else kernel, like.device)
 
 
 class _Rows:
@@ -316,10 +318,10 @@ class _Block:
         """(y,) or (y, dy), and the tensors that `backward` needs."""
         from fave_fast.kernels import block as kernels
 
-        w, d, device = self.weights, self.d, x[0].device
+        w, d = self.weights, self.d
         norm, ffn_norm = self._norms()
         count, total, last = len(x), len(x[0]), self.histories.last
-        shapes = _shapes("norm_linear", self.dual, device)
+        shapes = _shapes("norm_linear", self.dual, x[0])
         residual, queries = x, None
         weight = w.qkv
         if last:
@@ -335,7 +337,7 @@ class _Block:
         forward_into(inputs, o.parts, self.histories)
         kernels.tail(
             o.parts, residual, (w.attention_out, w.ffn_in, w.ffn_out), ffn_norm, self._mask(), h.parts, y.parts,
-            _shapes("tail", self.dual, device),
+            _shapes("tail", self.dual, x[0]),
         )  # fmt: skip
         saved = (projected.buffer, o.buffer, h.buffer) + (() if queries is None else (queries.buffer,))
         return y.parts, saved
@@ -379,7 +381,7 @@ class _Block:
         gz = _Rows(h, count, rows, d) if self.dual or mask is not None else None
         kernels.gelu_backward(
             tuple(h.unbind(0)), self._norms()[1], upstream, (w.ffn_in, w.ffn_out), mask, u.parts, ga.parts,
-            None if gz is None else gz.parts, _shapes("gelu_backward", self.dual, h.device),
+            None if gz is None else gz.parts, _shapes("gelu_backward", self.dual, h),
         )  # fmt: skip
         g_out = (upstream[0] if gz is None else gz.flat).t() @ u.flat
         gn = self._linear(ga.buffer, w.ffn_in)
@@ -394,7 +396,7 @@ class _Block:
         from fave_fast.kernels import block as kernels
 
         y = _Rows(x, x.shape[0], x.shape[1], weight.shape[1])
-        kernels.linear(x.flatten(0, 1), weight, y.flat, _shapes("linear", False, x.device))
+        kernels.linear(x.flatten(0, 1), weight, y.flat, _shapes("linear", False, x))
         return y
 
     def _norm_backward(
@@ -411,7 +413,7 @@ class _Block:
         from fave_fast.kernels import block as kernels
 
         norm, d = self._norms()[which], self.d
-        shapes = _shapes("norm_backward", self.dual, x[0].device)
+        shapes = _shapes("norm_backward", self.dual, x[0])
         programs = -(-len(x[0]) // shapes["BM"])
         # The programs last: a sum over contiguous numbers takes 3 us, one over 400 rows of 256 took 15.
         sums = torch.empty(2, d, programs, dtype=torch.float32, device=x[0].device)
