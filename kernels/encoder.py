@@ -4,9 +4,9 @@ One program holds M rows: M / T histories in slots of T rows, T a power of two f
 from the end (its newest item is the slot's last row), and rows before its oldest item are masked. The residual stream
 stays in float32 registers from the first block to the last; what a block reads is its weights.
 
-A history's bits do not depend on M (64 or 128; smaller tiles use another instruction and split their sums otherwise), on
-T, its slot or its neighbours: a product's row sees that row alone, and attention sums over all M keys with exact zeros
-at the keys of others, in an order that is fixed relative to a multiple of eight keys. (Only a NaN or an infinity
+A history's bits do not depend on M (64 or 128; smaller tiles use another instruction and split their sums otherwise),
+on T, its slot or its neighbours: a product's row sees that row alone, and attention sums over all M keys with exact
+zeros at the keys of others, in an order that is fixed relative to a multiple of eight keys. (Only a NaN or an infinity
 spreads: zero times it is NaN.)
 
 On an H200 (bf16, D = 128, 4 blocks, L = 50), M = 64 takes 54 us at B = 1, 135 at 512 and 980 at 4,096. Each of a
