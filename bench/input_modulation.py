@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._inductor import config as inductor
 from torch.nn import functional as F
 
 from bench.measure import Row, table, time_us
@@ -170,17 +171,22 @@ def measurements() -> Iterator[Row]:
         yield forward(inputs, "triton", "drawn", "computed", packed, dual=True)
         for dual in (False, True):
             yield training(inputs, "triton", packed, dual)
-    for who in ("eager", "torch.compile"):
-        for dual in (False, True):
-            yield forward(inputs, who, "drawn", "computed", dual=dual)
-            yield training(inputs, who, dual=dual)
-        for lam, z in (("constant", "given"), ("given", "computed")):
-            yield forward(inputs, who, lam, z)
-    for count in (1, 64, 512):
-        inputs = Inputs.make(count)
+    for dual in (False, True):
+        yield forward(inputs, "eager", "drawn", "computed", dual=dual)
+        yield training(inputs, "eager", dual=dual)
+    yield forward(inputs, "eager", "constant", "given")
+    yield forward(inputs, "eager", "given", "computed")
+    for count in (1, 512):
+        small = Inputs.make(count)
         for who in ("triton", "eager"):
-            yield forward(inputs, who, "constant", "given")
-            yield training(inputs, who)
+            yield forward(small, who, "constant", "given")
+            yield training(small, who)
+    # A pool of compiling processes takes longer to start than these few kernels to compile.
+    inductor.compile_threads = 1
+    yield forward(inputs, "torch.compile", "drawn", "computed")
+    yield training(inputs, "torch.compile")
+    yield forward(inputs, "torch.compile", "constant", "given")
+    yield forward(inputs, "torch.compile", "drawn", "computed", dual=True)
 
 
 def main() -> None:
