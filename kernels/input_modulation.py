@@ -537,7 +537,6 @@ def launch_rows(
         lam, lam.shape[0] if mode == SHARED else 0, delta, seed, users, *_dropped(dropout), out, dout,
         D=d, V=v, ROWS=rows, LAMBDA=mode, DROP=dropout > 0, AFTER=overlap, num_warps=shapes["num_warps"],
         **({"launch_pdl": True} if overlap else {}),
-        **({"maxnreg": shapes["max_registers"]} if shapes["max_registers"] else {}),
     )  # fmt: skip
 
 
