@@ -92,7 +92,7 @@ def predict_with_tangent(
     present = history != 0
 
     def endpoint_of(x_t: Tensor, t: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-        prediction = model.encode(model.modulate(embedded, x_t, t, r, lam), present)
+        prediction = model.encode(model.modulate(embedded, x_t, t, r, lam), present, forward_mode=True)
         return prediction.endpoint, prediction.source
 
     # The fused attention kernels have no forward-mode derivative.

@@ -58,11 +58,15 @@ class Dropout(nn.Module):
         return x * (torch.rand(x.shape) >= self.p).to(x.dtype).div_(1 - self.p)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Softmax attention of q on k, v [B, heads, L, channels] where `mask` is True."""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        # The CPU's bf16 backward takes 127 ms a block at B = 512, L = 50, its fp32 backward 17.
-        with torch.autocast("cpu", enabled=False):
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, forward_mode: bool) -> Tensor:
+    """Softmax attention of q on k, v [B, heads, L, channels] where `mask` is True.
+
+    `forward_mode`: a tangent goes through.
+    """
+    # The CPU's bf16 backward takes 127 ms a block at B = 512, L = 50, its fp32 backward 17. On a GPU (torch 2.11) the
+    # backward of a tangent under autocast raises: softmax's input is bf16 and its gradient float32.
+    if q.dtype == torch.bfloat16 and (forward_mode or q.device.type == "cpu"):
+        with torch.autocast(q.device.type, enabled=False):
             return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask).to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
@@ -121,10 +125,17 @@ class Block(nn.Module):
         self.ffn_out = nn.Linear(config.ffn_mult * d, d, bias=False)
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, h: Tensor, mask: Tensor, rotary: tuple[Tensor, Tensor] | None, last_only: bool) -> Tensor:
+    def forward(
+        self,
+        h: Tensor,
+        mask: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        last_only: bool,
+        forward_mode: bool = False,
+    ) -> Tensor:
         """H [B, L, D] -> [B, L, D], or [B, 1, D] for the newest position alone with `last_only`.
 
-        mask [B, 1, queries, L] (or broadcastable to it) is True where a query may look.
+        mask [B, 1, queries, L] (or broadcastable to it) is True where a query may look. `forward_mode` as in `attend`.
         """
         batch, _, d = h.shape
         x = self.attention_norm(h)
@@ -137,7 +148,7 @@ class Block(nn.Module):
         if rotary is not None:
             k = rotate(k, rotary)
             q = q if last_only else rotate(q, rotary)  # the newest item has age 0: its rotation is the identity
-        attended = attend(q, k, v, mask).transpose(1, 2).reshape(batch, -1, d)
+        attended = attend(q, k, v, mask, forward_mode).transpose(1, 2).reshape(batch, -1, d)
         h = h + self.dropout(self.attention_out(attended))
         hidden = F.gelu(self.ffn_in(self.ffn_norm(h)))
         result: Tensor = h + self.dropout(self.ffn_out(hidden))
@@ -209,10 +220,11 @@ class FAVE(nn.Module):
         """E of eq. (9): e_s [B, L, D] + lambda [B, L, D] * (x_t [B, D] + z), z from t and r [B]."""
         return embedded + lam * (x_t + self.time_features(t, r))[:, None, :]
 
-    def encode(self, modulated: Tensor, present: Tensor) -> Prediction:
+    def encode(self, modulated: Tensor, present: Tensor, forward_mode: bool = False) -> Prediction:
         """E [B, L, D] and `present` bool [B, L] (False at padding) through all blocks.
 
-        A row without any item attends to padding alone; its result is finite and means nothing.
+        A row without any item attends to padding alone; its result is finite and means nothing. `forward_mode` as in
+        `attend`.
         """
         length = modulated.shape[1]
         mask = present[:, None, None, :] | ~present.any(1)[:, None, None, None]
@@ -229,7 +241,7 @@ class FAVE(nn.Module):
         source_index = self.config.source_block % self.config.blocks
         for index, block in enumerate(self.blocks):
             last_only = index == self.config.blocks - 1
-            h = block(h, mask if last_only else full_mask, rotary, last_only)
+            h = block(h, mask if last_only else full_mask, rotary, last_only, forward_mode)
             if index == source_index:
                 source = h[:, -1]
         return Prediction(self.final_norm(h[:, -1]), source)

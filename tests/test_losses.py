@@ -330,6 +330,17 @@ def test_stage2_trains_under_dropout() -> None:
     assert losses.consistency > 0
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("stage", [stage1_losses, stage2_losses])
+def test_both_stages_train_in_bf16(stage: Callable[..., Losses], device: str) -> None:
+    model = build().float().to(device)
+    with torch.autocast(device, torch.bfloat16):
+        losses = stage(model, CONFIG, HISTORY.to(device), TARGETS.to(device))
+    losses.total.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
+    assert model.blocks[0].qkv.weight.grad.abs().sum() > 0
+
+
 def test_seed_decides_every_draw() -> None:
     model = build().eval()
     for stage in (stage1_losses, stage2_losses):
