@@ -199,7 +199,10 @@ def _statistics(
     ROTARY: tl.constexpr, CAUSAL: tl.constexpr, DUAL: tl.constexpr, BACKWARD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """For a tile of queries over all keys: log2 of the softmax's sum, mu, nu and c of the gradient formulas."""
+    """For a tile of queries over all keys: the highest score, 1 / the softmax's sum, and the formulas' mu, nu and c.
+
+    The first two apart: their rounded sum of logarithms would shift all of a row's probabilities together.
+    """
     m = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     mu = tl.zeros([BM], tl.float32)
@@ -227,7 +230,7 @@ def _statistics(
             c = c * shrink + tl.sum(p * x, 1)
         m = raised
     mu, nu = mu / total, nu / total
-    return m + tl.log2(total), mu, nu, c / total - 2 * mu * nu
+    return m, 1.0 / total, mu, nu, c / total - 2 * mu * nu
 
 
 @triton.jit
@@ -249,7 +252,7 @@ def _forward_long(
         qa, qb, dqa, dqb = _load_queries(
             q_ptr, dq_ptr, cos_ptr, sin_ptr, local, count, STRIDE_Q, C, HALF_BLOCK, ROTARY, DUAL, LAST
         )
-        level, mu, _nu, _c = _statistics(
+        top, share, mu, _nu, _c = _statistics(
             qa, qb, dqa, dqb, qa, qa, k_ptr, v_ptr, dk_ptr, dv_ptr, cos_ptr, sin_ptr, n, query, last_key,
             scale, STRIDE_KV, C, HALF_BLOCK, C_BLOCK, ROTARY, CAUSAL, DUAL, False, BM, BN,
         )  # fmt: skip
@@ -262,7 +265,7 @@ def _forward_long(
                 STRIDE_KV, C, HALF_BLOCK, C_BLOCK, ROTARY, DUAL,
             )  # fmt: skip
             s, t = _scores(qa, qb, dqa, dqb, ka, kb, dka, dkb, _allowed(query, key, n, CAUSAL), scale, DUAL)
-            p = tl.exp2(s - level[:, None])
+            p = tl.exp2(s - top[:, None]) * share[:, None]
             narrow = p.to(v.dtype)
             o += _dot(narrow, v)
             if DUAL:
@@ -410,15 +413,16 @@ def _backward_long(
         e = g
         if DUAL:
             e = _load(e_ptr, local, asked, D, channel, C)
-        level, mu, nu, c = _statistics(
+        top, share, mu, nu, c = _statistics(
             qa, qb, dqa, dqb, g, e, k_ptr, v_ptr, dk_ptr, dv_ptr, cos_ptr, sin_ptr, n, query, last_key,
             scale, STRIDE_KV, C, HALF_BLOCK, C_BLOCK, ROTARY, CAUSAL, DUAL, True, BM, BN,
         )  # fmt: skip
-        at = stats_ptr + local * (HEADS * 4)
-        tl.store(at, level, mask=asked)
-        tl.store(at + 1, mu, mask=asked)
-        tl.store(at + 2, nu, mask=asked)
-        tl.store(at + 3, c, mask=asked)
+        at = stats_ptr + local * (HEADS * 5)
+        tl.store(at, top, mask=asked)
+        tl.store(at + 1, share, mask=asked)
+        tl.store(at + 2, mu, mask=asked)
+        tl.store(at + 3, nu, mask=asked)
+        tl.store(at + 4, c, mask=asked)
         ga = tl.zeros([BM, HALF_BLOCK], tl.float32)
         gb = tl.zeros([BM, HALF_BLOCK], tl.float32)
         gda = tl.zeros([BM, HALF_BLOCK], tl.float32)
@@ -435,7 +439,7 @@ def _backward_long(
             if DUAL:
                 x += _dot(e, tl.trans(dv))
                 w = _dot(e, tl.trans(v))
-            p = tl.exp2(s - level[:, None])
+            p = tl.exp2(s - top[:, None]) * share[:, None]
             gs, gt, _r = _gradients(p, t, x, w, mu[:, None], nu[:, None], c[:, None], DUAL)
             gs = (gs * scale).to(v.dtype)
             ga += _dot(gs, ka)
@@ -478,18 +482,19 @@ def _backward_long(
             e = g
             if DUAL:
                 e = _load(e_ptr, local, asked, D, channel, C)
-            at = stats_ptr + local * (HEADS * 4)
-            level = tl.load(at, mask=asked, other=0.0)
-            mu = tl.load(at + 1, mask=asked, other=0.0)
-            nu = tl.load(at + 2, mask=asked, other=0.0)
-            c = tl.load(at + 3, mask=asked, other=0.0)
+            at = stats_ptr + local * (HEADS * 5)
+            top = tl.load(at, mask=asked, other=0.0)
+            share = tl.load(at + 1, mask=asked, other=0.0)
+            mu = tl.load(at + 2, mask=asked, other=0.0)
+            nu = tl.load(at + 3, mask=asked, other=0.0)
+            c = tl.load(at + 4, mask=asked, other=0.0)
             s, t = _scores(qa, qb, dqa, dqb, ka, kb, dka, dkb, _allowed(query, key, n, CAUSAL), scale, DUAL)
             x = _dot(g, tl.trans(v))
             w = x
             if DUAL:
                 x += _dot(e, tl.trans(dv))
                 w = _dot(e, tl.trans(v))
-            p = tl.exp2(s - level[:, None])
+            p = tl.exp2(s - top[:, None]) * share[:, None]
             gs, gt, r = _gradients(p, t, x, w, mu[:, None], nu[:, None], c[:, None], DUAL)
             p = tl.trans(p.to(v.dtype))
             gv += _dot(p, g)
@@ -545,7 +550,7 @@ def _backward_kernel(
     gdq_ptr += to_q
     gdk_ptr += to_kv
     gdv_ptr += to_kv
-    stats_ptr += (first_query * HEADS + head) * 4
+    stats_ptr += (first_query * HEADS + head) * 5
     if LAST:
         _zero_rows(gq_ptr, 1 - count, STRIDE_Q, C, C_BLOCK)
         if DUAL:
@@ -621,7 +626,7 @@ def attention_backward(inputs, upstream, gradients, stats, bounds, tables, padde
     """Launch the backward pass; what is not named here is as for `attention_forward`.
 
     From `upstream`, (g,) or (g, e) [rows of q, D], it writes `gradients`: for each of `inputs` one, q's and dq's of
-    equal strides, the others' likewise. `stats` is workspace, float32 [rows of q, H, 4]: histories of more than 64
+    equal strides, the others' likewise. `stats` is workspace, float32 [rows of q, H, 5]: histories of more than 64
     items use it.
     """
     q, k, v, dq, dk, dv = (*inputs, *inputs)[:6]

@@ -324,7 +324,7 @@ def backward_into(
 
     g = upstream[0]
     # Only histories of more than 64 items write to it; the others leave it untouched.
-    stats = torch.empty(len(g), histories.heads, 4, dtype=torch.float32, device=g.device)
+    stats = torch.empty(len(g), histories.heads, 5, dtype=torch.float32, device=g.device)
     shapes = tile_shapes("attention", "backward_dual" if len(inputs) == 6 else "backward", g.device)
     attention_backward(
         inputs, upstream, gradients, stats, histories.bounds, histories.tables, histories.padded_length,
