@@ -69,7 +69,10 @@ def pure_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_the_package_alone(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     sources = {f"fave_fast/{file.relative_to(ROOT / 'fave_fast')}" for file in (ROOT / "fave_fast").rglob("*.py")}
-    assert sources | {"fave_fast/py.typed", "fave_fast/_C.pyi", "fave_fast/kernels/probe.py"} <= set(names)
+    files = [*(ROOT / "kernels").glob("*.py"), *(ROOT / "kernels" / "tuning").glob("*.json")]
+    kernels = {f"fave_fast/{file.relative_to(ROOT)}" for file in files}
+    assert "fave_fast/kernels/tuning/generic.json" in kernels
+    assert sources | kernels | {"fave_fast/py.typed", "fave_fast/_C.pyi", "fave_fast/kernels/probe.py"} <= set(names)
     assert [name for name in names if re.fullmatch(r"fave_fast/_C\.[^/]*\.(so|pyd)", name)]
     # A top-level `kernels` would shadow the package of that name.
     assert {name.split("/")[0] for name in names} == {"fave_fast", f"fave_fast-{fave_fast.__version__}.dist-info"}
