@@ -80,7 +80,7 @@ def _lines(facts: dict[str, Any]) -> list[str]:
     for device, ops in facts["backends"].items():
         lines.append(f"backends on {device}, the preferred first")
         for op, refusals in ops.items():
-            lines += [f"  {op:<12} {name:<10} {reason or 'runs'}" for name, reason in refusals.items()]
+            lines += [f"  {op:<16} {name:<10} {reason or 'runs'}" for name, reason in refusals.items()]
     lines.append("environment variables")
     for name, entry in facts["environment"].items():
         value = "not set" if entry["value"] is None else repr(entry["value"])
