@@ -1,9 +1,12 @@
-"""Exact top 20 beside matmul + topk and the bare matrix product; `python -m bench.score_topk`."""
+"""Exact top 20 beside matmul + topk and the bare matrix product; `python -m bench.score_topk`.
+
+FlashInfer's top_k on the scores is measured where it is installed.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -22,6 +25,15 @@ WITH_EXCLUSIONS = ((12_101, 1), (12_101, 512), (1_000_000, 1), (1_000_000, 512))
 CHECKED = 32  # rows of a batch, its last ones
 EXCLUDED = 50  # ids a row, a full history
 SLOW = 10**9  # scores from which on a peer is timed a few times only, its launches not in a graph
+
+
+def flashinfer_top_k() -> Callable[[Tensor, int], object] | None:
+    try:
+        from flashinfer import top_k
+    except ImportError:
+        return None
+    found: Callable[[Tensor, int], object] = top_k
+    return found
 
 
 def catalogue(n: int) -> Tensor:
@@ -93,6 +105,10 @@ def measure(batch: int, items: Tensor) -> Iterator[Row]:
     yield Row("score_topk", case, "torch.mm alone", alone, **size)
     peer = time_us(lambda: torch.mm(queries, items[1:].T, out=scores).topk(K), repeats, graph=not slow)
     yield Row("score_topk", case, "torch.mm + topk", peer, **size)
+    top_k = flashinfer_top_k()
+    if top_k is not None:
+        other = time_us(lambda: top_k(torch.mm(queries, items[1:].T, out=scores), K), repeats, graph=not slow)
+        yield Row("score_topk", case, "torch.mm + FlashInfer top_k", other, **size)
 
 
 def main() -> None:
@@ -104,6 +120,8 @@ def main() -> None:
             rows += measure(batch, items)
         del items
     print(table(rows, gpu))
+    if flashinfer_top_k() is None:
+        print("FlashInfer is not installed: its top_k is not measured")
     print(json.dumps({"gpu": gpu, "rows": [row.as_dict(gpu) for row in rows]}))
 
 

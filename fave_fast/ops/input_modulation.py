@@ -10,7 +10,6 @@ is 0 gets zeros and passes no gradient on. The age of a position counts back fro
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,7 +19,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from fave_fast.errors import BackendError
 from fave_fast.ops import philox
 from fave_fast.ops.registry import Implementation, Op, not_interpreted, triton_kernels
 from fave_fast.ops.tuning import tile_shapes
@@ -213,13 +211,9 @@ def constant_time_features(model: HasTimeEmbedding) -> Tensor:
 
 
 def _resolve(backend: str, call: _Call) -> _Run:
-    run = OP.resolve(backend, call.table.device, call.table.dtype)
     d = call.table.shape[1]
-    if run is not _run_triton or d in _KERNEL_CHANNELS:
-        return run
-    if backend == "auto" and not os.environ.get("FAVE_FAST_BACKEND"):
-        return _run_reference
-    raise BackendError(f"input_modulation: its kernels take {_KERNEL_CHANNELS} channels, and the table has {d}")
+    beyond = {} if d in _KERNEL_CHANNELS else {"triton": f"its kernels take D of {_KERNEL_CHANNELS}, not {d}"}
+    return OP.resolve(backend, call.table.device, call.table.dtype, beyond)
 
 
 def _fits(name: str, tensor: Tensor, call: _Call, shapes: list[list[int]], dtypes: tuple[torch.dtype, ...]) -> None:
