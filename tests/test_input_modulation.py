@@ -575,7 +575,7 @@ def test_transforms_and_second_derivatives_are_refused() -> None:
 @kernels
 def test_a_width_that_kernels_lack_is_refused_by_name_and_computed_by_the_reference() -> None:
     case = make(2, 3, 24)
-    with pytest.raises(BackendError, match="its kernels take D of .* not 24"):
+    with pytest.raises(BackendError, match=r"its kernels take D of .* not 24"):
         case.call(0.5)
     assert torch.equal(case.call(0.5, backend="auto")[0], case.call(0.5, backend="reference")[0])
 

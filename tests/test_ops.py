@@ -269,10 +269,11 @@ def test_only_auto_falls_back_and_says_so_once(caplog: pytest.LogCaptureFixture)
         return "out of order"
 
     op = Op("probe", (Implementation("triton", lambda: "triton", why_not), Implementation("reference", lambda: "ref")))
-    where = (torch.device("cpu"), torch.float32)
+    where = (torch.device("cuda"), torch.float32)
     registry_module._log_once.cache_clear()
     with caplog.at_level(logging.INFO, "fave_fast.ops.registry"):
         assert [op.resolve("auto", *where)() for _ in range(3)] == ["ref"] * 3
+        op.resolve("auto", torch.device("cpu"), torch.float32)  # whose backend it is not: nothing to say
         with pytest.raises(BackendError, match="probe: backend 'triton' cannot run: out of order"):
             op.resolve("triton", *where)
     assert [record.getMessage() for record in caplog.records] == ["probe: backend triton passed over: out of order"]
@@ -316,7 +317,7 @@ def test_where_triton_kernels_run(
 
 def test_without_triton_its_kernels_say_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry_module, "why_no_triton", lambda: "Triton cannot be imported (x)")
-    assert registry_module.triton_kernels(torch.device("cpu"), torch.float32) == "Triton cannot be imported (x)"
+    assert registry_module.triton_kernels(torch.device("cuda"), torch.float32) == "Triton cannot be imported (x)"
 
 
 def test_the_extension_is_refused_off_the_cpu() -> None:

@@ -26,6 +26,8 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Run = TypeVar("Run", bound=Callable[..., Any])
 WhyNot = Callable[[torch.device, torch.dtype], str | None]
 
+_HOME = {"triton": "cuda", "cpp": "cpu"}  # the type of device that a backend is for
+
 _logger = logging.getLogger(__name__)
 
 
@@ -78,11 +80,11 @@ def interpreting() -> bool:
 
 def triton_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
     """The check of an implementation in `fave_fast.kernels`."""
+    if device.type == "cpu" and not interpreting():
+        return "its kernels run on CUDA devices, and the tensors are on cpu"
     reason = why_no_triton()
-    if reason is not None:
+    if reason is not None or device.type == "cpu":
         return reason
-    if device.type == "cpu":
-        return None if interpreting() else "its kernels run on CUDA devices, and the tensors are on cpu"
     if device.type != "cuda" or torch.version.hip is not None:
         return f"its kernels run on NVIDIA GPUs, and the tensors are on {device.type}"
     if not torch.cuda.is_available():
@@ -150,12 +152,14 @@ class Op(Generic[Run]):
                 return one.run
             if backend != "auto":
                 raise BackendError(f"{self.name}: backend {backend!r}{origin} cannot run: {reason}")
-            _log_once(self.name, one.backend, reason)
+            # That a GPU's backend does not run on CPU tensors is no news.
+            at_home = _HOME.get(one.backend, device.type) == device.type
+            _log_once(self.name, one.backend, reason, logging.INFO if at_home else logging.DEBUG)
         offered = ", ".join(["auto", *(one.backend for one in self.implementations)])
         problem = "no such backend for this op" if backend in BACKENDS else "unknown backend"
         raise BackendError(f"{self.name}: {problem}: {backend!r}{origin}; expected one of {offered}")
 
 
 @functools.cache
-def _log_once(op: str, backend: str, reason: str) -> None:
-    _logger.info("%s: backend %s passed over: %s", op, backend, reason)
+def _log_once(op: str, backend: str, reason: str, level: int) -> None:
+    _logger.log(level, "%s: backend %s passed over: %s", op, backend, reason)
