@@ -17,8 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.measure import Row, table, time_us
 from fave_fast.config import ModelConfig
-from fave_fast.model import Block, rotary_tables, rotate
-from fave_fast.ops.attention import attention, attention_dual, rotary_by_age, softmax_attention
+from fave_fast.model import Block, rotate
+from fave_fast.ops.attention import attention, attention_dual, rotary_by_age, rotary_tables, softmax_attention
 from fave_fast.ops.block import BlockDropout, BlockWeights, block, block_dual, gelu_dual, norm_dual
 
 B, L, D, HEADS = 512, 50, 128, 4

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fave_fast.config import ModelConfig
+from fave_fast.ops.attention import rotary_tables
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -90,17 +91,6 @@ class TimeEmbedding(nn.Module):
         waves = torch.cat((angles.cos(), angles.sin()), dim=-1).to(self.hidden.weight.dtype)
         result: Tensor = self.out(F.silu(self.hidden(waves)))
         return result
-
-
-def rotary_tables(ages: Tensor, channels: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [L, channels / 2] of rotary position embedding at integer `ages` [L], base 10,000.
-
-    Ages count back from the newest item (age 0), so that the angles of an item do not depend on padding.
-    """
-    half = channels // 2
-    inverse = 10_000.0 ** -(torch.arange(half, device=ages.device, dtype=torch.float32) / half)
-    angles = ages.float()[:, None] * inverse
-    return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -11,22 +10,15 @@ import torch
 from torch import Tensor
 
 from fave_fast.config import ModelConfig
-from fave_fast.model import Block, rotary_tables
-from fave_fast.ops.attention import Histories, rotary_by_age
+from fave_fast.model import Block
+from fave_fast.ops.attention import Histories, rotary_by_age, rotary_tables
 from fave_fast.ops.block import BlockDropout, BlockWeights, block, block_dual, reference
 
 pytest.importorskip("triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-
-@pytest.fixture(autouse=True)
-def poisoned() -> Iterator[None]:
-    """What `torch.empty` returns is NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 @dataclass

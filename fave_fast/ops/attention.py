@@ -39,15 +39,20 @@ from fave_fast.ops.tuning import tile_shapes
 Tables = tuple[Tensor, Tensor]
 
 
-def rotary_by_age(longest: int, channels: int, device: torch.device | str | None = None) -> Tables:
-    """Cosines and sines float32 [longest, channels / 2] of rotary position embedding, base 10,000, row a for age a.
+def rotary_tables(ages: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [L, channels / 2] of rotary position embedding at integer `ages` [L], base 10,000.
 
-    The newest item has age 0.
+    Ages count back from the newest item (age 0), so that the angles of an item do not depend on padding.
     """
     half = channels // 2
-    inverse = 10_000.0 ** -(torch.arange(half, device=device, dtype=torch.float32) / half)
-    angles = torch.arange(longest, device=device, dtype=torch.float32)[:, None] * inverse
+    inverse = 10_000.0 ** -(torch.arange(half, device=ages.device, dtype=torch.float32) / half)
+    angles = ages.float()[:, None] * inverse
     return angles.cos(), angles.sin()
+
+
+def rotary_by_age(longest: int, channels: int, device: torch.device | str | None = None) -> Tables:
+    """`rotary_tables` [longest, channels / 2] with row a for age a."""
+    return rotary_tables(torch.arange(longest, device=device), channels)
 
 
 def refuse_forward_mode(op: str, *tensors: Tensor) -> None:

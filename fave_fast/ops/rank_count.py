@@ -19,7 +19,7 @@ from torch import Tensor
 from fave_fast.ops.exclusions import Exclusions
 from fave_fast.ops.registry import Implementation, Op, cpu_extension, interpreting, not_interpreted, triton_kernels
 from fave_fast.ops.tiles import Tile, Tiles, whole_rows
-from fave_fast.ops.tuning import tile_shapes
+from fave_fast.ops.tuning import multiprocessors, tile_shapes
 
 # (scores [B, T], NaN where there is no candidate; first id; target scores [B]; targets [B]; counts [B], added to)
 _Count = Callable[[Tensor, int, Tensor, Tensor, Tensor], None]
@@ -133,7 +133,7 @@ def _run_triton(tiles: Tiles, targets: Tensor, ranks: Tensor, workspace: Tensor 
         num_warps=shapes["num_warps"],
         num_stages=shapes["num_stages"],
         PDL=shapes["PDL"],
-        resident=shapes["per_multiprocessor"] * _multiprocessors(queries.device),
+        resident=shapes["per_multiprocessor"] * multiprocessors(queries.device),
         interpreted=interpreting(),
     )
 
@@ -144,11 +144,6 @@ def _variant(queries: Tensor, n: int) -> str:
         return "fp32_few" if few else "fp32"
     few = few or len(queries) * n <= _FEW_SCORES
     return f"16bit_{'wide' if queries.shape[1] > 128 else 'narrow'}{'_few' if few else ''}"
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _count_torch(scores: Tensor, first_id: int, target_scores: Tensor, targets: Tensor, counts: Tensor) -> None:

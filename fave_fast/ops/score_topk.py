@@ -9,7 +9,6 @@ largest score, choose groups, and compute the scores of these groups' items once
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from torch.nn import functional
 from fave_fast.ops.exclusions import Exclusions
 from fave_fast.ops.registry import Implementation, Op, not_interpreted, triton_kernels
 from fave_fast.ops.tiles import Tiles
-from fave_fast.ops.tuning import Shapes, tile_shapes
+from fave_fast.ops.tuning import Shapes, multiprocessors, tile_shapes
 
 # (tiles; K; deny; where scores [B, K] and ids [B, K] go, or None; workspace or None)
 _Run = Callable[[Tiles, int, Tensor | None, tuple[Tensor, Tensor] | None, Tensor | None], tuple[Tensor, Tensor]]
@@ -202,7 +201,7 @@ class _Plan:
         tiles = _parts(items, scan["BN"])
         rows = MAX_WORKSPACE * group // (4 * items) // ROWS_AT_LEAST * ROWS_AT_LEAST
         rows = min(batch, max(ROWS_AT_LEAST, rows))
-        chunks = max(1, scan["PER_SM"] * _multiprocessors(device) // _parts(rows, scan["M"]))
+        chunks = max(1, scan["PER_SM"] * multiprocessors(device) // _parts(rows, scan["M"]))
         tiles_of_chunk = _parts(tiles, chunks)
         of_tile = scan["BN"] // group
         groups = tiles * of_tile
@@ -275,12 +274,6 @@ def _group_size(batch: int, items: int) -> int:
     if items <= 1 << 22:
         return 8 if items <= 1 << 16 else 16 if batch <= 64 else 32
     return 64 if items <= 1 << 25 else 128
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    # Without a GPU, in the interpreter: some, so that tiles are shared out there too.
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
 def _beyond_the_kernels(d: int, k: int, length: int) -> dict[str, str]:

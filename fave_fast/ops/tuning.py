@@ -41,3 +41,10 @@ def tile_shapes(op: str, variant: str, device: torch.device) -> Shapes:
         if variant in pinned:
             return pinned[variant]
     return _table("generic.json")[op][variant]
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors `device` has, to share a catalogue's tiles out among."""
+    # Without a GPU, in the interpreter: some, so that tiles are shared out there too.
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
