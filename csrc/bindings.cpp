@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <string>
 
+#include "cluster_encoder.hpp"
 #include "rank_count.hpp"
 #include "submit.hpp"
 
@@ -85,6 +86,48 @@ void bind_submit(py::module_& m) {
         py::arg("timeout"), "launch_graph, then wait_flag.");
 }
 
+#ifdef FAVE_FAST_HAS_CUDA
+constexpr bool kHasCuda = true;
+
+template <typename T = void>
+T* pointer(std::uint64_t address) {
+  return reinterpret_cast<T*>(static_cast<std::uintptr_t>(address));
+}
+
+void bind_cluster_encoder(py::module_& m) {
+  using Address = std::uint64_t;
+  m.def(
+      "encode_cluster",
+      [](Address rows, Address bounds, Address table, Address input_norm, Address shift, Address scale, Address weights,
+         Address norms, Address cos, Address sin, Address out, std::int32_t users, std::int32_t padded_length,
+         std::int32_t longest, std::int32_t blocks, float anchor, float eps, float input_eps, bool wide_rows,
+         bool wide_bounds, bool layer_norm, bool rotary, bool causal, int tiles, int device, std::uint64_t stream) {
+        const fave_fast::ClusterEncoderCall call{
+            pointer<const void>(rows),   pointer<const void>(bounds), pointer<const void>(table),
+            pointer<const float>(input_norm), pointer<const float>(shift), pointer<const float>(scale),
+            pointer<const void>(weights), pointer<const float>(norms), pointer<const float>(cos),
+            pointer<const float>(sin),   pointer(out),                users,
+            padded_length,               longest,                     blocks,
+            anchor,                      eps,                         input_eps,
+            wide_rows,                   wide_bounds,                 layer_norm,
+            rotary,                      causal};
+        fave_fast::launch_cluster_encoder(call, tiles, device, stream);
+      },
+      py::kw_only(), py::arg("rows"), py::arg("bounds"), py::arg("table"), py::arg("input_norm"), py::arg("shift"),
+      py::arg("scale"), py::arg("weights"), py::arg("norms"), py::arg("cos"), py::arg("sin"), py::arg("out"),
+      py::arg("users"), py::arg("padded_length"), py::arg("longest"), py::arg("blocks"), py::arg("anchor"),
+      py::arg("eps"), py::arg("input_eps"), py::arg("wide_rows"), py::arg("wide_bounds"), py::arg("layer_norm"),
+      py::arg("rotary"), py::arg("causal"), py::arg("tiles"), py::arg("device"), py::arg("stream"),
+      py::call_guard<py::gil_scoped_release>(),
+      "Launches the cluster encoder on a stream; addresses of device memory, as csrc/cluster_encoder.hpp names them.\n"
+      "Nothing is checked. Releases the GIL. Raises RuntimeError with the name of CUDA's error.");
+}
+#else
+constexpr bool kHasCuda = false;
+
+void bind_cluster_encoder(py::module_&) {}
+#endif
+
 std::string compiler() {
 #if defined(__clang__)
   return "clang " __clang_version__;
@@ -102,6 +145,7 @@ std::string compiler() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The C++ part of fave_fast: it takes NumPy arrays, addresses and handles, and knows nothing of torch.";
   m.attr("compiler") = compiler();
+  m.attr("has_cuda") = kHasCuda;
   // noconvert: a wrong dtype is a TypeError, never a silent copy (counts would be lost in one).
   m.def("rank_count", &rank_count, py::arg("scores").noconvert(), py::arg("first_id"),
         py::arg("target_scores").noconvert(), py::arg("target_ids").noconvert(), py::arg("counts").noconvert(),
@@ -112,4 +156,5 @@ PYBIND11_MODULE(_C, m) {
         "`threads` threads.\n"
         "Raises TypeError for a wrong dtype and ValueError for a wrong shape or stride.");
   bind_submit(m);
+  bind_cluster_encoder(m);
 }

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fave_fast.ops import encoder_cluster
 from fave_fast.ops.attention import rotary_by_age
 from fave_fast.ops.registry import Implementation, Op, interpreting, not_interpreted, triton_kernels
 from fave_fast.ops.tuning import tile_shapes
@@ -46,6 +47,8 @@ class EncoderWeights:
             kernel's GELU is gelu(4 y) / 2. Powers of two change no bit.
         cos: float32 [max_length, C / 2], row a for age a, C = D / heads.
         sin: likewise.
+        fragments: the matrices again, as the cpp backend reads them on a GPU (`encoder_cluster.fragments`); None where
+            it does not take the model.
     """
 
     model: FAVE
@@ -53,6 +56,7 @@ class EncoderWeights:
     norms: Tensor
     cos: Tensor
     sin: Tensor
+    fragments: Tensor | None
 
     @classmethod
     @torch.no_grad()
@@ -61,13 +65,15 @@ class EncoderWeights:
         config = model.config
         device = model.item_embedding.weight.device
         cos, sin = rotary_by_age(config.max_length, config.d // config.heads, device)
-        return cls(model, _matrices(model), _norms(model), cos, sin)
+        return cls(model, _matrices(model), _norms(model), cos, sin, _fragments(model))
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Take the model's weights again, into the same memory."""
         self.matrices.copy_(_matrices(self.model))
         self.norms.copy_(_norms(self.model))
+        if self.fragments is not None:
+            self.fragments.copy_(encoder_cluster.fragments(self.model))
 
 
 @dataclass(frozen=True)
@@ -190,7 +196,7 @@ def encode(
         plan: for the triton backend: which histories share a program; by default neighbours do, in slots for the
             model's longest history.
         out: [B, D] in the weights' dtype, contiguous: where the result goes, and what is returned.
-        backend: auto, reference or triton.
+        backend: auto, reference, triton or cpp, which is for up to 8 histories on a GPU (`encoder_cluster`).
 
     Returns:
         [B, D] in the weights' dtype.
@@ -228,7 +234,7 @@ def encode_ids(
         offsets: int32 or int64 [B + 1] from 0 to total, for packed ids.
         plan: as in `encode`.
         out: as in `encode`.
-        backend: auto, reference or triton.
+        backend: auto, reference, triton or cpp, which is for up to 8 histories on a GPU (`encoder_cluster`).
 
     Returns:
         [B, D] in the weights' dtype.
@@ -306,7 +312,7 @@ def _check_bounds(bounds: Tensor, rows: Tensor, padded_length: int | None, longe
 
 
 def _beyond_kernel(weights: EncoderWeights) -> dict[str, str]:
-    """Why a model of these sizes is not for the kernel."""
+    """Why a model of these sizes is not for a backend's kernel."""
     config = weights.model.config
     channels, hidden = config.d // config.heads, config.ffn_mult * config.d
     reason = None
@@ -318,7 +324,8 @@ def _beyond_kernel(weights: EncoderWeights) -> dict[str, str]:
         reason = f"its kernel takes heads of a power of two from 16 channels, and the model's have {channels}"
     elif hidden % min(64, hidden) != 0:
         reason = f"its kernel takes a feed-forward of whole 64 channels, and the model's has {hidden}"
-    return {} if reason is None else {"triton": reason}
+    reasons = {"triton": reason, "cpp": encoder_cluster.beyond(weights.model)}
+    return {backend: why for backend, why in reasons.items() if why is not None}
 
 
 def _run_reference(call: _Call) -> None:
@@ -396,6 +403,16 @@ def _run_triton(call: _Call) -> None:
     )
 
 
+def _run_cpp(call: _Call) -> None:
+    encoder_cluster.run(call)
+
+
+def _why_not_cpp(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type == "cuda":
+        return encoder_cluster.why_not(device, dtype)
+    return f"its kernel runs on CUDA devices, and the tensors are on {device.type}"
+
+
 def _variant(call: _Call, slot_rows: int) -> str:
     if call.out.dtype == torch.float32:
         return "fp32"
@@ -416,6 +433,13 @@ def _matrices(model: FAVE) -> Tensor:
         heads = torch.stack((q[:, paired], k[:, paired], v, out), 1)  # [H, 4, C, D]
         parts += [heads.reshape(-1, config.d), block.ffn_in.weight, 2 * block.ffn_out.weight.T]
     return torch.cat(parts).contiguous()
+
+
+def _fragments(model: FAVE) -> Tensor | None:
+    dtype = model.item_embedding.weight.dtype
+    return (
+        encoder_cluster.fragments(model) if dtype == torch.bfloat16 and encoder_cluster.beyond(model) is None else None
+    )
 
 
 def _norms(model: FAVE) -> Tensor:
@@ -449,6 +473,7 @@ OP: Op[Callable[[_Call], None]] = Op(
     "encoder",
     (
         Implementation("triton", _run_triton, triton_kernels, not_interpreted),
+        Implementation("cpp", _run_cpp, _why_not_cpp, encoder_cluster.why_not_auto),
         Implementation("reference", _run_reference),
     ),
 )

@@ -1,0 +1,550 @@
+#pragma once
+
+// The kernel of cluster_encoder.cu.
+//
+// A history lies at the end of a frame of 64 rows, its newest item in row 63. Two blocks of a cluster share a tile of 16
+// rows: each has two of the four heads and half of the feed-forward, and both hold the tile's residual stream, whole and
+// in the same bits. So a transformer block takes three exchanges: keys and values go to the other tiles, and each half's
+// share of the attention's and of the feed-forward's output goes to the other half. What is sent goes from registers
+// into the receiver's shared memory, in the order in which one of its warps reads it (an operand of a product as a
+// lane holds it), and counts at a barrier there: nothing is staged, converted or transposed on the way.
+//
+// Weights are read as operands too, 16 bytes a lane, straight into registers and two phases ahead: a block reads 192 KB
+// a transformer block, half of the weights, and keeps none.
+
+#include <cstdint>
+
+#include "cluster_encoder.hpp"
+#include "hopper.cuh"
+
+namespace fave_fast {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kChannels = 128;
+constexpr int kHidden = 256;  // channels of the feed-forward that a block has
+constexpr int kRows = 16;     // of a tile
+constexpr int kTiles = 4;
+constexpr int kFrame = kRows * kTiles;
+constexpr int kUnits = 384;          // of 32 lanes x 16 bytes: the weights of a block and a transformer block
+constexpr int kAttentionUnits = 96;  // keys, queries, values; then 32 of the output projection, 128, 128
+constexpr int kOutUnits = 32;
+constexpr int kFeedUnits = 128;
+constexpr std::uint32_t kKeyBytes = 4096;    // of keys and values that a block sends to another
+constexpr std::uint32_t kShareBytes = 4096;  // of a tile's share in bf16
+constexpr float kMasked = -1e30f;
+constexpr float kScale = 0.17677669529663687f * 1.4426950408889634f;  // 32^-0.5 log2(e)
+
+// Rows are padded so that neither ldmatrix nor the stores before it meet in a bank.
+struct Shared {
+  uint4 keys[2][kTiles][2][4][32];  // by parity of the transformer block, tile, head: keys 0-7, 8-15; values' halves
+  uint4 attended_share[kThreads];
+  uint4 fed_share[kThreads];
+  uint4 queries[2][2][32];
+  union {
+    float partial[8][kRows][40];  // a warp's sums over the values of one tile
+    float input[kRows][132];
+  };
+  float2 top_and_sum[2][kTiles][kRows];
+  std::uint16_t x[kRows][136];
+  std::uint16_t attended[kRows][72];
+  std::uint16_t hidden[kRows][264];
+  float reduce[2][kRows][12];
+  std::uint64_t keys_here[2][kTiles];
+  std::uint64_t attended_here;
+  std::uint64_t fed_here;
+};
+
+struct Place {
+  int warp, lane, group, quad;  // lane = 4 group + quad: rows `group` and `group + 8` of a product
+  int tile, half, first_tile;   // first_tile: where the oldest item is
+};
+
+struct History {
+  std::int64_t end;       // row behind the newest item
+  std::uint64_t present;  // bit a: there is an item of age a
+};
+
+__device__ __forceinline__ std::int64_t whole_number(const void* numbers, bool wide, std::int64_t at) {
+  return wide ? static_cast<const std::int64_t*>(numbers)[at] : static_cast<const std::int32_t*>(numbers)[at];
+}
+
+__device__ __forceinline__ std::uint64_t first_bits(std::int64_t count) {
+  return count <= 0 ? 0 : count >= kFrame ? ~std::uint64_t{0} : (std::uint64_t{1} << count) - 1;
+}
+
+__device__ __forceinline__ History find(const ClusterEncoderCall& call, int user, int lane) {
+  if (call.padded_length == 0) {
+    const std::int64_t begin = whole_number(call.bounds, call.wide_bounds, user);
+    const std::int64_t end = whole_number(call.bounds, call.wide_bounds, user + 1);
+    return {end, first_bits(end - begin)};
+  }
+  const std::int64_t end = static_cast<std::int64_t>(user + 1) * call.padded_length;
+  if (call.table == nullptr) {
+    const std::int64_t length = whole_number(call.bounds, call.wide_bounds, user);
+    return {end, first_bits(length < call.padded_length ? length : call.padded_length)};
+  }
+  const int length = call.padded_length;
+  const bool young = lane < length && whole_number(call.rows, call.wide_rows, end - 1 - lane) != 0;
+  const bool old = lane + 32 < length && whole_number(call.rows, call.wide_rows, end - 33 - lane) != 0;
+  const std::uint64_t low = __ballot_sync(0xffffffffu, young), high = __ballot_sync(0xffffffffu, old);
+  return {end, low | high << 32};
+}
+
+__device__ __forceinline__ float warp_total(float v) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask >>= 1) v += __shfl_xor_sync(0xffffffffu, v, mask);
+  return v;
+}
+
+__device__ __forceinline__ void bf16_row(const void* table, std::int64_t row, int lane, float (&v)[4]) {
+  const uint2 two = __ldg(static_cast<const uint2*>(table) + row * (kChannels / 4) + lane);
+  v[0] = low_half(two.x), v[1] = high_half(two.x), v[2] = low_half(two.y), v[3] = high_half(two.y);
+}
+
+// E of eq. (9) of one row, four channels a lane: LayerNorm(e) + shift[age] (+ scale[age] times the anchor's embedding).
+__device__ __forceinline__ void embed(const ClusterEncoderCall& call, const History& history, int age, int lane,
+                                      float (&v)[4]) {
+  const std::int64_t source = history.end - 1 - age;
+  if (call.table == nullptr) {
+    if (call.wide_rows) {
+      const float4 row = __ldg(static_cast<const float4*>(call.rows) + source * (kChannels / 4) + lane);
+      v[0] = row.x, v[1] = row.y, v[2] = row.z, v[3] = row.w;
+    } else {
+      bf16_row(call.rows, source, lane, v);
+    }
+    return;
+  }
+  bf16_row(call.table, whole_number(call.rows, call.wide_rows, source), lane, v);
+  float anchor[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+  if (call.scale != nullptr) {
+    const int items = __popcll(history.present);
+    const int oldest_first = min(static_cast<int>(call.anchor * static_cast<float>(items)), items - 1);
+    const std::int64_t which = history.end - items + oldest_first;
+    bf16_row(call.table, whole_number(call.rows, call.wide_rows, which), lane, anchor);
+  }
+  const int known = min(age, call.longest - 1) * (kChannels / 4) + lane;
+  const float4 shift = __ldg(reinterpret_cast<const float4*>(call.shift) + known);
+  const float4 gain = __ldg(reinterpret_cast<const float4*>(call.input_norm) + lane);
+  const float4 bias = __ldg(reinterpret_cast<const float4*>(call.input_norm) + kChannels / 4 + lane);
+  float4 scale = {0.0f, 0.0f, 0.0f, 0.0f};
+  if (call.scale != nullptr) scale = __ldg(reinterpret_cast<const float4*>(call.scale) + known);
+  const float mean = warp_total(v[0] + v[1] + v[2] + v[3]) * (1.0f / kChannels);
+#pragma unroll
+  for (float& one : v) one -= mean;
+  const float square = warp_total(v[0] * v[0] + v[1] * v[1] + v[2] * v[2] + v[3] * v[3]) * (1.0f / kChannels);
+  const float rate = rsqrtf(square + call.input_eps);
+  v[0] = v[0] * rate * gain.x + bias.x + shift.x + scale.x * anchor[0];
+  v[1] = v[1] * rate * gain.y + bias.y + shift.y + scale.y * anchor[1];
+  v[2] = v[2] * rate * gain.z + bias.z + shift.z + scale.z * anchor[2];
+  v[3] = v[3] * rate * gain.w + bias.w + shift.w + scale.w * anchor[3];
+}
+
+// The residual of the tile, as a product leaves it: h[4 n + e] is row group + 8 (e / 2), channel
+// 16 warp + 8 n + 2 quad + e % 2.
+__device__ __forceinline__ void input(const ClusterEncoderCall& call, const History& history, const Place& at, Shared& s,
+                                      float (&h)[8]) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int row = 2 * at.warp + i;
+    const int age = kFrame - 1 - at.tile * kRows - row;
+    float v[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    if (history.present >> age & 1) embed(call, history, age, at.lane, v);
+    *reinterpret_cast<float4*>(&s.input[row][4 * at.lane]) = {v[0], v[1], v[2], v[3]};
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int column = 16 * at.warp + 8 * (i / 2) + 2 * at.quad;
+    const float2 two = *reinterpret_cast<const float2*>(&s.input[at.group + 8 * (i % 2)][column]);
+    h[4 * (i / 2) + 2 * (i % 2)] = two.x, h[4 * (i / 2) + 2 * (i % 2) + 1] = two.y;
+  }
+}
+
+// Totals over the channels of rows `group` (low) and `group + 8` (high), for all warps in the same bits.
+__device__ __forceinline__ void row_totals(float& low, float& high, const Place& at, float (&reduce)[kRows][12]) {
+#pragma unroll
+  for (int mask = 1; mask <= 2; mask <<= 1) {
+    low += __shfl_xor_sync(0xffffffffu, low, mask);
+    high += __shfl_xor_sync(0xffffffffu, high, mask);
+  }
+  if (at.quad == 0) {
+    reduce[at.group][at.warp] = low;
+    reduce[at.group + 8][at.warp] = high;
+  }
+  __syncthreads();
+  const float4* row = reinterpret_cast<const float4*>(reduce[at.group]);
+  const float4* other = reinterpret_cast<const float4*>(reduce[at.group + 8]);
+  low = ((row[0].x + row[0].y) + (row[0].z + row[0].w)) + ((row[1].x + row[1].y) + (row[1].z + row[1].w));
+  high = ((other[0].x + other[0].y) + (other[0].z + other[0].w)) + ((other[1].x + other[1].y) + (other[1].z + other[1].w));
+}
+
+// RMSNorm or LayerNorm `index` of the residual.
+__device__ __forceinline__ void normalise(const ClusterEncoderCall& call, int index, const float (&h)[8], const Place& at,
+                                          Shared& s, float (&y)[8]) {
+  const float2* gains = reinterpret_cast<const float2*>(call.norms + static_cast<std::int64_t>(index) * 2 * kChannels);
+  float2 gain[2], bias[2];
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+    gain[n] = __ldg(gains + 8 * at.warp + 4 * n + at.quad);
+    bias[n] = {0.0f, 0.0f};
+    if (call.layer_norm) bias[n] = __ldg(gains + kChannels / 2 + 8 * at.warp + 4 * n + at.quad);
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) y[i] = h[i];
+  if (call.layer_norm) {
+    float low = (h[0] + h[1]) + (h[4] + h[5]), high = (h[2] + h[3]) + (h[6] + h[7]);
+    row_totals(low, high, at, s.reduce[1]);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) y[i] -= (i & 2 ? high : low) * (1.0f / kChannels);
+  }
+  float low = (y[0] * y[0] + y[1] * y[1]) + (y[4] * y[4] + y[5] * y[5]);
+  float high = (y[2] * y[2] + y[3] * y[3]) + (y[6] * y[6] + y[7] * y[7]);
+  row_totals(low, high, at, s.reduce[0]);
+  low = rsqrtf(low * (1.0f / kChannels) + call.eps);
+  high = rsqrtf(high * (1.0f / kChannels) + call.eps);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const float g = i & 1 ? gain[i / 4].y : gain[i / 4].x, b = i & 1 ? bias[i / 4].y : bias[i / 4].x;
+    y[i] = y[i] * (i & 2 ? high : low) * g + b;
+  }
+}
+
+// The normalised tile as the left operand of a product over its channels: 8 steps of 16.
+__device__ __forceinline__ void normalised_operand(const ClusterEncoderCall& call, int index, const float (&h)[8],
+                                                   const Place& at, Shared& s, uint4 (&a)[8]) {
+  float y[8];
+  normalise(call, index, h, at, s, y);
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+    const int column = 16 * at.warp + 8 * n + 2 * at.quad;
+    *reinterpret_cast<std::uint32_t*>(&s.x[at.group][column]) = pack(y[4 * n], y[4 * n + 1]);
+    *reinterpret_cast<std::uint32_t*>(&s.x[at.group + 8][column]) = pack(y[4 * n + 2], y[4 * n + 3]);
+  }
+  __syncthreads();
+#pragma unroll
+  for (int k = 0; k < 8; ++k) a[k] = load_matrices(&s.x[at.lane % 16][16 * k + at.lane / 16 * 8]);
+}
+
+template <int kCount>
+__device__ __forceinline__ void load_units(uint4 (&units)[kCount], const uint4* weights, int first, int lane) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) units[i] = load_early(weights + (first + i) * 32 + lane);
+}
+
+// A warp's units of keys or queries, 16, or of values, 8.
+__device__ __forceinline__ void load_attention(uint4 (&units)[16], const uint4* weights, const Place& at) {
+  const int first = at.warp < 4 ? 16 * at.warp : 64 + 8 * (at.warp - 4);
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    if (i < 8 || at.warp < 4) units[i] = load_early(weights + (first + i) * 32 + at.lane);
+  }
+}
+
+// One unit holds the right operand of two steps of a product over k.
+__device__ __forceinline__ void multiply_step(float (&c)[4], uint4 a, uint4 unit, int odd) {
+  multiply(c, a, odd ? unit.z : unit.x, odd ? unit.w : unit.y);
+}
+
+// Rotates the pairs of neighbours that c [4][4], a head's 32 channels, holds for rows `group` and `group + 8`.
+__device__ __forceinline__ void rotate(const ClusterEncoderCall& call, const Place& at, float (&c)[4][4]) {
+  const int age = kFrame - 1 - at.tile * kRows - at.group;
+  const int low = min(age, call.longest - 1) * 16 + at.quad, high = min(age - 8, call.longest - 1) * 16 + at.quad;
+#pragma unroll
+  for (int n = 0; n < 4; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; e += 2) {
+      const int where = (e == 0 ? low : high) + 4 * n;
+      const float cos = __ldg(call.cos + where), sin = __ldg(call.sin + where);
+      const float first = c[n][e], second = c[n][e + 1];
+      c[n][e] = first * cos - second * sin;
+      c[n][e + 1] = first * sin + second * cos;
+    }
+  }
+}
+
+// Writes one operand of the keys or values here and to the blocks of this half that need it.
+__device__ __forceinline__ void publish(uint4 v, uint4* here, std::uint64_t* barrier, const Place& at, int blocks_before,
+                                        bool newest_only) {
+  *here = v;
+  const std::uint32_t address = shared_address(here), counted = shared_address(barrier);
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {
+    if (tile == at.tile || tile < at.first_tile || (newest_only && tile != kTiles - 1)) continue;
+    const int rank = 2 * (tile - blocks_before) + at.half;
+    store_remote(in_block(address, rank), v, in_block(counted, rank));
+  }
+}
+
+// Keys, queries and values of this half's two heads. Warps 0 and 1 have the keys of a head, 2 and 3 its queries, the
+// others 16 channels of the values each, transposed: so their result is an operand of the next product as it stands.
+__device__ __forceinline__ void project(const ClusterEncoderCall& call, const uint4 (&a)[8], const uint4 (&w)[16],
+                                        const Place& at, Shared& s, int buffer, int blocks_before, bool newest_only) {
+  uint4(&keys)[2][4][32] = s.keys[buffer][at.tile];
+  std::uint64_t* barrier = &s.keys_here[buffer][at.tile];
+  if (at.warp < 4) {
+    float c[4][4] = {};
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+#pragma unroll
+      for (int n = 0; n < 4; ++n) multiply_step(c[n], a[k], w[4 * n + k / 2], k % 2);
+    }
+    if (call.rotary) rotate(call, at, c);
+    const int head = at.warp % 2;
+    std::uint32_t low[4], high[4];
+#pragma unroll
+    for (int n = 0; n < 4; ++n) low[n] = pack(c[n][0], c[n][1]), high[n] = pack(c[n][2], c[n][3]);
+    if (at.warp < 2) {
+      publish({low[0], low[1], low[2], low[3]}, &keys[head][0][at.lane], barrier, at, blocks_before, newest_only);
+      publish({high[0], high[1], high[2], high[3]}, &keys[head][1][at.lane], barrier, at, blocks_before, newest_only);
+    } else {
+      s.queries[head][0][at.lane] = {low[0], high[0], low[1], high[1]};
+      s.queries[head][1][at.lane] = {low[2], high[2], low[3], high[3]};
+    }
+  } else {
+    float c[2][4] = {};
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+      multiply(c[0], w[k], a[k].x, a[k].z);
+      multiply(c[1], w[k], a[k].y, a[k].w);
+    }
+    const int head = (at.warp - 4) / 2;
+    const uint4 v = {pack(c[0][0], c[0][1]), pack(c[1][0], c[1][1]), pack(c[0][2], c[0][3]), pack(c[1][2], c[1][3])};
+    publish(v, &keys[head][2 + at.warp % 2][at.lane], barrier, at, blocks_before, newest_only);
+  }
+}
+
+// One head's softmax over the keys of one tile, apart from its sum, times their values.
+__device__ __forceinline__ void attend(const ClusterEncoderCall& call, std::uint64_t present, const Place& at, Shared& s,
+                                       int buffer) {
+  const int head = at.warp / 4, part = at.warp % 4;
+  const uint4(&keys)[4][32] = s.keys[buffer][part][head];
+  const uint4 q0 = s.queries[head][0][at.lane], q1 = s.queries[head][1][at.lane];
+  float p[2][4] = {};
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+    const uint4 k = keys[n][at.lane];
+    multiply(p[n], q0, k.x, k.y);
+    multiply(p[n], q1, k.z, k.w);
+  }
+  const uint4 v0 = keys[2][at.lane], v1 = keys[3][at.lane];
+  float top[2] = {kMasked / 2, kMasked / 2}, sum[2] = {0.0f, 0.0f};
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int row = kRows * part + 8 * n + 2 * at.quad + e % 2;
+      const int query = kRows * at.tile + at.group + 8 * (e / 2);
+      const bool allowed = (present >> (kFrame - 1 - row) & 1) && (!call.causal || row <= query);
+      p[n][e] = allowed ? p[n][e] * kScale : kMasked;
+      top[e / 2] = fmaxf(top[e / 2], p[n][e]);
+    }
+  }
+#pragma unroll
+  for (int mask = 1; mask <= 2; mask <<= 1) {
+    top[0] = fmaxf(top[0], __shfl_xor_sync(0xffffffffu, top[0], mask));
+    top[1] = fmaxf(top[1], __shfl_xor_sync(0xffffffffu, top[1], mask));
+  }
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      p[n][e] = exp2_fast(p[n][e] - top[e / 2]);
+      sum[e / 2] += p[n][e];
+    }
+  }
+  const uint4 a = {pack(p[0][0], p[0][1]), pack(p[0][2], p[0][3]), pack(p[1][0], p[1][1]), pack(p[1][2], p[1][3])};
+  float c[4][4] = {};
+  multiply(c[0], a, v0.x, v0.y);
+  multiply(c[1], a, v0.z, v0.w);
+  multiply(c[2], a, v1.x, v1.y);
+  multiply(c[3], a, v1.z, v1.w);
+#pragma unroll
+  for (int mask = 1; mask <= 2; mask <<= 1) {
+    sum[0] += __shfl_xor_sync(0xffffffffu, sum[0], mask);
+    sum[1] += __shfl_xor_sync(0xffffffffu, sum[1], mask);
+  }
+#pragma unroll
+  for (int n = 0; n < 4; ++n) {
+    *reinterpret_cast<float2*>(&s.partial[at.warp][at.group][8 * n + 2 * at.quad]) = {c[n][0], c[n][1]};
+    *reinterpret_cast<float2*>(&s.partial[at.warp][at.group + 8][8 * n + 2 * at.quad]) = {c[n][2], c[n][3]};
+  }
+  if (at.quad == 0) {
+    s.top_and_sum[head][part][at.group] = {top[0], sum[0]};
+    s.top_and_sum[head][part][at.group + 8] = {top[1], sum[1]};
+  }
+}
+
+// The parts of `attend` as one: four channels of a row a thread.
+__device__ __forceinline__ void combine(const Place& at, Shared& s) {
+  const int thread = 32 * at.warp + at.lane;
+  const int row = thread / 16, head = thread % 16 / 8, channel = thread % 8 * 4;
+  float top = kMasked;
+#pragma unroll
+  for (int part = 0; part < kTiles; ++part) {
+    if (part >= at.first_tile) top = fmaxf(top, s.top_and_sum[head][part][row].x);
+  }
+  float sum = 0.0f;
+  float4 o = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+  for (int part = 0; part < kTiles; ++part) {
+    if (part < at.first_tile) continue;
+    const float2 here = s.top_and_sum[head][part][row];
+    const float4 v = *reinterpret_cast<const float4*>(&s.partial[4 * head + part][row][channel]);
+    const float weight = exp2_fast(here.x - top);
+    sum += here.y * weight;
+    o.x += v.x * weight, o.y += v.y * weight, o.z += v.z * weight, o.w += v.w * weight;
+  }
+  const float rate = 1.0f / fmaxf(sum, 0.5f);  // a row without any key has sum 0
+  *reinterpret_cast<uint2*>(&s.attended[row][32 * head + channel]) = {pack(o.x * rate, o.y * rate),
+                                                                      pack(o.z * rate, o.w * rate)};
+}
+
+// Sends this half's share c of the tile to the other half.
+__device__ __forceinline__ uint4 send_share(const float (&c)[2][4], uint4* there, std::uint64_t* barrier, int partner) {
+  const uint4 share = {pack(c[0][0], c[0][1]), pack(c[0][2], c[0][3]), pack(c[1][0], c[1][1]), pack(c[1][2], c[1][3])};
+  store_remote(in_block(shared_address(there), partner), share, in_block(shared_address(barrier), partner));
+  return share;
+}
+
+// h += both shares. Both are rounded, so that both blocks have the same sum.
+__device__ __forceinline__ void add_shares(float (&h)[8], uint4 mine, uint4 other) {
+  const std::uint32_t a[4] = {mine.x, mine.y, mine.z, mine.w}, b[4] = {other.x, other.y, other.z, other.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    h[2 * i] += low_half(a[i]) + low_half(b[i]);
+    h[2 * i + 1] += high_half(a[i]) + high_half(b[i]);
+  }
+}
+
+// gelu(4 y) / 2: _half_gelu of kernels/encoder.py.
+__device__ __forceinline__ float half_gelu(float y) {
+  const float square = __saturatef(y * y);
+  return y + y * tanh_fast(y * (3.189956496f + square * (2.3675455104f + square * -0.356818897f)));
+}
+
+__device__ __forceinline__ void store_newest(const ClusterEncoderCall& call, const float (&y)[8], int user,
+                                             const Place& at) {
+  if (at.half != 0 || at.group != 7) return;
+  auto* row = static_cast<std::uint32_t*>(call.out) + static_cast<std::int64_t>(user) * (kChannels / 2);
+#pragma unroll
+  for (int n = 0; n < 2; ++n) row[8 * at.warp + 4 * n + at.quad] = pack(y[4 * n + 2], y[4 * n + 3]);
+}
+
+__device__ __forceinline__ void encode_history(const ClusterEncoderCall& call) {
+  Shared& s = *reinterpret_cast<Shared*>(shared_memory());
+  const int rank = cluster_rank(), blocks_before = kTiles - cluster_size() / 2;
+  const int user = blockIdx.x / cluster_size(), thread = threadIdx.x;
+  Place at{thread / 32, thread % 32, thread % 32 / 4, thread % 4, blocks_before + rank / 2, rank % 2, 0};
+  const History history = find(call, user, at.lane);
+  at.first_tile = max(history.present == 0 ? kTiles : __clzll(history.present) / kRows, blocks_before);
+  if (at.tile < at.first_tile) {
+    cluster_arrive();
+    if (history.present == 0 && at.tile == kTiles - 1) {
+      const float zeros[8] = {};
+      store_newest(call, zeros, user, at);
+    }
+    return;
+  }
+  const uint4* weights = static_cast<const uint4*>(call.weights) + static_cast<std::int64_t>(at.half) * kUnits * 32;
+  constexpr std::int64_t kStride = 2 * kUnits * 32;  // to the next transformer block
+  uint4 w_attention[16], w_out[4], w_first[16], w_second[16];
+  load_attention(w_attention, weights, at);
+  load_units(w_out, weights, kAttentionUnits + 4 * at.warp, at.lane);
+  if (thread == 0) {
+    for (int tile = 0; tile < kTiles; ++tile) {
+      barrier_init(&s.keys_here[0][tile]);
+      barrier_init(&s.keys_here[1][tile]);
+    }
+    barrier_init(&s.attended_here);
+    barrier_init(&s.fed_here);
+    barrier_init_fence();
+    for (int tile = 0; tile < kTiles; ++tile) {
+      barrier_expect(&s.keys_here[0][tile], kKeyBytes);
+      barrier_expect(&s.keys_here[1][tile], kKeyBytes);
+    }
+    barrier_expect(&s.attended_here, kShareBytes);
+    barrier_expect(&s.fed_here, kShareBytes);
+  }
+  __syncwarp();
+  cluster_arrive();
+  float h[8];
+  input(call, history, at, s, h);
+  cluster_wait();
+
+  for (int block = 0; block < call.blocks; ++block, weights += kStride) {
+    const bool last = block == call.blocks - 1;
+    const int buffer = block % 2;
+    uint4 a[8];
+    normalised_operand(call, 2 * block, h, at, s, a);
+    project(call, a, w_attention, at, s, buffer, blocks_before, last);
+    if (last && at.tile != kTiles - 1) return;
+    load_units(w_first, weights, kAttentionUnits + kOutUnits + 16 * at.warp, at.lane);
+    __syncthreads();
+    const int part = at.warp % 4;
+    if (part >= at.first_tile) {
+      if (part != at.tile) {
+        barrier_wait(&s.keys_here[buffer][part], block / 2 % 2);
+        if (at.warp < 4 && at.lane == 0) barrier_expect(&s.keys_here[buffer][part], kKeyBytes);
+      }
+      attend(call, history.present, at, s, buffer);
+    }
+    __syncthreads();
+    combine(at, s);
+    __syncthreads();
+    float c[2][4] = {};
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const uint4 o = load_matrices(&s.attended[at.lane % 16][16 * k + at.lane / 16 * 8]);
+      multiply_step(c[0], o, w_out[k / 2], k % 2);
+      multiply_step(c[1], o, w_out[2 + k / 2], k % 2);
+    }
+    uint4 mine = send_share(c, &s.attended_share[thread], &s.attended_here, rank ^ 1);
+    load_units(w_second, weights, kAttentionUnits + kOutUnits + kFeedUnits + 16 * at.warp, at.lane);
+    barrier_wait(&s.attended_here, buffer);
+    if (thread == 0) barrier_expect(&s.attended_here, kShareBytes);
+    add_shares(h, mine, s.attended_share[thread]);
+
+    normalised_operand(call, 2 * block + 1, h, at, s, a);
+    float f[4][4] = {};
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+#pragma unroll
+      for (int n = 0; n < 4; ++n) multiply_step(f[n], a[k], w_first[4 * n + k / 2], k % 2);
+    }
+    if (!last) {
+      load_attention(w_attention, weights + kStride, at);
+      load_units(w_out, weights + kStride, kAttentionUnits + 4 * at.warp, at.lane);
+    }
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      const int column = 32 * at.warp + 8 * n + 2 * at.quad;
+      *reinterpret_cast<std::uint32_t*>(&s.hidden[at.group][column]) = pack(half_gelu(f[n][0]), half_gelu(f[n][1]));
+      *reinterpret_cast<std::uint32_t*>(&s.hidden[at.group + 8][column]) = pack(half_gelu(f[n][2]), half_gelu(f[n][3]));
+    }
+    __syncthreads();
+    float even[2][4] = {}, odd[2][4] = {};
+#pragma unroll
+    for (int k = 0; k < 16; ++k) {
+      const uint4 x = load_matrices(&s.hidden[at.lane % 16][16 * k + at.lane / 16 * 8]);
+#pragma unroll
+      for (int n = 0; n < 2; ++n) multiply_step(k % 2 ? odd[n] : even[n], x, w_second[8 * n + k / 2], k % 2);
+    }
+#pragma unroll
+    for (int e = 0; e < 4; ++e) even[0][e] += odd[0][e], even[1][e] += odd[1][e];
+    mine = send_share(even, &s.fed_share[thread], &s.fed_here, rank ^ 1);
+    barrier_wait(&s.fed_here, buffer);
+    if (thread == 0) barrier_expect(&s.fed_here, kShareBytes);
+    add_shares(h, mine, s.fed_share[thread]);
+  }
+  float y[8];
+  normalise(call, 2 * call.blocks, h, at, s, y);
+  store_newest(call, y, user, at);
+}
+
+__global__ void __launch_bounds__(kThreads, 1) encode_kernel(const __grid_constant__ ClusterEncoderCall call) {
+  encode_history(call);
+}
+
+}  // namespace
+}  // namespace fave_fast

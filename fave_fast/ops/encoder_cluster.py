@@ -1,0 +1,140 @@
+"""The encoder for small batches on Hopper GPUs: one launch of csrc/cluster_encoder, a cluster of blocks a history.
+
+Its weights are stored as the operands of the tensor cores' products hold them (mma.m16n8k16): 32 lanes of 16 bytes make
+a unit, which a warp loads at once. A transformer block has 384 units for each of two halves; half t has the heads 2 t
+and 2 t + 1 and the feed-forward's channels from 256 t.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fave_fast.ops.registry import why_no_extension
+
+if TYPE_CHECKING:  # what is below imports nothing of what is above it
+    from fave_fast.model import FAVE
+    from fave_fast.ops.encoder import _Call
+
+D = 128
+HEADS = 4
+HIDDEN = 512
+MAX_ITEMS = 64
+UNITS = 384  # of a half and a transformer block
+TILE = 16  # rows
+
+
+def beyond(model: FAVE) -> str | None:
+    """Why a model of these sizes is not for the kernel, or None."""
+    config = model.config
+    if config.d != D or config.heads != HEADS:
+        return f"its kernel takes D = {D} with {HEADS} heads, and the model has {config.d} with {config.heads}"
+    if config.ffn_mult * config.d != HIDDEN:
+        return f"its kernel takes a feed-forward of {HIDDEN} channels, and the model's has {config.ffn_mult * config.d}"
+    if config.max_length > MAX_ITEMS:
+        return f"its kernel holds histories of up to {MAX_ITEMS} items, and the model's may have {config.max_length}"
+    return None
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernel cannot run on tensors of `dtype` on `device`, or None."""
+    reason = why_no_extension()
+    if reason is not None:
+        return reason
+    if not importlib.import_module("fave_fast._C").has_cuda:
+        return "the C++ extension was built without nvcc"
+    if not torch.cuda.is_available():
+        return "its kernel runs on CUDA devices, and there is none"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major != 9:
+        return f"its kernel is for compute capability 9.0, and {torch.cuda.get_device_name(device)} has {major}.{minor}"
+    return None if dtype == torch.bfloat16 else f"its kernel takes bfloat16, not {dtype}"
+
+
+def why_not_auto(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why `auto` does not choose the kernel although it could run."""
+    return "it is for batches of up to 8, and its bits are not those of the kernel for larger ones"
+
+
+def right_operand(weight: Tensor) -> Tensor:
+    """Weight [N, K] as the right operands of x weight^T, two steps of K a unit: [N / 8, K / 32, 32, 8]."""
+    n, k = weight.shape
+    parts = weight.reshape(n // 8, 8, k // 32, 2, 2, 4, 2)  # n, group, units, step, half, quad, pair
+    return parts.permute(0, 2, 1, 5, 3, 4, 6).reshape(n // 8, k // 32, 32, 8)
+
+
+def left_operand(weight: Tensor) -> Tensor:
+    """Weight [M, K] as the left operands of weight x^T: [M / 16, K / 16, 32, 8]."""
+    m, k = weight.shape
+    parts = weight.reshape(m // 16, 2, 8, k // 16, 2, 4, 2)  # m, rows' half, group, steps, columns' half, quad, pair
+    return parts.permute(0, 3, 2, 5, 4, 1, 6).reshape(m // 16, k // 16, 32, 8)
+
+
+def fragments(model: FAVE) -> Tensor:
+    """All blocks' weights as the kernel reads them: [blocks, 2, 384, 32, 8] in the model's dtype.
+
+    The units are those of warp after warp: 16 for the keys of each head, 16 for its queries, 8 for 16 channels of the
+    values (left operands); then 4 a warp of the output projection, 16 of the feed-forward's first matrix, 16 of its
+    second, doubled as in `EncoderWeights`. Queries and keys interleave the channels (i, i + 16) of a rotary pair.
+    """
+    c = D // HEADS
+    half = torch.arange(c // 2, device=model.item_embedding.weight.device)
+    paired = torch.stack((half, half + c // 2), 1).flatten()
+    result = []
+    blocks: Any = model.blocks
+    for block in blocks:
+        q, k, v = (part.view(HEADS, c, D) for part in block.qkv.weight.detach().chunk(3))
+        out, first = block.attention_out.weight.detach(), block.ffn_in.weight.detach()
+        second = 2 * block.ffn_out.weight.detach()
+        for t in (0, 1):
+            heads, hidden = slice(2 * t, 2 * t + 2), slice(t * HIDDEN // 2, (t + 1) * HIDDEN // 2)
+            units = [
+                right_operand(k[heads][:, paired].reshape(2 * c, D)),
+                right_operand(q[heads][:, paired].reshape(2 * c, D)),
+                left_operand(v[heads].reshape(2 * c, D)),
+                right_operand(out[:, 2 * c * t : 2 * c * (t + 1)]),
+                right_operand(first[hidden]),
+                right_operand(second[:, hidden]),
+            ]
+            result.append(torch.cat([part.reshape(-1, 32, 8) for part in units]))
+    return torch.stack(result).view(len(blocks), 2, UNITS, 32, 8).contiguous()
+
+
+def run(call: _Call) -> None:
+    """One launch on the current stream; nothing is allocated."""
+    weights, path = call.weights, call.path
+    model, config = weights.model, weights.model.config
+    assert weights.fragments is not None
+    longest = config.max_length if call.padded_length is None else call.padded_length
+    tiles = 1 if longest <= TILE else 2 if longest <= 2 * TILE else 4
+    importlib.import_module("fave_fast._C").encode_cluster(
+        rows=call.rows.data_ptr(),
+        bounds=0 if call.bounds is None else call.bounds.data_ptr(),
+        table=0 if path is None else model.item_embedding.weight.data_ptr(),
+        input_norm=0 if path is None else path.norm.data_ptr(),
+        shift=0 if path is None else path.shift.data_ptr(),
+        scale=0 if path is None or path.scale is None else path.scale.data_ptr(),
+        weights=weights.fragments.data_ptr(),
+        norms=weights.norms.data_ptr(),
+        cos=weights.cos.data_ptr(),
+        sin=weights.sin.data_ptr(),
+        out=call.out.data_ptr(),
+        users=len(call.out),
+        padded_length=call.padded_length or 0,
+        longest=config.max_length,
+        blocks=config.blocks,
+        anchor=0.0 if path is None else path.anchor,
+        eps=model.final_norm.eps,
+        input_eps=model.embedding_norm.eps,
+        wide_rows=call.rows.dtype in (torch.int64, torch.float32),
+        wide_bounds=call.bounds is not None and call.bounds.dtype == torch.int64,
+        layer_norm=config.norm == "layer",
+        rotary=config.position == "rotary",
+        causal=config.attention == "causal",
+        tiles=tiles,
+        device=call.out.device.index,
+        stream=torch.cuda.current_stream(call.out.device).cuda_stream,
+    )
