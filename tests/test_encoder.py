@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ from fave_fast.errors import BackendError
 from fave_fast.flow import InferenceNoise
 from fave_fast.model import FAVE
 from fave_fast.ops import encoder as ops
+from fave_fast.ops import encoder_cluster
 from fave_fast.ops.encoder import EncoderWeights, InputPath, Plan, encode, encode_ids
 from fave_fast.ops.registry import why_no_triton
 from fave_fast.ops.tuning import tile_shapes
@@ -93,9 +95,9 @@ class Case:
         return out[0], out[1]
 
 
-def check(case: Case, plan: Plan | None = None) -> None:
+def check(case: Case, plan: Plan | None = None, backend: str = "triton") -> None:
     """At most twice the error of the network in the same dtype, in the mean and at worst."""
-    for want, got, usual in zip(case.oracle(), case.run(plan=plan), case.run("reference"), strict=True):
+    for want, got, usual in zip(case.oracle(), case.run(backend, plan), case.run("reference"), strict=True):
         error, allowed = got.double() - want, usual.double() - want
         assert error.norm() <= 2 * allowed.norm()
         assert error.abs().max() <= 2 * allowed.abs().max()
@@ -239,7 +241,82 @@ def test_a_plan_names_every_user_once(rows: int) -> None:
         assert sorted(seen) == list(range(count))
 
 
+BASE = ModelConfig(delta=0.3)  # the sizes that the cluster kernel takes
+
+
+def test_fragments_are_the_weights_in_the_places_of_the_instruction() -> None:
+    """Of mma.m16n8k16, lane 4 g + q holds B[2 q + e + 8 h, g] and A[g + 8 r, 2 q + e + 8 h]."""
+    weight = torch.arange(64 * 128).view(64, 128)
+    right, left = encoder_cluster.right_operand(weight), encoder_cluster.left_operand(weight)
+    assert right.shape == (8, 4, 32, 8)
+    assert left.shape == (4, 8, 32, 8)
+    n, unit, lane, value = (axis.flatten() for axis in torch.meshgrid(*map(torch.arange, right.shape), indexing="ij"))
+    step, half, pair = value // 4, value // 2 % 2, value % 2
+    assert torch.equal(
+        right.flatten(), weight[8 * n + lane // 4, 32 * unit + 16 * step + 8 * half + 2 * (lane % 4) + pair]
+    )
+    m, step, lane, value = (axis.flatten() for axis in torch.meshgrid(*map(torch.arange, left.shape), indexing="ij"))
+    half, lower, pair = value // 4, value // 2 % 2, value % 2
+    assert torch.equal(
+        left.flatten(), weight[16 * m + 8 * lower + lane // 4, 16 * step + 8 * half + 2 * (lane % 4) + pair]
+    )
+
+
+def test_fragments_hold_every_weight_once() -> None:
+    case = Case(BASE, dtype=torch.bfloat16, lengths=[1])
+    fragments = case.weights.fragments
+    assert fragments is not None
+    assert fragments.shape == (4, 2, 384, 32, 8)
+    for block, packed in zip(case.model.blocks, fragments, strict=True):  # type: ignore[call-overload]
+        weights = (block.qkv.weight, block.attention_out.weight, block.ffn_in.weight, 2 * block.ffn_out.weight)
+        assert torch.equal(
+            packed.flatten().sort().values, torch.cat([w.detach().flatten() for w in weights]).sort().values
+        )
+
+
+def test_refresh_packs_fragments_again_in_place() -> None:
+    case = Case(BASE, dtype=torch.bfloat16, lengths=[1])
+    fragments = case.weights.fragments
+    assert fragments is not None
+    before = fragments.clone()
+    with torch.no_grad():
+        for weight in case.model.parameters():
+            weight.mul_(2)
+    case.weights.refresh()
+    assert case.weights.fragments is fragments
+    assert torch.equal(fragments, 2 * before)
+
+
+def test_what_the_cluster_kernel_does_not_take_is_named() -> None:
+    for change, dtype, reason in (
+        ({"d": 64}, torch.bfloat16, "D = 128 with 4 heads, and the model has 64 with 4"),
+        ({"heads": 8}, torch.bfloat16, "D = 128 with 4 heads, and the model has 128 with 8"),
+        ({"ffn_mult": 2}, torch.bfloat16, "feed-forward of 512 channels, and the model's has 256"),
+        ({"max_length": 65}, torch.bfloat16, "up to 64 items, and the model's may have 65"),
+        ({}, torch.float16, "bfloat16, not torch.float16|CUDA devices|built without|is not there"),
+    ):
+        model = FAVE(ModelConfig(**change), ITEMS).to(DEVICE, dtype).eval()
+        weights = EncoderWeights.pack(model)
+        assert weights.fragments is None
+        refused = encoder_cluster.beyond(model) or ops.OP.refusals(torch.device(DEVICE), dtype)["cpp"]
+        assert refused is not None
+        assert re.search(reason, refused)
+        e = torch.zeros(1, model.config.d, dtype=dtype, device=DEVICE)
+        with pytest.raises(BackendError, match="backend 'cpp' cannot run"):
+            encode(weights, e, torch.tensor([0, 1], device=DEVICE), backend="cpp")
+
+
+@pytest.mark.skipif(GPU, reason="there is a GPU")
+def test_the_cluster_kernel_is_not_for_the_cpu() -> None:
+    case = Case(BASE, dtype=torch.bfloat16, lengths=[1])
+    with pytest.raises(BackendError, match="runs on CUDA devices, and the tensors are on cpu"):
+        case.run("cpp")
+
+
 # What follows needs the GPU: its sizes, its rounding, its graphs.
+
+CPP_REFUSED = ops.OP.refusals(torch.device(DEVICE), torch.bfloat16)["cpp"]
+cpp = pytest.param("cpp", marks=pytest.mark.skipif(CPP_REFUSED is not None, reason=str(CPP_REFUSED)))
 
 FULL: list[tuple[dict[str, Any], torch.dtype, int]] = [
     *(({}, torch.bfloat16, batch) for batch in (1, 2, 3, 63, 132, 513)),
@@ -269,7 +346,51 @@ def test_full_sizes(model: dict[str, Any], dtype: torch.dtype, batch: int) -> No
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_length(dtype: torch.dtype) -> None:
-    check(Case(ModelConfig(delta=0.3), list(range(1, 51)), dtype))
+    check(Case(BASE, list(range(1, 51)), dtype))
+
+
+CLUSTER: list[tuple[dict[str, Any], dict[str, Any], Sequence[int]]] = [
+    *(({}, {}, lengths) for lengths in ([50], [9], [1], [17], [33, 48], [49] * 8, list(range(51)))),
+    ({"max_length": 64}, {}, [64, 63, 1, 0, 50]),
+    ({"max_length": 16}, {}, list(range(17))),
+    ({"max_length": 32}, {}, list(range(33))),
+    ({"blocks": 1}, {}, [50, 3, 20]),
+    ({"blocks": 7}, {"anchor_at_inference": "last"}, [50, 3, 20]),
+    ({"norm": "layer", "attention": "causal"}, {"prior": "gaussian"}, list(range(51))),
+    ({"position": "none"}, {}, [50, 3, 20]),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", [cpp])
+@pytest.mark.parametrize(("model", "flow", "lengths"), CLUSTER)
+def test_the_cluster_kernel(model: dict[str, Any], flow: dict[str, Any], lengths: Sequence[int], backend: str) -> None:
+    config = ModelConfig(**{"delta": 0.3, "source_block": -1, **model})
+    flows = FlowConfig(**{"rho": 0.5, "lambda_at_inference": "sample", **flow})
+    check(Case(config, lengths, torch.bfloat16, flows), backend=backend)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", [cpp])
+def test_the_cluster_kernel_has_the_same_bits_anywhere(backend: str) -> None:
+    lengths = [50, 0, 9, 16, 17, 33, 48, 1, 49, 32, 2, 50, 5, 8, 40, 24]
+    case = Case(BASE, lengths, torch.bfloat16)
+    together = torch.stack(case.run(backend))
+    for _ in range(50):
+        assert torch.equal(together, torch.stack(case.run(backend)))
+    sizes, ids, e = case.offsets.diff(), case.padded(case.ids), case.padded(case.e)
+    assert torch.equal(encode_ids(case.weights, case.path, ids.int(), backend=backend), together[0])
+    ages = torch.arange(e.shape[1] - 1, -1, -1, device=e.device)
+    e[ages >= sizes[:, None]] = torch.nan  # what lies in padding is not read
+    assert torch.equal(encode(case.weights, e, sizes.int(), backend=backend), together[1])
+    assert torch.equal(encode(case.weights, e.float(), sizes, backend=backend), together[1])
+    assert torch.equal(encode(case.weights, case.e, case.offsets.int(), backend=backend), together[1])
+    for user, length in enumerate(lengths):  # alone, and in a smaller cluster where the grid is shorter
+        first, end = int(case.offsets[user]), int(case.offsets[user + 1])
+        alone = torch.tensor([0, length], device=DEVICE)
+        assert torch.equal(encode(case.weights, case.e[first:end], alone, backend=backend)[0], together[1, user])
+        short = ids[user : user + 1, len(ages) - max(1, length) :]
+        assert torch.equal(encode_ids(case.weights, case.path, short, backend=backend)[0], together[0, user])
 
 
 @pytest.mark.gpu
@@ -295,14 +416,15 @@ def test_a_history_has_the_same_bits_anywhere(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.gpu
-def test_a_graph_replays_without_allocating() -> None:
-    case = Case(ModelConfig(delta=0.3), [50, 3, 17, 1, 29], torch.bfloat16)
-    expected = case.run()[0].clone()
+@pytest.mark.parametrize("backend", ["triton", cpp])
+def test_a_graph_replays_without_allocating(backend: str) -> None:
+    case = Case(BASE, [50, 3, 17, 1, 29], torch.bfloat16)
+    expected = case.run(backend)[0].clone()
     out = torch.full_like(expected, torch.nan)
     ids = case.padded(case.ids, 50)
 
     def call() -> None:
-        encode_ids(case.weights, case.path, ids, out=out, backend="triton")
+        encode_ids(case.weights, case.path, ids, out=out, backend=backend)
 
     call()
     before = torch.cuda.memory_stats()["allocation.all.allocated"]
