@@ -3,14 +3,15 @@
 // The kernel of cluster_encoder.cu.
 //
 // A history lies at the end of a frame of 64 rows, its newest item in row 63. Two blocks of a cluster share a tile of 16
-// rows: each has two of the four heads and half of the feed-forward, and both hold the tile's residual stream, whole and
-// in the same bits. So a transformer block takes three exchanges: keys and values go to the other tiles, and each half's
+// rows: each has two of the four heads and half of the feed-forward, and both hold the tile's residual stream whole. So a transformer block takes three exchanges: keys and values go to the other tiles, and each half's
 // share of the attention's and of the feed-forward's output goes to the other half. What is sent goes from registers
 // into the receiver's shared memory, in the order in which one of its warps reads it (an operand of a product as a
 // lane holds it), and counts at a barrier there: nothing is staged, converted or transposed on the way.
 //
-// Weights are read as operands too, 16 bytes a lane, straight into registers and two phases ahead: a block reads 192 KB
-// a transformer block, half of the weights, and keeps none.
+// Weights are stored as operands too. A block reads 192 KB a transformer block, half of the weights; each warp has the
+// copy engine bring its own units, two phases ahead, and takes them into registers where it would otherwise wait for
+// another block. (The copy engine brings 192 KB to each of 8 blocks in 2,380 cycles of an H200; loads to registers, 16
+// bytes a lane and 64 KB in flight, took 5,040.)
 
 #include <cstdint>
 
@@ -27,17 +28,20 @@ constexpr int kRows = 16;     // of a tile
 constexpr int kTiles = 4;
 constexpr int kFrame = kRows * kTiles;
 constexpr int kUnits = 384;          // of 32 lanes x 16 bytes: the weights of a block and a transformer block
-constexpr int kAttentionUnits = 96;  // keys, queries, values; then 32 of the output projection, 128, 128
-constexpr int kOutUnits = 32;
-constexpr int kFeedUnits = 128;
-constexpr std::uint32_t kKeyBytes = 4096;    // of keys and values that a block sends to another
+constexpr int kOutFirst = 96;        // the output projection's begin behind those of keys, queries and values
+constexpr int kFeedFirst = 128;
+constexpr int kFedFirst = 256;
+constexpr int kUnitBytes = 512;
+constexpr std::uint32_t kKeyBytes = 2048;    // of keys that a block sends to another; of values as many
 constexpr std::uint32_t kShareBytes = 4096;  // of a tile's share in bf16
 constexpr float kMasked = -1e30f;
 constexpr float kScale = 0.17677669529663687f * 1.4426950408889634f;  // 32^-0.5 log2(e)
 
 // Rows are padded so that neither ldmatrix nor the stores before it meet in a bank.
 struct Shared {
-  uint4 keys[2][kTiles][2][4][32];  // by parity of the transformer block, tile, head: keys 0-7, 8-15; values' halves
+  uint4 weights[8][2][16][32];      // by warp; two phases
+  uint4 out_weights[8][4][32];
+  uint4 keys[2][kTiles][2][4][32];  // by parity of the transformer block, tile, head: halves of keys, of values
   uint4 attended_share[kThreads];
   uint4 fed_share[kThreads];
   uint4 queries[2][2][32];
@@ -50,7 +54,10 @@ struct Shared {
   std::uint16_t attended[kRows][72];
   std::uint16_t hidden[kRows][264];
   float reduce[2][kRows][12];
+  std::uint64_t weights_here[8][2];
+  std::uint64_t out_weights_here[8];
   std::uint64_t keys_here[2][kTiles];
+  std::uint64_t values_here[2][kTiles];
   std::uint64_t attended_here;
   std::uint64_t fed_here;
 };
@@ -161,8 +168,9 @@ __device__ __forceinline__ void input(const ClusterEncoderCall& call, const Hist
   }
 }
 
-// Totals over the channels of rows `group` (low) and `group + 8` (high), for all warps in the same bits.
-__device__ __forceinline__ void row_totals(float& low, float& high, const Place& at, float (&reduce)[kRows][12]) {
+// Totals over the channels of rows `group` (low) and `group + 8` (high), for all warps in the same bits: each gives its
+// own, and takes them all behind a barrier.
+__device__ __forceinline__ void give_row_totals(float low, float high, const Place& at, float (&reduce)[kRows][12]) {
 #pragma unroll
   for (int mask = 1; mask <= 2; mask <<= 1) {
     low += __shfl_xor_sync(0xffffffffu, low, mask);
@@ -172,11 +180,23 @@ __device__ __forceinline__ void row_totals(float& low, float& high, const Place&
     reduce[at.group][at.warp] = low;
     reduce[at.group + 8][at.warp] = high;
   }
+}
+
+__device__ __forceinline__ float row_total(const float (&parts)[12]) {
+  const float4 a = *reinterpret_cast<const float4*>(parts), b = *reinterpret_cast<const float4*>(parts + 4);
+  return ((a.x + a.y) + (a.z + a.w)) + ((b.x + b.y) + (b.z + b.w));
+}
+
+__device__ __forceinline__ void take_row_totals(float& low, float& high, const Place& at,
+                                                const float (&reduce)[kRows][12]) {
+  low = row_total(reduce[at.group]);
+  high = row_total(reduce[at.group + 8]);
+}
+
+__device__ __forceinline__ void row_totals(float& low, float& high, const Place& at, float (&reduce)[kRows][12]) {
+  give_row_totals(low, high, at, reduce);
   __syncthreads();
-  const float4* row = reinterpret_cast<const float4*>(reduce[at.group]);
-  const float4* other = reinterpret_cast<const float4*>(reduce[at.group + 8]);
-  low = ((row[0].x + row[0].y) + (row[0].z + row[0].w)) + ((row[1].x + row[1].y) + (row[1].z + row[1].w));
-  high = ((other[0].x + other[0].y) + (other[0].z + other[0].w)) + ((other[1].x + other[1].y) + (other[1].z + other[1].w));
+  take_row_totals(low, high, at, reduce);
 }
 
 // RMSNorm or LayerNorm `index` of the residual.
@@ -210,11 +230,28 @@ __device__ __forceinline__ void normalise(const ClusterEncoderCall& call, int in
   }
 }
 
-// The normalised tile as the left operand of a product over its channels: 8 steps of 16.
-__device__ __forceinline__ void normalised_operand(const ClusterEncoderCall& call, int index, const float (&h)[8],
-                                                   const Place& at, Shared& s, uint4 (&a)[8]) {
+// The factors of rows `group` and `group + 8` that a product over normalised rows still lacks.
+struct Rates {
+  float low, high;
+};
+
+// The normalised tile as the left operand of a product over its channels, 8 steps of 16: an RMSNorm's without its rate,
+// which is on its way while the product runs.
+__device__ __forceinline__ Rates normalised_operand(const ClusterEncoderCall& call, int index, const float (&h)[8],
+                                                    const Place& at, Shared& s, uint4 (&a)[8]) {
   float y[8];
-  normalise(call, index, h, at, s, y);
+  Rates rates{1.0f, 1.0f};
+  if (call.layer_norm) {
+    normalise(call, index, h, at, s, y);
+  } else {
+    const float2* gains = reinterpret_cast<const float2*>(call.norms + static_cast<std::int64_t>(index) * 2 * kChannels);
+    const float2 left = __ldg(gains + 8 * at.warp + at.quad), right = __ldg(gains + 8 * at.warp + 4 + at.quad);
+    y[0] = h[0] * left.x, y[1] = h[1] * left.y, y[2] = h[2] * left.x, y[3] = h[3] * left.y;
+    y[4] = h[4] * right.x, y[5] = h[5] * right.y, y[6] = h[6] * right.x, y[7] = h[7] * right.y;
+    rates.low = (h[0] * h[0] + h[1] * h[1]) + (h[4] * h[4] + h[5] * h[5]);
+    rates.high = (h[2] * h[2] + h[3] * h[3]) + (h[6] * h[6] + h[7] * h[7]);
+    give_row_totals(rates.low, rates.high, at, s.reduce[0]);
+  }
 #pragma unroll
   for (int n = 0; n < 2; ++n) {
     const int column = 16 * at.warp + 8 * n + 2 * at.quad;
@@ -224,21 +261,28 @@ __device__ __forceinline__ void normalised_operand(const ClusterEncoderCall& cal
   __syncthreads();
 #pragma unroll
   for (int k = 0; k < 8; ++k) a[k] = load_matrices(&s.x[at.lane % 16][16 * k + at.lane / 16 * 8]);
-}
-
-template <int kCount>
-__device__ __forceinline__ void load_units(uint4 (&units)[kCount], const uint4* weights, int first, int lane) {
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) units[i] = load_early(weights + (first + i) * 32 + lane);
-}
-
-// A warp's units of keys or queries, 16, or of values, 8.
-__device__ __forceinline__ void load_attention(uint4 (&units)[16], const uint4* weights, const Place& at) {
-  const int first = at.warp < 4 ? 16 * at.warp : 64 + 8 * (at.warp - 4);
-#pragma unroll
-  for (int i = 0; i < 16; ++i) {
-    if (i < 8 || at.warp < 4) units[i] = load_early(weights + (first + i) * 32 + at.lane);
+  if (!call.layer_norm) {
+    take_row_totals(rates.low, rates.high, at, s.reduce[0]);
+    rates.low = rsqrtf(rates.low * (1.0f / kChannels) + call.eps);
+    rates.high = rsqrtf(rates.high * (1.0f / kChannels) + call.eps);
   }
+  return rates;
+}
+
+// A warp has its `count` units from `first` on brought for a phase.
+__device__ __forceinline__ void bring(uint4* there, const uint4* weights, int first, int count, std::uint64_t* barrier,
+                                      const Place& at) {
+  __syncwarp();
+  if (at.lane != 0) return;
+  barrier_expect(barrier, count * kUnitBytes);
+  copy_in(there, weights + first * 32, count * kUnitBytes, barrier);
+}
+
+// Units of a phase, one after another, into registers.
+template <int kCount>
+__device__ __forceinline__ void take(uint4 (&units)[kCount], const uint4 (*here)[32], int lane) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) units[i] = here[i][lane];
 }
 
 // One unit holds the right operand of two steps of a product over k.
@@ -246,21 +290,63 @@ __device__ __forceinline__ void multiply_step(float (&c)[4], uint4 a, uint4 unit
   multiply(c, a, odd ? unit.z : unit.x, odd ? unit.w : unit.y);
 }
 
-// Rotates the pairs of neighbours that c [4][4], a head's 32 channels, holds for rows `group` and `group + 8`.
-__device__ __forceinline__ void rotate(const ClusterEncoderCall& call, const Place& at, float (&c)[4][4]) {
+// Keys or queries: 16 channels of a head from those of `half` on, for rows `group` and `group + 8`, as the operand of
+// their product (a right one holds the columns in this order, a left one has the middle two exchanged).
+__device__ __forceinline__ uint4 project_turned(const ClusterEncoderCall& call, const uint4 (&a)[8], const uint4* w,
+                                                Rates rates, const Place& at, int half) {
+  float even[2][4] = {}, odd[2][4] = {};
+#pragma unroll
+  for (int k = 0; k < 8; ++k) {
+#pragma unroll
+    for (int n = 0; n < 2; ++n) multiply_step(k % 2 ? odd[n] : even[n], a[k], w[4 * n + k / 2], k % 2);
+  }
   const int age = kFrame - 1 - at.tile * kRows - at.group;
-  const int low = min(age, call.longest - 1) * 16 + at.quad, high = min(age - 8, call.longest - 1) * 16 + at.quad;
+  const int low = min(age, call.longest - 1) * 16 + 8 * half + at.quad;
+  const int high = min(age - 8, call.longest - 1) * 16 + 8 * half + at.quad;
+  std::uint32_t packed[2][2];
 #pragma unroll
-  for (int n = 0; n < 4; ++n) {
+  for (int n = 0; n < 2; ++n) {
 #pragma unroll
-    for (int e = 0; e < 4; e += 2) {
-      const int where = (e == 0 ? low : high) + 4 * n;
-      const float cos = __ldg(call.cos + where), sin = __ldg(call.sin + where);
-      const float first = c[n][e], second = c[n][e + 1];
-      c[n][e] = first * cos - second * sin;
-      c[n][e + 1] = first * sin + second * cos;
+    for (int r = 0; r < 2; ++r) {
+      const float rate = r == 0 ? rates.low : rates.high;
+      float first = (even[n][2 * r] + odd[n][2 * r]) * rate, second = (even[n][2 * r + 1] + odd[n][2 * r + 1]) * rate;
+      if (call.rotary) {
+        const int where = (r == 0 ? low : high) + 4 * n;
+        const float cos = __ldg(call.cos + where), sin = __ldg(call.sin + where);
+        const float turned = first * cos - second * sin;
+        second = first * sin + second * cos;
+        first = turned;
+      }
+      packed[r][n] = pack(first, second);
     }
   }
+  return {packed[0][0], packed[0][1], packed[1][0], packed[1][1]};
+}
+
+// 16 channels of the values, transposed: their product's result is an operand of the next product as it stands.
+__device__ __forceinline__ uint4 project_values(const uint4 (&a)[8], const uint4* w, Rates rates, const Place& at) {
+  float even[2][4] = {}, odd[2][4] = {};
+#pragma unroll
+  for (int k = 0; k < 8; ++k) {
+    multiply(k % 2 ? odd[0] : even[0], w[k], a[k].x, a[k].z);
+    multiply(k % 2 ? odd[1] : even[1], w[k], a[k].y, a[k].w);
+  }
+  float rate[4];  // of rows 2 quad, 2 quad + 1, and 8 behind them
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    rate[e] = __shfl_sync(0xffffffffu, rates.low, 4 * (2 * at.quad + e));
+    rate[2 + e] = __shfl_sync(0xffffffffu, rates.high, 4 * (2 * at.quad + e));
+  }
+  std::uint32_t packed[2][2];
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      packed[r][n] = pack((even[n][2 * r] + odd[n][2 * r]) * rate[2 * n],
+                          (even[n][2 * r + 1] + odd[n][2 * r + 1]) * rate[2 * n + 1]);
+    }
+  }
+  return {packed[0][0], packed[0][1], packed[1][0], packed[1][1]};
 }
 
 // Writes one operand of the keys or values here and to the blocks of this half that need it.
@@ -276,58 +362,43 @@ __device__ __forceinline__ void publish(uint4 v, uint4* here, std::uint64_t* bar
   }
 }
 
-// Keys, queries and values of this half's two heads. Warps 0 and 1 have the keys of a head, 2 and 3 its queries, the
-// others 16 channels of the values each, transposed: so their result is an operand of the next product as it stands.
+// Keys, values and queries of this half's two heads. Warps 0 to 3 have 16 channels of the keys each, then of the
+// queries, while the others' 16 channels of the values and the keys are on their way.
 __device__ __forceinline__ void project(const ClusterEncoderCall& call, const uint4 (&a)[8], const uint4 (&w)[16],
-                                        const Place& at, Shared& s, int buffer, int blocks_before, bool newest_only) {
-  uint4(&keys)[2][4][32] = s.keys[buffer][at.tile];
-  std::uint64_t* barrier = &s.keys_here[buffer][at.tile];
+                                        Rates rates, const Place& at, Shared& s, int buffer, int blocks_before,
+                                        bool newest_only) {
+  const int head = at.warp % 4 / 2, half = at.warp % 2;
+  uint4(&operands)[4][32] = s.keys[buffer][at.tile][head];
   if (at.warp < 4) {
-    float c[4][4] = {};
-#pragma unroll
-    for (int k = 0; k < 8; ++k) {
-#pragma unroll
-      for (int n = 0; n < 4; ++n) multiply_step(c[n], a[k], w[4 * n + k / 2], k % 2);
-    }
-    if (call.rotary) rotate(call, at, c);
-    const int head = at.warp % 2;
-    std::uint32_t low[4], high[4];
-#pragma unroll
-    for (int n = 0; n < 4; ++n) low[n] = pack(c[n][0], c[n][1]), high[n] = pack(c[n][2], c[n][3]);
-    if (at.warp < 2) {
-      publish({low[0], low[1], low[2], low[3]}, &keys[head][0][at.lane], barrier, at, blocks_before, newest_only);
-      publish({high[0], high[1], high[2], high[3]}, &keys[head][1][at.lane], barrier, at, blocks_before, newest_only);
-    } else {
-      s.queries[head][0][at.lane] = {low[0], high[0], low[1], high[1]};
-      s.queries[head][1][at.lane] = {low[2], high[2], low[3], high[3]};
-    }
+    const uint4 key = project_turned(call, a, w, rates, at, half);
+    publish(key, &operands[half][at.lane], &s.keys_here[buffer][at.tile], at, blocks_before, newest_only);
+    const uint4 query = project_turned(call, a, w + 8, rates, at, half);
+    s.queries[head][half][at.lane] = {query.x, query.z, query.y, query.w};
   } else {
-    float c[2][4] = {};
-#pragma unroll
-    for (int k = 0; k < 8; ++k) {
-      multiply(c[0], w[k], a[k].x, a[k].z);
-      multiply(c[1], w[k], a[k].y, a[k].w);
-    }
-    const int head = (at.warp - 4) / 2;
-    const uint4 v = {pack(c[0][0], c[0][1]), pack(c[1][0], c[1][1]), pack(c[0][2], c[0][3]), pack(c[1][2], c[1][3])};
-    publish(v, &keys[head][2 + at.warp % 2][at.lane], barrier, at, blocks_before, newest_only);
+    const uint4 value = project_values(a, w, rates, at);
+    publish(value, &operands[2 + half][at.lane], &s.values_here[buffer][at.tile], at, blocks_before, newest_only);
   }
+}
+
+// Waits for what another tile's block sends, and has the barrier wait for the next but one.
+__device__ __forceinline__ void arrived(std::uint64_t* barrier, int parity, const Place& at) {
+  barrier_wait(barrier, parity);
+  if (at.warp < 4 && at.lane == 0) barrier_expect(barrier, kKeyBytes);
 }
 
 // One head's softmax over the keys of one tile, apart from its sum, times their values.
 __device__ __forceinline__ void attend(const ClusterEncoderCall& call, std::uint64_t present, const Place& at, Shared& s,
-                                       int buffer) {
+                                       int buffer, int parity) {
   const int head = at.warp / 4, part = at.warp % 4;
-  const uint4(&keys)[4][32] = s.keys[buffer][part][head];
+  const uint4(&operands)[4][32] = s.keys[buffer][part][head];
   const uint4 q0 = s.queries[head][0][at.lane], q1 = s.queries[head][1][at.lane];
+  if (part != at.tile) arrived(&s.keys_here[buffer][part], parity, at);
+  const uint4 k0 = operands[0][at.lane], k1 = operands[1][at.lane];
   float p[2][4] = {};
-#pragma unroll
-  for (int n = 0; n < 2; ++n) {
-    const uint4 k = keys[n][at.lane];
-    multiply(p[n], q0, k.x, k.y);
-    multiply(p[n], q1, k.z, k.w);
-  }
-  const uint4 v0 = keys[2][at.lane], v1 = keys[3][at.lane];
+  multiply(p[0], q0, k0.x, k0.y);
+  multiply(p[1], q0, k0.z, k0.w);
+  multiply(p[0], q1, k1.x, k1.y);
+  multiply(p[1], q1, k1.z, k1.w);
   float top[2] = {kMasked / 2, kMasked / 2}, sum[2] = {0.0f, 0.0f};
 #pragma unroll
   for (int n = 0; n < 2; ++n) {
@@ -353,6 +424,8 @@ __device__ __forceinline__ void attend(const ClusterEncoderCall& call, std::uint
       sum[e / 2] += p[n][e];
     }
   }
+  if (part != at.tile) arrived(&s.values_here[buffer][part], parity, at);
+  const uint4 v0 = operands[2][at.lane], v1 = operands[3][at.lane];
   const uint4 a = {pack(p[0][0], p[0][1]), pack(p[0][2], p[0][3]), pack(p[1][0], p[1][1]), pack(p[1][2], p[1][3])};
   float c[4][4] = {};
   multiply(c[0], a, v0.x, v0.y);
@@ -401,19 +474,18 @@ __device__ __forceinline__ void combine(const Place& at, Shared& s) {
 }
 
 // Sends this half's share c of the tile to the other half.
-__device__ __forceinline__ uint4 send_share(const float (&c)[2][4], uint4* there, std::uint64_t* barrier, int partner) {
-  const uint4 share = {pack(c[0][0], c[0][1]), pack(c[0][2], c[0][3]), pack(c[1][0], c[1][1]), pack(c[1][2], c[1][3])};
+__device__ __forceinline__ void send_share(const float (&c)[8], uint4* there, std::uint64_t* barrier, int partner) {
+  const uint4 share = {pack(c[0], c[1]), pack(c[2], c[3]), pack(c[4], c[5]), pack(c[6], c[7])};
   store_remote(in_block(shared_address(there), partner), share, in_block(shared_address(barrier), partner));
-  return share;
 }
 
-// h += both shares. Both are rounded, so that both blocks have the same sum.
-__device__ __forceinline__ void add_shares(float (&h)[8], uint4 mine, uint4 other) {
-  const std::uint32_t a[4] = {mine.x, mine.y, mine.z, mine.w}, b[4] = {other.x, other.y, other.z, other.w};
+// h += both shares; the other's is rounded, so the two residual streams of a tile differ by that.
+__device__ __forceinline__ void add_shares(float (&h)[8], const float (&mine)[8], uint4 other) {
+  const std::uint32_t b[4] = {other.x, other.y, other.z, other.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    h[2 * i] += low_half(a[i]) + low_half(b[i]);
-    h[2 * i + 1] += high_half(a[i]) + high_half(b[i]);
+    h[2 * i] += mine[2 * i] + low_half(b[i]);
+    h[2 * i + 1] += mine[2 * i + 1] + high_half(b[i]);
   }
 }
 
@@ -447,21 +519,39 @@ __device__ __forceinline__ void encode_history(const ClusterEncoderCall& call) {
     return;
   }
   const uint4* weights = static_cast<const uint4*>(call.weights) + static_cast<std::int64_t>(at.half) * kUnits * 32;
-  constexpr std::int64_t kStride = 2 * kUnits * 32;  // to the next transformer block
-  uint4 w_attention[16], w_out[4], w_first[16], w_second[16];
-  load_attention(w_attention, weights, at);
-  load_units(w_out, weights, kAttentionUnits + 4 * at.warp, at.lane);
+  constexpr int kStride = 2 * kUnits * 32;  // to the next transformer block
+  const int attention_first = at.warp < 4 ? 16 * at.warp : 32 + 8 * at.warp, attention_count = at.warp < 4 ? 16 : 8;
+  uint4(&slots)[2][16][32] = s.weights[at.warp];
+  std::uint64_t* slots_here = s.weights_here[at.warp];
+  if (at.lane == 0) {
+    barrier_init(&slots_here[0]);
+    barrier_init(&slots_here[1]);
+    barrier_init(&s.out_weights_here[at.warp]);
+    barrier_init_fence();
+  }
+  bring(slots[0][0], weights, attention_first, attention_count, &slots_here[0], at);
+  // The last transformer block answers for the newest item alone: the other tiles only send it their keys and values.
+  // (A copy that is on its way must not outlive its block: what is not used is not brought.)
+  const int feeds = at.tile == kTiles - 1 ? call.blocks : call.blocks - 1;
+  if (feeds > 0) {
+    bring(slots[1][0], weights, kFeedFirst + 16 * at.warp, 16, &slots_here[1], at);
+    bring(s.out_weights[at.warp][0], weights, kOutFirst + 4 * at.warp, 4, &s.out_weights_here[at.warp], at);
+  }
   if (thread == 0) {
     for (int tile = 0; tile < kTiles; ++tile) {
-      barrier_init(&s.keys_here[0][tile]);
-      barrier_init(&s.keys_here[1][tile]);
+      for (int buffer = 0; buffer < 2; ++buffer) {
+        barrier_init(&s.keys_here[buffer][tile]);
+        barrier_init(&s.values_here[buffer][tile]);
+      }
     }
     barrier_init(&s.attended_here);
     barrier_init(&s.fed_here);
     barrier_init_fence();
     for (int tile = 0; tile < kTiles; ++tile) {
-      barrier_expect(&s.keys_here[0][tile], kKeyBytes);
-      barrier_expect(&s.keys_here[1][tile], kKeyBytes);
+      for (int buffer = 0; buffer < 2; ++buffer) {
+        barrier_expect(&s.keys_here[buffer][tile], kKeyBytes);
+        barrier_expect(&s.values_here[buffer][tile], kKeyBytes);
+      }
     }
     barrier_expect(&s.attended_here, kShareBytes);
     barrier_expect(&s.fed_here, kShareBytes);
@@ -469,74 +559,86 @@ __device__ __forceinline__ void encode_history(const ClusterEncoderCall& call) {
   __syncwarp();
   cluster_arrive();
   float h[8];
+  float mine[8];  // this half's last share
   input(call, history, at, s, h);
   cluster_wait();
 
   for (int block = 0; block < call.blocks; ++block, weights += kStride) {
     const bool last = block == call.blocks - 1;
-    const int buffer = block % 2;
-    uint4 a[8];
-    normalised_operand(call, 2 * block, h, at, s, a);
-    project(call, a, w_attention, at, s, buffer, blocks_before, last);
-    if (last && at.tile != kTiles - 1) return;
-    load_units(w_first, weights, kAttentionUnits + kOutUnits + 16 * at.warp, at.lane);
-    __syncthreads();
-    const int part = at.warp % 4;
-    if (part >= at.first_tile) {
-      if (part != at.tile) {
-        barrier_wait(&s.keys_here[buffer][part], block / 2 % 2);
-        if (at.warp < 4 && at.lane == 0) barrier_expect(&s.keys_here[buffer][part], kKeyBytes);
-      }
-      attend(call, history.present, at, s, buffer);
+    const int buffer = block % 2, phase = 3 * block;  // phases alternate between the slots
+    uint4 w[16], a[8];
+    barrier_wait(&slots_here[buffer], phase / 2 % 2);
+    take(w, slots[buffer], at.lane);  // of values eight
+    if (block < feeds) bring(slots[buffer][0], weights, kFedFirst + 16 * at.warp, 16, &slots_here[buffer], at);
+    if (block > 0) {
+      barrier_wait(&s.fed_here, 1 - buffer);
+      if (thread == 0) barrier_expect(&s.fed_here, kShareBytes);
+      add_shares(h, mine, s.fed_share[thread]);
     }
+    Rates rates = normalised_operand(call, 2 * block, h, at, s, a);
+    project(call, a, w, rates, at, s, buffer, blocks_before, last);
+    if (block == feeds) return;
+    __syncthreads();
+    if (at.warp % 4 >= at.first_tile) attend(call, history.present, at, s, buffer, block / 2 % 2);
     __syncthreads();
     combine(at, s);
+    uint4 w_out[4];
+    barrier_wait(&s.out_weights_here[at.warp], buffer);
+    take(w_out, s.out_weights[at.warp], at.lane);
     __syncthreads();
-    float c[2][4] = {};
+    float even[2][4] = {}, odd[2][4] = {};
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       const uint4 o = load_matrices(&s.attended[at.lane % 16][16 * k + at.lane / 16 * 8]);
-      multiply_step(c[0], o, w_out[k / 2], k % 2);
-      multiply_step(c[1], o, w_out[2 + k / 2], k % 2);
+#pragma unroll
+      for (int n = 0; n < 2; ++n) multiply_step(k % 2 ? odd[n] : even[n], o, w_out[2 * n + k / 2], k % 2);
     }
-    uint4 mine = send_share(c, &s.attended_share[thread], &s.attended_here, rank ^ 1);
-    load_units(w_second, weights, kAttentionUnits + kOutUnits + kFeedUnits + 16 * at.warp, at.lane);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) mine[i] = even[i / 4][i % 4] + odd[i / 4][i % 4];
+    send_share(mine, &s.attended_share[thread], &s.attended_here, rank ^ 1);
+    barrier_wait(&slots_here[1 - buffer], (phase + 1) / 2 % 2);
+    take(w, slots[1 - buffer], at.lane);
+    if (!last) bring(slots[1 - buffer][0], weights + kStride, attention_first, attention_count, &slots_here[1 - buffer], at);
+    if (block + 1 < feeds) {
+      bring(s.out_weights[at.warp][0], weights + kStride, kOutFirst + 4 * at.warp, 4, &s.out_weights_here[at.warp], at);
+    }
     barrier_wait(&s.attended_here, buffer);
     if (thread == 0) barrier_expect(&s.attended_here, kShareBytes);
     add_shares(h, mine, s.attended_share[thread]);
 
-    normalised_operand(call, 2 * block + 1, h, at, s, a);
+    rates = normalised_operand(call, 2 * block + 1, h, at, s, a);
     float f[4][4] = {};
 #pragma unroll
     for (int k = 0; k < 8; ++k) {
 #pragma unroll
-      for (int n = 0; n < 4; ++n) multiply_step(f[n], a[k], w_first[4 * n + k / 2], k % 2);
+      for (int n = 0; n < 4; ++n) multiply_step(f[n], a[k], w[4 * n + k / 2], k % 2);
     }
-    if (!last) {
-      load_attention(w_attention, weights + kStride, at);
-      load_units(w_out, weights + kStride, kAttentionUnits + 4 * at.warp, at.lane);
-    }
+    barrier_wait(&slots_here[buffer], (phase + 2) / 2 % 2);
+    take(w, slots[buffer], at.lane);
+    if (block + 1 < feeds) bring(slots[buffer][0], weights + kStride, kFeedFirst + 16 * at.warp, 16, &slots_here[buffer], at);
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
       const int column = 32 * at.warp + 8 * n + 2 * at.quad;
-      *reinterpret_cast<std::uint32_t*>(&s.hidden[at.group][column]) = pack(half_gelu(f[n][0]), half_gelu(f[n][1]));
-      *reinterpret_cast<std::uint32_t*>(&s.hidden[at.group + 8][column]) = pack(half_gelu(f[n][2]), half_gelu(f[n][3]));
+      *reinterpret_cast<std::uint32_t*>(&s.hidden[at.group][column]) =
+          pack(half_gelu(f[n][0] * rates.low), half_gelu(f[n][1] * rates.low));
+      *reinterpret_cast<std::uint32_t*>(&s.hidden[at.group + 8][column]) =
+          pack(half_gelu(f[n][2] * rates.high), half_gelu(f[n][3] * rates.high));
     }
     __syncthreads();
-    float even[2][4] = {}, odd[2][4] = {};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) even[i / 4][i % 4] = odd[i / 4][i % 4] = 0.0f;
 #pragma unroll
     for (int k = 0; k < 16; ++k) {
       const uint4 x = load_matrices(&s.hidden[at.lane % 16][16 * k + at.lane / 16 * 8]);
 #pragma unroll
-      for (int n = 0; n < 2; ++n) multiply_step(k % 2 ? odd[n] : even[n], x, w_second[8 * n + k / 2], k % 2);
+      for (int n = 0; n < 2; ++n) multiply_step(k % 2 ? odd[n] : even[n], x, w[8 * n + k / 2], k % 2);
     }
 #pragma unroll
-    for (int e = 0; e < 4; ++e) even[0][e] += odd[0][e], even[1][e] += odd[1][e];
-    mine = send_share(even, &s.fed_share[thread], &s.fed_here, rank ^ 1);
-    barrier_wait(&s.fed_here, buffer);
-    if (thread == 0) barrier_expect(&s.fed_here, kShareBytes);
-    add_shares(h, mine, s.fed_share[thread]);
+    for (int i = 0; i < 8; ++i) mine[i] = even[i / 4][i % 4] + odd[i / 4][i % 4];
+    send_share(mine, &s.fed_share[thread], &s.fed_here, rank ^ 1);
   }
+  barrier_wait(&s.fed_here, (call.blocks - 1) % 2);
+  add_shares(h, mine, s.fed_share[thread]);
   float y[8];
   normalise(call, 2 * call.blocks, h, at, s, y);
   store_newest(call, y, user, at);

@@ -71,13 +71,12 @@ __device__ __forceinline__ void store_remote(std::uint32_t address, uint4 v, std
                : "memory");
 }
 
-// Volatile: where it stands in the program is where it is issued, phases before its result is used.
-__device__ __forceinline__ uint4 load_early(const uint4* pointer) {
-  uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(pointer));
-  return v;
+// Starts a copy of `bytes` from device memory to this block, counted at `barrier`.
+__device__ __forceinline__ void copy_in(void* there, const void* source, std::uint32_t bytes, std::uint64_t* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(there)),
+               "l"(source), "r"(bytes), "r"(shared_address(barrier))
+               : "memory");
 }
 
 // Four 8 x 8 matrices of 16 bits: lane i gives the address of row i % 8 of matrix i / 8.

@@ -76,9 +76,9 @@ def left_operand(weight: Tensor) -> Tensor:
 def fragments(model: FAVE) -> Tensor:
     """All blocks' weights as the kernel reads them: [blocks, 2, 384, 32, 8] in the model's dtype.
 
-    The units are those of warp after warp: 16 for the keys of each head, 16 for its queries, 8 for 16 channels of the
-    values (left operands); then 4 a warp of the output projection, 16 of the feed-forward's first matrix, 16 of its
-    second, doubled as in `EncoderWeights`. Queries and keys interleave the channels (i, i + 16) of a rotary pair.
+    The units are those of warp after warp: of four, 8 for 16 channels of the keys and 8 for the same of the queries; of
+    the other four, 8 for 16 channels of the values (left operands). Then, of each warp, 4 of the output projection, 16
+    of the feed-forward's first matrix and 16 of its second, doubled as in `EncoderWeights`. Queries and keys interleave the channels (i, i + 16) of a rotary pair.
     """
     c = D // HEADS
     half = torch.arange(c // 2, device=model.item_embedding.weight.device)
@@ -91,9 +91,11 @@ def fragments(model: FAVE) -> Tensor:
         second = 2 * block.ffn_out.weight.detach()
         for t in (0, 1):
             heads, hidden = slice(2 * t, 2 * t + 2), slice(t * HIDDEN // 2, (t + 1) * HIDDEN // 2)
+            keys, queries = (
+                right_operand(part[heads][:, paired].reshape(2 * c, D)).view(4, 8, 32, 8) for part in (k, q)
+            )
             units = [
-                right_operand(k[heads][:, paired].reshape(2 * c, D)),
-                right_operand(q[heads][:, paired].reshape(2 * c, D)),
+                torch.stack((keys, queries), 1),
                 left_operand(v[heads].reshape(2 * c, D)),
                 right_operand(out[:, 2 * c * t : 2 * c * (t + 1)]),
                 right_operand(first[hidden]),
