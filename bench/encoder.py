@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from bench.measure import Row, table, time_us
 from fave_fast.config import FlowConfig, ModelConfig
 from fave_fast.flow import InferenceNoise
 from fave_fast.model import FAVE
+from fave_fast.ops import encoder_cluster
 from fave_fast.ops.encoder import EncoderWeights, InputPath, Plan, encode, encode_ids
 
 ITEMS = 12_101
@@ -21,6 +23,8 @@ LENGTH = 50
 BATCHES = (1, 64, 132, 512, 4096)
 COMPILED = (512,)
 BEAUTY = (512, 4096, 16_384)
+SMALL = (1, 2, 4, 8, 16)  # batches of the cluster kernel
+SMALL_LENGTHS = (9, 50)
 
 
 def operations(lengths: Tensor, config: ModelConfig) -> int:
@@ -60,9 +64,11 @@ class Bench:
         if not (got - want).norm() <= 2 * (usual - want).norm():
             raise AssertionError(f"{len(got)} endpoints are not the network's")
 
-    def row(self, case: str, who: str, call: object, lengths: Tensor, graph: bool = True) -> Row:
+    def row(
+        self, case: str, who: str, call: Callable[[], object], lengths: Tensor, graph: bool = True, cold: bool = True
+    ) -> Row:
         count = operations(lengths, self.model.config)
-        return Row("encoder", case, who, time_us(call, 25, graph), self.weights.matrices.nbytes, count)  # type: ignore[arg-type]
+        return Row("encoder", case, who, time_us(call, 25, graph, cold), self.weights.matrices.nbytes, count)
 
     def uniform(self, batch: int) -> Iterator[Row]:
         """All histories of the longest length: from E, from ids, and PyTorch from E."""
@@ -88,6 +94,21 @@ class Bench:
                 compiled = torch.compile(self.model.encode, mode="reduce-overhead")
                 yield self.row(case, "compile reduce-overhead", lambda: compiled(grid, present), lengths, graph=False)
 
+    def small(self, batch: int, length: int) -> Iterator[Row]:
+        """The cluster kernel beside Triton's, from ids, with a cold L2 cache and with the last run's."""
+        if encoder_cluster.why_not(torch.device("cuda"), torch.bfloat16) is not None:
+            return
+        lengths = torch.full((batch,), length, device="cuda")
+        offsets, case = offsets_of(lengths), f"B {batch}, L {length}"
+        e = torch.randn(batch * length, self.model.config.d, device="cuda").bfloat16()
+        self.check(e, offsets, encode(self.weights, e, offsets, backend="cpp"))
+        ids = torch.randint(1, ITEMS + 1, (batch * length,), device="cuda")
+        out = torch.empty(batch, e.shape[1], dtype=e.dtype, device="cuda")
+        for backend, name in (("cpp", "cluster"), ("triton", "triton")):
+            call = partial(encode_ids, self.weights, self.path, ids, offsets, out=out, backend=backend)
+            yield self.row(case, f"{name}, ids", call, lengths)
+            yield self.row(case, f"{name}, ids, warm L2", call, lengths, cold=False)
+
     def beauty(self, batch: int) -> Iterator[Row]:
         """Histories as short as Beauty's, planned, from ids."""
         lengths = beauty_like(batch)
@@ -106,6 +127,9 @@ class Bench:
 def main() -> None:
     gpu = torch.cuda.get_device_name()
     bench, rows = Bench(), []
+    for batch in SMALL:
+        for length in SMALL_LENGTHS:
+            rows += bench.small(batch, length)
     for batch in BATCHES:
         rows += bench.uniform(batch)
     for batch in BEAUTY:

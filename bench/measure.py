@@ -52,8 +52,11 @@ class Row:
         return {**dataclasses.asdict(self), "floor_us": self.floor_us(gpu)}
 
 
-def time_us(call: Callable[[], object], repeats: int = 60, graph: bool = True) -> Time:
-    """Time `call`, which must not allocate differently from one run to the next where `graph` is True."""
+def time_us(call: Callable[[], object], repeats: int = 60, graph: bool = True, cold: bool = True) -> Time:
+    """Time `call`, which must not allocate differently from one run to the next where `graph` is True.
+
+    Unless `cold`, the L2 cache is left as the last run left it: a served model's weights stay there.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -69,7 +72,8 @@ def time_us(call: Callable[[], object], repeats: int = 60, graph: bool = True) -
     flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
     spans = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
     for start, stop in spans:
-        flush.zero_()
+        if cold:
+            flush.zero_()
         start.record()
         run()
         stop.record()

@@ -78,7 +78,8 @@ def fragments(model: FAVE) -> Tensor:
 
     The units are those of warp after warp: of four, 8 for 16 channels of the keys and 8 for the same of the queries; of
     the other four, 8 for 16 channels of the values (left operands). Then, of each warp, 4 of the output projection, 16
-    of the feed-forward's first matrix and 16 of its second, doubled as in `EncoderWeights`. Queries and keys interleave the channels (i, i + 16) of a rotary pair.
+    of the feed-forward's first matrix and 16 of its second, doubled as in `EncoderWeights`. Queries and keys interleave
+    the channels (i, i + 16) of a rotary pair.
     """
     c = D // HEADS
     half = torch.arange(c // 2, device=model.item_embedding.weight.device)
