@@ -199,17 +199,27 @@ __device__ __forceinline__ void row_totals(float& low, float& high, const Place&
   take_row_totals(low, high, at, reduce);
 }
 
-// RMSNorm or LayerNorm `index` of the residual.
-__device__ __forceinline__ void normalise(const ClusterEncoderCall& call, int index, const float (&h)[8], const Place& at,
-                                          Shared& s, float (&y)[8]) {
-  const float2* gains = reinterpret_cast<const float2*>(call.norms + static_cast<std::int64_t>(index) * 2 * kChannels);
+// Of a norm: a thread's four channels.
+struct Gains {
   float2 gain[2], bias[2];
+};
+
+// Loaded a phase before they are used.
+__device__ __forceinline__ Gains load_gains(const ClusterEncoderCall& call, int norm, const Place& at) {
+  const float2* gains = reinterpret_cast<const float2*>(call.norms + static_cast<std::int64_t>(norm) * 2 * kChannels);
+  Gains loaded;
 #pragma unroll
   for (int n = 0; n < 2; ++n) {
-    gain[n] = __ldg(gains + 8 * at.warp + 4 * n + at.quad);
-    bias[n] = {0.0f, 0.0f};
-    if (call.layer_norm) bias[n] = __ldg(gains + kChannels / 2 + 8 * at.warp + 4 * n + at.quad);
+    loaded.gain[n] = __ldg(gains + 8 * at.warp + 4 * n + at.quad);
+    loaded.bias[n] = {0.0f, 0.0f};
+    if (call.layer_norm) loaded.bias[n] = __ldg(gains + kChannels / 2 + 8 * at.warp + 4 * n + at.quad);
   }
+  return loaded;
+}
+
+// RMSNorm or LayerNorm of the residual.
+__device__ __forceinline__ void normalise(const ClusterEncoderCall& call, const Gains& gains, const float (&h)[8],
+                                          const Place& at, Shared& s, float (&y)[8]) {
 #pragma unroll
   for (int i = 0; i < 8; ++i) y[i] = h[i];
   if (call.layer_norm) {
@@ -225,8 +235,8 @@ __device__ __forceinline__ void normalise(const ClusterEncoderCall& call, int in
   high = rsqrtf(high * (1.0f / kChannels) + call.eps);
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    const float g = i & 1 ? gain[i / 4].y : gain[i / 4].x, b = i & 1 ? bias[i / 4].y : bias[i / 4].x;
-    y[i] = y[i] * (i & 2 ? high : low) * g + b;
+    const float2 gain = gains.gain[i / 4], bias = gains.bias[i / 4];
+    y[i] = y[i] * (i & 2 ? high : low) * (i & 1 ? gain.y : gain.x) + (i & 1 ? bias.y : bias.x);
   }
 }
 
@@ -237,15 +247,14 @@ struct Rates {
 
 // The normalised tile as the left operand of a product over its channels, 8 steps of 16: an RMSNorm's without its rate,
 // which is on its way while the product runs.
-__device__ __forceinline__ Rates normalised_operand(const ClusterEncoderCall& call, int index, const float (&h)[8],
-                                                    const Place& at, Shared& s, uint4 (&a)[8]) {
+__device__ __forceinline__ Rates normalised_operand(const ClusterEncoderCall& call, const Gains& gains,
+                                                    const float (&h)[8], const Place& at, Shared& s, uint4 (&a)[8]) {
   float y[8];
   Rates rates{1.0f, 1.0f};
   if (call.layer_norm) {
-    normalise(call, index, h, at, s, y);
+    normalise(call, gains, h, at, s, y);
   } else {
-    const float2* gains = reinterpret_cast<const float2*>(call.norms + static_cast<std::int64_t>(index) * 2 * kChannels);
-    const float2 left = __ldg(gains + 8 * at.warp + at.quad), right = __ldg(gains + 8 * at.warp + 4 + at.quad);
+    const float2 left = gains.gain[0], right = gains.gain[1];
     y[0] = h[0] * left.x, y[1] = h[1] * left.y, y[2] = h[2] * left.x, y[3] = h[3] * left.y;
     y[4] = h[4] * right.x, y[5] = h[5] * right.y, y[6] = h[6] * right.x, y[7] = h[7] * right.y;
     rates.low = (h[0] * h[0] + h[1] * h[1]) + (h[4] * h[4] + h[5] * h[5]);
@@ -290,34 +299,44 @@ __device__ __forceinline__ void multiply_step(float (&c)[4], uint4 a, uint4 unit
   multiply(c, a, odd ? unit.z : unit.x, odd ? unit.w : unit.y);
 }
 
-// Keys or queries: 16 channels of a head from those of `half` on, for rows `group` and `group + 8`, as the operand of
-// their product (a right one holds the columns in this order, a left one has the middle two exchanged).
-__device__ __forceinline__ uint4 project_turned(const ClusterEncoderCall& call, const uint4 (&a)[8], const uint4* w,
-                                                Rates rates, const Place& at, int half) {
+// Cosine and sine for rows `group` and `group + 8` of the pairs that a thread of keys or queries has.
+struct Turns {
+  float cos[2][2], sin[2][2];  // [row][n]
+};
+
+__device__ __forceinline__ Turns load_turns(const ClusterEncoderCall& call, const Place& at) {
+  Turns turns;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int age = kFrame - 1 - at.tile * kRows - at.group - 8 * r;
+    const int where = min(age, call.longest - 1) * 16 + 8 * (at.warp % 2) + at.quad;
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      turns.cos[r][n] = call.rotary ? __ldg(call.cos + where + 4 * n) : 1.0f;
+      turns.sin[r][n] = call.rotary ? __ldg(call.sin + where + 4 * n) : 0.0f;
+    }
+  }
+  return turns;
+}
+
+// Keys or queries: 16 channels of a head for rows `group` and `group + 8`, as the operand of their product (a right one
+// holds the columns in this order, a left one has the middle two exchanged).
+__device__ __forceinline__ uint4 project_turned(const Turns& turns, const uint4 (&a)[8], const uint4* w, Rates rates) {
   float even[2][4] = {}, odd[2][4] = {};
 #pragma unroll
   for (int k = 0; k < 8; ++k) {
 #pragma unroll
     for (int n = 0; n < 2; ++n) multiply_step(k % 2 ? odd[n] : even[n], a[k], w[4 * n + k / 2], k % 2);
   }
-  const int age = kFrame - 1 - at.tile * kRows - at.group;
-  const int low = min(age, call.longest - 1) * 16 + 8 * half + at.quad;
-  const int high = min(age - 8, call.longest - 1) * 16 + 8 * half + at.quad;
   std::uint32_t packed[2][2];
 #pragma unroll
   for (int n = 0; n < 2; ++n) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float rate = r == 0 ? rates.low : rates.high;
-      float first = (even[n][2 * r] + odd[n][2 * r]) * rate, second = (even[n][2 * r + 1] + odd[n][2 * r + 1]) * rate;
-      if (call.rotary) {
-        const int where = (r == 0 ? low : high) + 4 * n;
-        const float cos = __ldg(call.cos + where), sin = __ldg(call.sin + where);
-        const float turned = first * cos - second * sin;
-        second = first * sin + second * cos;
-        first = turned;
-      }
-      packed[r][n] = pack(first, second);
+      const float rate = r == 0 ? rates.low : rates.high, cos = turns.cos[r][n], sin = turns.sin[r][n];
+      const float first = (even[n][2 * r] + odd[n][2 * r]) * rate;
+      const float second = (even[n][2 * r + 1] + odd[n][2 * r + 1]) * rate;
+      packed[r][n] = pack(first * cos - second * sin, first * sin + second * cos);
     }
   }
   return {packed[0][0], packed[0][1], packed[1][0], packed[1][1]};
@@ -364,15 +383,14 @@ __device__ __forceinline__ void publish(uint4 v, uint4* here, std::uint64_t* bar
 
 // Keys, values and queries of this half's two heads. Warps 0 to 3 have 16 channels of the keys each, then of the
 // queries, while the others' 16 channels of the values and the keys are on their way.
-__device__ __forceinline__ void project(const ClusterEncoderCall& call, const uint4 (&a)[8], const uint4 (&w)[16],
-                                        Rates rates, const Place& at, Shared& s, int buffer, int blocks_before,
-                                        bool newest_only) {
+__device__ __forceinline__ void project(const Turns& turns, const uint4 (&a)[8], const uint4 (&w)[16], Rates rates,
+                                        const Place& at, Shared& s, int buffer, int blocks_before, bool newest_only) {
   const int head = at.warp % 4 / 2, half = at.warp % 2;
   uint4(&operands)[4][32] = s.keys[buffer][at.tile][head];
   if (at.warp < 4) {
-    const uint4 key = project_turned(call, a, w, rates, at, half);
+    const uint4 key = project_turned(turns, a, w, rates);
     publish(key, &operands[half][at.lane], &s.keys_here[buffer][at.tile], at, blocks_before, newest_only);
-    const uint4 query = project_turned(call, a, w + 8, rates, at, half);
+    const uint4 query = project_turned(turns, a, w + 8, rates);
     s.queries[head][half][at.lane] = {query.x, query.z, query.y, query.w};
   } else {
     const uint4 value = project_values(a, w, rates, at);
@@ -558,6 +576,8 @@ __device__ __forceinline__ void encode_history(const ClusterEncoderCall& call) {
   }
   __syncwarp();
   cluster_arrive();
+  const Turns turns = load_turns(call, at);
+  Gains gains = load_gains(call, 0, at);
   float h[8];
   float mine[8];  // this half's last share
   input(call, history, at, s, h);
@@ -575,9 +595,10 @@ __device__ __forceinline__ void encode_history(const ClusterEncoderCall& call) {
       if (thread == 0) barrier_expect(&s.fed_here, kShareBytes);
       add_shares(h, mine, s.fed_share[thread]);
     }
-    Rates rates = normalised_operand(call, 2 * block, h, at, s, a);
-    project(call, a, w, rates, at, s, buffer, blocks_before, last);
+    Rates rates = normalised_operand(call, gains, h, at, s, a);
+    project(turns, a, w, rates, at, s, buffer, blocks_before, last);
     if (block == feeds) return;
+    gains = load_gains(call, 2 * block + 1, at);
     __syncthreads();
     if (at.warp % 4 >= at.first_tile) attend(call, history.present, at, s, buffer, block / 2 % 2);
     __syncthreads();
@@ -606,7 +627,8 @@ __device__ __forceinline__ void encode_history(const ClusterEncoderCall& call) {
     if (thread == 0) barrier_expect(&s.attended_here, kShareBytes);
     add_shares(h, mine, s.attended_share[thread]);
 
-    rates = normalised_operand(call, 2 * block + 1, h, at, s, a);
+    rates = normalised_operand(call, gains, h, at, s, a);
+    gains = load_gains(call, 2 * block + 2, at);
     float f[4][4] = {};
 #pragma unroll
     for (int k = 0; k < 8; ++k) {
@@ -640,7 +662,7 @@ __device__ __forceinline__ void encode_history(const ClusterEncoderCall& call) {
   barrier_wait(&s.fed_here, (call.blocks - 1) % 2);
   add_shares(h, mine, s.fed_share[thread]);
   float y[8];
-  normalise(call, 2 * call.blocks, h, at, s, y);
+  normalise(call, gains, h, at, s, y);
   store_newest(call, y, user, at);
 }
 

@@ -28,7 +28,8 @@ __device__ __forceinline__ int cluster_size() {
   return static_cast<int>(size);
 }
 
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+// Relaxed: barrier_init_fence has released what the others must see (a release here is a fence of the whole device).
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
@@ -53,11 +54,12 @@ __device__ __forceinline__ void barrier_expect(std::uint64_t* barrier, std::uint
                : "memory");
 }
 
+// Acquires for this block: what has come is in its shared memory. (Acquiring for the cluster would drop the L1 cache.)
 __device__ __forceinline__ void barrier_wait(std::uint64_t* barrier, int parity) {
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
-      "again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@!done bra again;\n"
       "}" ::"r"(shared_address(barrier)),
       "r"(parity)
