@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import re
-from collections.abc import Sequence
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,11 +24,12 @@ from fave_fast.model import FAVE
 from fave_fast.ops import encoder as ops
 from fave_fast.ops import encoder_cluster
 from fave_fast.ops.encoder import EncoderWeights, InputPath, Plan, encode, encode_ids
-from fave_fast.ops.registry import why_no_triton
+from fave_fast.ops.registry import Implementation, Op, why_no_triton
 from fave_fast.ops.tuning import tile_shapes
 
 pytestmark = pytest.mark.skipif(why_no_triton() is not None, reason=str(why_no_triton()))
 
+ROOT = Path(__file__).resolve().parent.parent
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 # The interpreter's product of bf16 is garbage.
@@ -311,6 +316,84 @@ def test_the_cluster_kernel_is_not_for_the_cpu() -> None:
     case = Case(BASE, dtype=torch.bfloat16, lengths=[1])
     with pytest.raises(BackendError, match="runs on CUDA devices, and the tensors are on cpu"):
         case.run("cpp")
+
+
+Emulated = Callable[[int], None]
+
+
+@pytest.fixture(scope="session")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The cluster kernel's source with its instructions done on the CPU."""
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    folder = tmp_path_factory.mktemp("emulation")
+    sources = [*(ROOT / "csrc").glob("cluster_encoder.*pp"), *(ROOT / "csrc").glob("cluster_encoder.cuh")]
+    for source in [*sources, *(ROOT / "tests" / "emulation").iterdir()]:
+        shutil.copy(source, folder)  # its hopper.cuh takes the place of that in csrc
+    library = folder / "emulation.so"
+    command = ["g++", "-std=c++17", "-O2", "-shared", "-fPIC", "-o", library, folder / "emulate.cpp"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return ctypes.CDLL(str(library))
+
+
+@pytest.fixture
+def emulated(emulator: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Emulated:
+    """Backend cpp is the emulation; call it with how far apart the threads that take turns are."""
+    strides = [1]
+
+    def launch(arguments: dict[str, int | float | bool], tiles: int, device: torch.device) -> None:
+        kinds = {float: ctypes.c_float, bool: ctypes.c_bool}
+        numbers = ("users", "padded_length", "longest", "blocks")
+
+        class Call(ctypes.Structure):
+            _fields_ = [
+                (name, ctypes.c_int32 if name in numbers else kinds.get(type(value), ctypes.c_void_p))
+                for name, value in arguments.items()
+            ]
+
+        assert ctypes.sizeof(Call) == emulator.call_bytes()
+        call = Call(*arguments.values())
+        assert emulator.emulate(ctypes.byref(call), tiles, ctypes.c_uint(strides[0])) == 0, "the threads wait for ever"
+
+    def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+        return None if dtype == torch.bfloat16 else "the oracle's dtype"
+
+    cpp, reference = Implementation("cpp", encoder_cluster.run, why_not), ops.OP.implementations[-1]
+    monkeypatch.setattr(encoder_cluster, "launch", launch)
+    monkeypatch.setattr(ops, "OP", Op("encoder", (cpp, reference)))
+
+    def take_turns(stride: int) -> None:
+        strides[0] = stride
+
+    return take_turns
+
+
+@pytest.mark.skipif(GPU, reason="the kernel itself is tested")
+@pytest.mark.parametrize(
+    ("model", "flow", "lengths"),
+    [
+        ({"blocks": 2}, {}, [50, 9, 0, 17]),
+        ({"blocks": 1, "max_length": 64, "norm": "layer", "attention": "causal"}, {"prior": "gaussian"}, [64, 3, 33]),
+        ({"blocks": 1, "max_length": 20, "position": "none"}, {"anchor_at_inference": "last"}, [20, 16]),
+    ],
+)
+def test_the_cluster_kernel_emulated(
+    model: dict[str, Any], flow: dict[str, Any], lengths: Sequence[int], emulated: Emulated
+) -> None:
+    config = ModelConfig(**{"delta": 0.3, "source_block": -1, **model})
+    flows = FlowConfig(**{"rho": 0.5, "lambda_at_inference": "sample", **flow})
+    check(Case(config, lengths, torch.bfloat16, flows), backend="cpp")
+
+
+@pytest.mark.skipif(GPU, reason="the kernel itself is tested")
+def test_the_emulated_threads_may_run_in_any_order(emulated: Emulated) -> None:
+    case = Case(ModelConfig(blocks=2, delta=0.3), [40], torch.bfloat16)
+    expected = case.run("cpp")[0]
+    for stride in (1025, 2047, 771):
+        emulated(stride)
+        assert torch.equal(case.run("cpp")[0], expected)
+    assert torch.equal(encode_ids(case.weights, case.path, case.padded(case.ids, 50), backend="cpp"), expected)
 
 
 # What follows needs the GPU: its sizes, its rounding, its graphs.

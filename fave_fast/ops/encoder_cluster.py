@@ -108,36 +108,45 @@ def fragments(model: FAVE) -> Tensor:
 
 def run(call: _Call) -> None:
     """One launch on the current stream; nothing is allocated."""
+    longest = call.weights.model.config.max_length if call.padded_length is None else call.padded_length
+    tiles = 1 if longest <= TILE else 2 if longest <= 2 * TILE else 4
+    launch(arguments(call), tiles, call.out.device)
+
+
+def arguments(call: _Call) -> dict[str, int | float | bool]:
+    """The fields of csrc/cluster_encoder.hpp, in their order."""
     weights, path = call.weights, call.path
     model, config = weights.model, weights.model.config
     assert weights.fragments is not None
-    longest = config.max_length if call.padded_length is None else call.padded_length
-    tiles = 1 if longest <= TILE else 2 if longest <= 2 * TILE else 4
-    importlib.import_module("fave_fast._C").encode_cluster(
-        rows=call.rows.data_ptr(),
-        bounds=0 if call.bounds is None else call.bounds.data_ptr(),
-        table=0 if path is None else model.item_embedding.weight.data_ptr(),
-        input_norm=0 if path is None else path.norm.data_ptr(),
-        shift=0 if path is None else path.shift.data_ptr(),
-        scale=0 if path is None or path.scale is None else path.scale.data_ptr(),
-        weights=weights.fragments.data_ptr(),
-        norms=weights.norms.data_ptr(),
-        cos=weights.cos.data_ptr(),
-        sin=weights.sin.data_ptr(),
-        out=call.out.data_ptr(),
-        users=len(call.out),
-        padded_length=call.padded_length or 0,
-        longest=config.max_length,
-        blocks=config.blocks,
-        anchor=0.0 if path is None else path.anchor,
-        eps=model.final_norm.eps,
-        input_eps=model.embedding_norm.eps,
-        wide_rows=call.rows.dtype in (torch.int64, torch.float32),
-        wide_bounds=call.bounds is not None and call.bounds.dtype == torch.int64,
-        layer_norm=config.norm == "layer",
-        rotary=config.position == "rotary",
-        causal=config.attention == "causal",
-        tiles=tiles,
-        device=call.out.device.index,
-        stream=torch.cuda.current_stream(call.out.device).cuda_stream,
-    )
+    return {
+        "rows": call.rows.data_ptr(),
+        "bounds": 0 if call.bounds is None else call.bounds.data_ptr(),
+        "table": 0 if path is None else model.item_embedding.weight.data_ptr(),
+        "input_norm": 0 if path is None else path.norm.data_ptr(),
+        "shift": 0 if path is None else path.shift.data_ptr(),
+        "scale": 0 if path is None or path.scale is None else path.scale.data_ptr(),
+        "weights": weights.fragments.data_ptr(),
+        "norms": weights.norms.data_ptr(),
+        "cos": weights.cos.data_ptr(),
+        "sin": weights.sin.data_ptr(),
+        "out": call.out.data_ptr(),
+        "users": len(call.out),
+        "padded_length": call.padded_length or 0,
+        "longest": config.max_length,
+        "blocks": config.blocks,
+        "anchor": 0.0 if path is None else path.anchor,
+        "eps": model.final_norm.eps,
+        "input_eps": model.embedding_norm.eps,
+        "wide_rows": call.rows.dtype in (torch.int64, torch.float32),
+        "wide_bounds": call.bounds is not None and call.bounds.dtype == torch.int64,
+        "layer_norm": config.norm == "layer",
+        "rotary": config.position == "rotary",
+        "causal": config.attention == "causal",
+    }
+
+
+def launch(arguments: dict[str, int | float | bool], tiles: int, device: torch.device) -> None:
+    """Launch on the current stream of `device` clusters that hold 16 * `tiles` rows."""
+    stream = torch.cuda.current_stream(device).cuda_stream
+    extension = importlib.import_module("fave_fast._C")
+    extension.encode_cluster(**arguments, tiles=tiles, device=device.index, stream=stream)
