@@ -2,16 +2,24 @@
 
 // The kernel of cluster_encoder.cu.
 //
-// A history lies at the end of a frame of 64 rows, its newest item in row 63. Two blocks of a cluster share a tile of 16
-// rows: each has two of the four heads and half of the feed-forward, and both hold the tile's residual stream whole. So a transformer block takes three exchanges: keys and values go to the other tiles, and each half's
-// share of the attention's and of the feed-forward's output goes to the other half. What is sent goes from registers
-// into the receiver's shared memory, in the order in which one of its warps reads it (an operand of a product as a
-// lane holds it), and counts at a barrier there: nothing is staged, converted or transposed on the way.
+// A history lies at the end of a frame of 64 rows, its newest item in row 63. Two blocks of a cluster share a tile
+// of 16 rows: each has two of the four heads and half of the feed-forward, and each holds the tile's residual stream
+// (the two differ by the rounding of what the other sent). So a transformer block takes three exchanges: keys and
+// values go to the other tiles, and each half's share of the attention's and of the feed-forward's output goes to
+// the other half. What is sent goes from registers into the receiver's shared memory, in the order in which one of
+// its warps reads it (an operand of a product as a lane holds it), and counts at a barrier there: nothing is staged,
+// converted or transposed on the way.
 //
 // Weights are stored as operands too. A block reads 192 KB a transformer block, half of the weights; each warp has the
 // copy engine bring its own units, two phases ahead, and takes them into registers where it would otherwise wait for
 // another block. (The copy engine brings 192 KB to each of 8 blocks in 2,380 cycles of an H200; loads to registers, 16
 // bytes a lane and 64 KB in flight, took 5,040.)
+//
+// What limits it, on an H200 with four transformer blocks: one takes 8,000 cycles with 50 items and 7,600 with 9, which
+// have nothing to send to other tiles. (A round of 4 KB to one block takes 440 cycles, to each of three 980.) So it is
+// shared memory: weights are written there and read again, 2 x 192 KB at 128 bytes a cycle or 3,070 cycles, and every
+// warp reads the whole left operand, 1,000 more. To take a phase's weights takes a warp 500 to 1,000 cycles, of which
+// an exchange hides 440.
 
 #include <cstdint>
 
@@ -23,7 +31,6 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kChannels = 128;
-constexpr int kHidden = 256;  // channels of the feed-forward that a block has
 constexpr int kRows = 16;     // of a tile
 constexpr int kTiles = 4;
 constexpr int kFrame = kRows * kTiles;
@@ -84,7 +91,7 @@ __device__ __forceinline__ History find(const ClusterEncoderCall& call, int user
   if (call.padded_length == 0) {
     const std::int64_t begin = whole_number(call.bounds, call.wide_bounds, user);
     const std::int64_t end = whole_number(call.bounds, call.wide_bounds, user + 1);
-    return {end, first_bits(end - begin)};
+    return {end, first_bits(end - begin < call.longest ? end - begin : call.longest)};  // the newest items count
   }
   const std::int64_t end = static_cast<std::int64_t>(user + 1) * call.padded_length;
   if (call.table == nullptr) {
@@ -149,8 +156,8 @@ __device__ __forceinline__ void embed(const ClusterEncoderCall& call, const Hist
 
 // The residual of the tile, as a product leaves it: h[4 n + e] is row group + 8 (e / 2), channel
 // 16 warp + 8 n + 2 quad + e % 2.
-__device__ __forceinline__ void input(const ClusterEncoderCall& call, const History& history, const Place& at, Shared& s,
-                                      float (&h)[8]) {
+__device__ __forceinline__ void input(const ClusterEncoderCall& call, const History& history, const Place& at,
+                                      Shared& s, float (&h)[8]) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int row = 2 * at.warp + i;
@@ -369,8 +376,8 @@ __device__ __forceinline__ uint4 project_values(const uint4 (&a)[8], const uint4
 }
 
 // Writes one operand of the keys or values here and to the blocks of this half that need it.
-__device__ __forceinline__ void publish(uint4 v, uint4* here, std::uint64_t* barrier, const Place& at, int blocks_before,
-                                        bool newest_only) {
+__device__ __forceinline__ void publish(uint4 v, uint4* here, std::uint64_t* barrier, const Place& at,
+                                        int blocks_before, bool newest_only) {
   *here = v;
   const std::uint32_t address = shared_address(here), counted = shared_address(barrier);
 #pragma unroll
@@ -405,8 +412,8 @@ __device__ __forceinline__ void arrived(std::uint64_t* barrier, int parity, cons
 }
 
 // One head's softmax over the keys of one tile, apart from its sum, times their values.
-__device__ __forceinline__ void attend(const ClusterEncoderCall& call, std::uint64_t present, const Place& at, Shared& s,
-                                       int buffer, int parity) {
+__device__ __forceinline__ void attend(const ClusterEncoderCall& call, std::uint64_t present, const Place& at,
+                                       Shared& s, int buffer, int parity) {
   const int head = at.warp / 4, part = at.warp % 4;
   const uint4(&operands)[4][32] = s.keys[buffer][part][head];
   const uint4 q0 = s.queries[head][0][at.lane], q1 = s.queries[head][1][at.lane];
@@ -619,7 +626,9 @@ __device__ __forceinline__ void encode_history(const ClusterEncoderCall& call) {
     send_share(mine, &s.attended_share[thread], &s.attended_here, rank ^ 1);
     barrier_wait(&slots_here[1 - buffer], (phase + 1) / 2 % 2);
     take(w, slots[1 - buffer], at.lane);
-    if (!last) bring(slots[1 - buffer][0], weights + kStride, attention_first, attention_count, &slots_here[1 - buffer], at);
+    if (!last) {
+      bring(slots[1 - buffer][0], weights + kStride, attention_first, attention_count, &slots_here[1 - buffer], at);
+    }
     if (block + 1 < feeds) {
       bring(s.out_weights[at.warp][0], weights + kStride, kOutFirst + 4 * at.warp, 4, &s.out_weights_here[at.warp], at);
     }
@@ -637,7 +646,9 @@ __device__ __forceinline__ void encode_history(const ClusterEncoderCall& call) {
     }
     barrier_wait(&slots_here[buffer], (phase + 2) / 2 % 2);
     take(w, slots[buffer], at.lane);
-    if (block + 1 < feeds) bring(slots[buffer][0], weights + kStride, kFeedFirst + 16 * at.warp, 16, &slots_here[buffer], at);
+    if (block + 1 < feeds) {
+      bring(slots[buffer][0], weights + kStride, kFeedFirst + 16 * at.warp, 16, &slots_here[buffer], at);
+    }
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
       const int column = 32 * at.warp + 8 * n + 2 * at.quad;

@@ -2,8 +2,8 @@
 
 #include <cstdint>
 
-// Instructions of compute capability 9.0 that CUDA C++ has no words for. Addresses are of shared memory, 32 bits, as the
-// instructions take them.
+// Instructions of compute capability 9.0 that CUDA C++ has no words for. Addresses are of shared memory, 32 bits, as
+// the instructions take them.
 
 namespace fave_fast {
 
@@ -29,7 +29,9 @@ __device__ __forceinline__ int cluster_size() {
 }
 
 // Relaxed: barrier_init_fence has released what the others must see (a release here is a fence of the whole device).
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
 
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
@@ -45,7 +47,9 @@ __device__ __forceinline__ void barrier_init(std::uint64_t* barrier) {
 }
 
 // Makes the initialised barriers known to the cluster; cluster_arrive follows.
-__device__ __forceinline__ void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void barrier_init_fence() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
 
 // The barrier's phase ends when `bytes` have been written to this block.
 __device__ __forceinline__ void barrier_expect(std::uint64_t* barrier, std::uint32_t bytes) {
@@ -68,7 +72,8 @@ __device__ __forceinline__ void barrier_wait(std::uint64_t* barrier, int parity)
 
 // Writes 16 bytes to another block and counts them at its barrier; both addresses come from in_block.
 __device__ __forceinline__ void store_remote(std::uint32_t address, uint4 v, std::uint32_t barrier) {
-  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(address),
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+                   address),
                "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(barrier)
                : "memory");
 }
@@ -94,7 +99,8 @@ __device__ __forceinline__ uint4 load_matrices(const void* row) {
 // c += a b for a [16, 16] and b [16, 8] in bf16, in the layout of mma.m16n8k16.
 __device__ __forceinline__ void multiply(float (&c)[4], uint4 a, std::uint32_t b0, std::uint32_t b1) {
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
 }

@@ -389,11 +389,20 @@ def test_the_cluster_kernel_emulated(
 @pytest.mark.skipif(GPU, reason="the kernel itself is tested")
 def test_the_emulated_threads_may_run_in_any_order(emulated: Emulated) -> None:
     case = Case(ModelConfig(blocks=2, delta=0.3), [40], torch.bfloat16)
-    expected = case.run("cpp")[0]
-    for stride in (1025, 2047, 771):
+    expected = encode_ids(case.weights, case.path, case.ids, case.offsets, backend="cpp")
+    for stride in (2047, 771):
         emulated(stride)
-        assert torch.equal(case.run("cpp")[0], expected)
-    assert torch.equal(encode_ids(case.weights, case.path, case.padded(case.ids, 50), backend="cpp"), expected)
+        assert torch.equal(encode_ids(case.weights, case.path, case.padded(case.ids, 50), backend="cpp"), expected)
+
+
+@pytest.mark.skipif(GPU, reason="the kernel itself is tested")
+def test_of_a_long_history_the_emulated_kernel_takes_the_newest_items(emulated: Emulated) -> None:
+    case = Case(ModelConfig(blocks=1, source_block=-1, delta=0.3, max_length=20), [20], torch.bfloat16)
+    expected = case.run("cpp")[0]
+    ids = torch.cat((torch.ones(15, dtype=torch.long), case.ids))
+    out = torch.full_like(expected, torch.nan)
+    encoder_cluster.run(ops._Call(case.weights, case.path, ids, torch.tensor([0, 35]), None, None, out))
+    assert torch.equal(out, expected)
 
 
 # What follows needs the GPU: its sizes, its rounding, its graphs.

@@ -1,5 +1,8 @@
 """The encoder for small batches on Hopper GPUs: one launch of csrc/cluster_encoder, a cluster of blocks a history.
 
+Histories of up to 16, 32 or 64 items (the grid's length where ids are padded, else the model's longest) take a cluster
+of 2, 4 or 8 blocks; a history's bits do not depend on which. Of 8 blocks, an H200 runs 15 clusters at once.
+
 Its weights are stored as the operands of the tensor cores' products hold them (mma.m16n8k16): 32 lanes of 16 bytes make
 a unit, which a warp loads at once. A transformer block has 384 units for each of two halves; half t has the heads 2 t
 and 2 t + 1 and the feed-forward's channels from 256 t.
@@ -118,6 +121,7 @@ def arguments(call: _Call) -> dict[str, int | float | bool]:
     weights, path = call.weights, call.path
     model, config = weights.model, weights.model.config
     assert weights.fragments is not None
+    final_norm: Any = model.final_norm
     return {
         "rows": call.rows.data_ptr(),
         "bounds": 0 if call.bounds is None else call.bounds.data_ptr(),
@@ -135,7 +139,7 @@ def arguments(call: _Call) -> dict[str, int | float | bool]:
         "longest": config.max_length,
         "blocks": config.blocks,
         "anchor": 0.0 if path is None else path.anchor,
-        "eps": model.final_norm.eps,
+        "eps": final_norm.eps,
         "input_eps": model.embedding_norm.eps,
         "wide_rows": call.rows.dtype in (torch.int64, torch.float32),
         "wide_bounds": call.bounds is not None and call.bounds.dtype == torch.int64,

@@ -51,7 +51,8 @@ bool encode(int user, int size, unsigned stride) {
 
 }  // namespace
 
-// The launch of csrc/cluster_encoder.cu; threads take turns `stride` (an odd number) apart. Returns 0, or 1 where it hangs.
+// The launch of csrc/cluster_encoder.cu; threads take turns `stride` (an odd number) apart. Returns 0, or 1 where it
+// hangs.
 extern "C" int emulate(const fave_fast::ClusterEncoderCall* given, int tiles, unsigned stride) {
   call = given;
   for (int user = 0; user < given->users; ++user) {

@@ -170,7 +170,9 @@ inline void cluster_arrive() { ++emulation::arrived_at_cluster; }
 inline void cluster_wait() {
   while (emulation::arrived_at_cluster < cluster_size() * emulation::kThreads) emulation::yield();
 }
-inline std::uint32_t in_block(std::uint32_t address, int rank) { return static_cast<std::uint32_t>(rank) << 20 | address; }
+inline std::uint32_t in_block(std::uint32_t address, int rank) {
+  return static_cast<std::uint32_t>(rank) << 20 | address;
+}
 
 inline void barrier_init(std::uint64_t* barrier) {
   const emulation::Barrier fresh{0, 1, 0};
