@@ -31,7 +31,7 @@ _CANONICAL = re.compile(r"0|-?[1-9][0-9]{0,18}", re.ASCII)
 _INT64 = np.iinfo(np.int64)
 
 
-def _canonical(raw: object) -> int | str:
+def canonical_id(raw: object) -> int | str:
     """One id in its canonical form: an int where a whole number within int64 is meant, else text."""
     if isinstance(raw, (float, np.floating)) and float(raw).is_integer():
         raw = int(raw)
@@ -55,7 +55,7 @@ def _canonical_all(raw: Iterable[object]) -> Ints | list[int | str]:
             return np.array(values, dtype=np.int64)
         except OverflowError:
             pass
-    return [_canonical(value) for value in values]
+    return [canonical_id(value) for value in values]
 
 
 @dataclass(frozen=True, eq=False)

@@ -222,7 +222,9 @@ def test_of_a_long_history_the_newest_items_count(backend: str) -> None:
     case = Case(small(blocks=1))
     both, longest = torch.tensor([0, 5, 35], device=DEVICE), case.config.max_length
     cut = torch.cat((case.ids[:5], case.ids[35 - longest : 35]))
-    expected = encode_ids(case.weights, case.path, cut, torch.tensor([0, 5, 5 + longest], device=DEVICE), backend=backend)
+    expected = encode_ids(
+        case.weights, case.path, cut, torch.tensor([0, 5, 5 + longest], device=DEVICE), backend=backend
+    )
     got = encode_ids(case.weights, case.path, case.ids[:35].int(), both.int(), backend=backend)
     assert torch.equal(got, expected)
 

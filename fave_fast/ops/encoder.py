@@ -197,7 +197,8 @@ def encode(
 ) -> Tensor:
     """The endpoint of each history from its input E.
 
-    Of a packed history longer than the model's longest the newest items count. One without items gets zeros. and infinities in one history may reach others.
+    Of a packed history longer than the model's longest the newest items count. One without items gets zeros.
+    NaN and infinities in one history may reach others.
 
     Args:
         weights: of the model, which is in eval mode.
