@@ -1,7 +1,7 @@
 """The one step on a GPU as CUDA graphs: numbered histories on the host in, lists on the host out, by one launch.
 
-A graph holds everything of a request: the copy of the histories to the device, input path and encoder, top-K with
-exclusions, and the copy of the lists back. There is one for each batch size of `BATCHES`; a request takes the smallest
+A graph holds everything of a request: the reading of the histories from the host's memory, input path and encoder, top-K
+with exclusions, whose kernel writes the lists into the host's memory, and the word that says so. There is one for each batch size of `BATCHES`; a request takes the smallest
 that holds it, its other users being empty. The kernels are those that run uncaptured, so the bits are, too.
 """
 
@@ -95,7 +95,7 @@ class _Request:
 
 
 class _Response:
-    """Ids int64 [B, K], then scores float32 [B, K], in one piece of memory."""
+    """Ids int64 [B, K], then scores float32 [B, K], in one piece of the host's memory."""
 
     def __init__(self, memory: Tensor, batch: int, k: int) -> None:
         scores = 8 * batch * k
@@ -155,7 +155,6 @@ class StepGraphs:
         self._request_host = torch.zeros(words, dtype=torch.int32).pin_memory()
         self._request = torch.zeros(words, dtype=torch.int32, device=device)
         self._response_host = torch.zeros(memory, dtype=torch.uint8).pin_memory()
-        self._response = torch.zeros(memory, dtype=torch.uint8, device=device)
         self._endpoint = torch.zeros(most, table.shape[1], dtype=table.dtype, device=device)
         sizes = [workspace_bytes(self._endpoint[:b], table, k, b * items_each) for b in self.batches]
         self._workspace = torch.empty(max(sizes), dtype=torch.uint8, device=device)
@@ -194,9 +193,11 @@ class StepGraphs:
         return next((b for b in self.batches if b >= users and b * self.items_each >= items), None)
 
     def _capture(self, batch: int) -> _Captured:
+        from fave_fast.kernels.submit import fetch
+
         items, device = batch * self.items_each, self._request.device
         host, request = (_Request(words, batch, items) for words in (self._request_host, self._request))
-        out_host, response = (_Response(memory, batch, self.k) for memory in (self._response_host, self._response))
+        response = _Response(self._response_host, batch, self.k)
         exclude = Exclusions(request.ids, request.exclude_offsets)
         # With a multiprocessor for each history they may as well run alone.
         plan = Plan.empty(batch, PLANNED_ROWS, device) if batch > multiprocessors(device) else None
@@ -211,13 +212,13 @@ class StepGraphs:
             )  # fmt: skip
 
         with torch.cuda.stream(self._stream), torch.no_grad():
+            fetch(host.words, request.words)
             work()  # compiles what is not compiled yet, on empty histories
             self._stream.synchronize()
             graph = torch.cuda.CUDAGraph()
             # Other threads may allocate or synchronize meanwhile.
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                request.words.copy_(host.words, non_blocking=True)
+                fetch(host.words, request.words)
                 work()
-                out_host.bytes.copy_(response.bytes, non_blocking=True)
                 self._completion.signal()
-        return _Captured(Submission(graph, self._completion), host, out_host)
+        return _Captured(Submission(graph, self._completion), host, response)

@@ -330,7 +330,7 @@ def _plan(
     shifts = tl.full([PROGRAMS], SMALLEST, tl.int32)
     users_done, programs_done = 0, 0
     for step in tl.static_range(LARGEST - SMALLEST + 1):
-        size: tl.constexpr = LARGEST - step
+        size = LARGEST - step
         mine = (live & (shift == size)).to(tl.int32)
         tl.store(order_ptr + users_done + tl.cumsum(mine, 0) - 1, user, mine != 0)
         users = tl.sum(mine, 0)
