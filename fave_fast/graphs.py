@@ -1,8 +1,9 @@
 """The one step on a GPU as CUDA graphs: numbered histories on the host in, lists on the host out, by one launch.
 
-A graph holds everything of a request: the reading of the histories from the host's memory, input path and encoder, top-K
-with exclusions, whose kernel writes the lists into the host's memory, and the word that says so. There is one for each batch size of `BATCHES`; a request takes the smallest
-that holds it, its other users being empty. The kernels are those that run uncaptured, so the bits are, too.
+A graph holds everything of a request: the reading of the histories from the host's memory, input path and encoder,
+top-K with exclusions, whose kernel writes the lists into the host's memory, and the word that says so. There is one for
+each batch size of `BATCHES`; a request takes the smallest that holds it, its other users being empty. The kernels are
+those that run uncaptured, so the bits are, too.
 """
 
 from __future__ import annotations
