@@ -24,7 +24,7 @@ from fave_fast.config import Config
 from fave_fast.data import IdMap, load_interactions
 from fave_fast.engine import Recommender
 from fave_fast.flow import InferenceNoise
-from fave_fast.graphs import Histories, Step, StepGraphs
+from fave_fast.graphs import Floats, Histories, Ints, Step, StepGraphs
 from fave_fast.model import FAVE
 from fave_fast.ops import Exclusions, score_topk
 from fave_fast.ops.encoder import EncoderWeights, InputPath, encode_ids
@@ -74,9 +74,15 @@ def real(count: int, flat: npt.NDArray[np.int32], begins: npt.NDArray[np.int64])
     return requests
 
 
+def run(graphs: StepGraphs, request: Histories) -> tuple[Floats, Ints]:
+    captured = graphs.fitting(request)
+    assert captured is not None
+    return captured.run(request, True)
+
+
 def check(step: Step, graphs: StepGraphs, requests: list[Histories]) -> None:
     for request in requests[:4]:
-        scores, best = graphs.run(request, True)
+        scores, best = run(graphs, request)
         ids, offsets = (torch.from_numpy(part).cuda() for part in request)
         exclude = Exclusions(ids, offsets)
         want = step(ids, offsets, exclude, graphs.k)
@@ -112,7 +118,7 @@ def users_per_second(graphs: StepGraphs, requests: list[Histories], callers: int
     def ask(caller: int) -> None:
         at = caller
         while time.perf_counter() < until:
-            graphs.run(requests[at % len(requests)], True)
+            run(graphs, requests[at % len(requests)])
             counts[caller] += len(requests[at % len(requests)].offsets) - 1
             at += 1
 
@@ -166,7 +172,7 @@ def measure(items: int, data: dict[str, Histories], requests: int, backend: str)
         for name, asked in cases.items():
             check(step, graphs, asked)
             count = requests if batch * items < 10**9 else max(100, requests // 10)
-            found = percentiles(lambda at, asked=asked: graphs.run(asked[at % len(asked)], True), count)
+            found = percentiles(lambda at, asked=asked: run(graphs, asked[at % len(asked)]), count)
             parts = breakdown(step, asked[0])
             row: Row = {"N": items, "B": batch, "histories": name, "requests": count, **found, "device": parts}
             print(json.dumps(row), flush=True)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,7 @@ from fave_fast.checkpoint import Checkpoint
 from fave_fast.config import Config
 from fave_fast.errors import InputError
 from fave_fast.flow import InferenceNoise
-from fave_fast.graphs import BATCHES, Histories, Step, StepGraphs
+from fave_fast.graphs import BATCHES, CapturedStep, Histories, Step, StepGraphs
 from fave_fast.model import DTYPES
 from fave_fast.ops import Exclusions
 from fave_fast.ops.encoder import OP as ENCODER
@@ -33,10 +33,10 @@ __all__ = ["ItemId", "Recommendation", "Recommender"]
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
+History = Sequence[ItemId] | npt.NDArray[np.integer]
 
 
-@dataclass(frozen=True)
-class Recommendation:
+class Recommendation(NamedTuple):
     """One user's list, best first. It is shorter than K where fewer items are left to recommend."""
 
     items: list[ItemId]
@@ -80,6 +80,8 @@ class Recommender:
         self._model = checkpoint.build_model().to(device, dtype).eval()
         for op in (SCORE_TOPK, ENCODER):
             op.resolve(backend, self.device, dtype)
+        self._on_gpu = self.device.type == "cuda"
+        self._room = len(self._table) - 1
         self._catalogue = Catalogue.of(checkpoint.item_ids, checkpoint.popularity.numpy())
         self._by_popularity = _popular_first(self._catalogue)
         self._weights = EncoderWeights.pack(self._model)
@@ -130,9 +132,9 @@ class Recommender:
         started = time.perf_counter()
         if self._why_no_graphs(k) is not None:
             return 0.0
-        with self._gate.alone():
+        with self._gate.alone:
             self._graphs = None  # gives its memory back before the next takes its own
-            self._graphs = StepGraphs(self._step(self.config.flow.seed), min(k, len(self._table) - 1), batches)
+            self._graphs = StepGraphs(self._step(self.config.flow.seed), min(k, self._room), batches)
         return time.perf_counter() - started
 
     def _why_no_graphs(self, k: int) -> str | None:
@@ -145,7 +147,7 @@ class Recommender:
 
     def recommend(
         self,
-        histories: Sequence[Sequence[ItemId]],
+        histories: Sequence[History],
         k: int = 20,
         exclude_history: bool = True,
         deny: Iterable[ItemId] | None = None,
@@ -157,7 +159,8 @@ class Recommender:
         """The K best next items of each history.
 
         Args:
-            histories: original item ids, oldest first; only the last L count, all of them are excluded.
+            histories: original item ids, oldest first; only the last L count, all of them are excluded. Arrays of whole
+                numbers are the fastest.
             k: length of the lists, K.
             exclude_history: never recommend an item of the user's own history.
             deny: original ids that nobody gets; unknown ones change nothing.
@@ -174,28 +177,28 @@ class Recommender:
             if value < 1:
                 raise InputError(f"{name} is {value}; expected a whole number of at least 1")
         first = self.config.flow.seed if seed is None else seed
-        with self._gate.shared():
+        with self._gate.shared:
             catalogue = self._catalogue
             numbered, unknown = _number(catalogue, histories)
             denied = self._deny_bitmap(catalogue, deny)
-            ends = numbered.offsets[1:]
-            known = np.flatnonzero(ends > numbered.offsets[:-1])
-            results: list[Recommendation | None] = [None] * len(histories)
+            has_items = np.diff(numbered.offsets) > 0
+            known = np.flatnonzero(has_items)
+            results: list[Recommendation] = [None] * len(histories)  # type: ignore[list-item]
             for start in range(0, len(known), batch_size):
                 rows = known[start : start + batch_size]
                 batch = _rows(numbered, rows)
                 scores, items = self._best(batch, k, exclude_history, denied, range(first, first + samples))
-                for row, row_scores, row_items in zip(rows.tolist(), scores.tolist(), items, strict=True):
-                    count = int(np.count_nonzero(row_items))
-                    names = catalogue.ids(row_items[:count])
-                    results[row] = Recommendation(
-                        names, row_scores[:count], int(unknown[row]), False, catalogue.version
-                    )
+                counts = np.count_nonzero(items, axis=1).tolist()
+                names, width = catalogue.ids(np.maximum(items, 1)), items.shape[1]
+                lists = zip(rows.tolist(), counts, scores.tolist(), unknown[rows].tolist(), strict=True)
+                for at, (row, count, row_scores, missing) in enumerate(lists):
+                    best = names[at * width : at * width + count]
+                    results[row] = Recommendation(best, row_scores[:count], missing, False, catalogue.version)
             if len(known) < len(histories):
                 popular = self._most_popular(catalogue, k, denied)
-                for row in np.flatnonzero(ends == numbered.offsets[:-1]).tolist():
+                for row in np.flatnonzero(~has_items).tolist():
                     results[row] = Recommendation(*popular, int(unknown[row]), True, catalogue.version)
-        return [result for result in results if result is not None]
+        return results
 
     def best_items(
         self, ids: npt.NDArray[np.int32], offsets: Ints, k: int = 20, exclude_history: bool = True
@@ -218,7 +221,7 @@ class Recommender:
             raise InputError(f"k is {k}; expected a whole number of at least 1")
         if (offsets[1:] <= offsets[:-1]).any():
             raise InputError("a history has no items; expected at least one in each")
-        with self._gate.shared():
+        with self._gate.shared:
             seed = self.config.flow.seed
             return self._best(Histories(ids, offsets), k, exclude_history, None, range(seed, seed + 1))
 
@@ -244,9 +247,9 @@ class Recommender:
             raise InputError(f"embeddings are {list(rows.shape)}; expected {list(expected)}, one row an item")
         if not bool(rows.isfinite().all()):
             raise InputError("embeddings hold NaN or infinity; expected finite numbers")
-        with self._gate.alone():
+        with self._gate.alone:
             catalogue, numbers = self._catalogue.with_items(ids)
-            if len(catalogue) > len(self._table) - 1:
+            if len(catalogue) > self._room:
                 self._grow(len(catalogue))
             self._write(numbers, rows)
             return self._turn_to(catalogue)
@@ -262,7 +265,7 @@ class Recommender:
         Raises:
             InputError: an id that the catalogue does not hold.
         """
-        with self._gate.alone():
+        with self._gate.alone:
             catalogue, numbers = self._catalogue.without_items(ids)
             self._write(numbers, self._table.new_full((1, 1), torch.nan))
             return self._turn_to(catalogue)
@@ -283,7 +286,7 @@ class Recommender:
             raise InputError("the checkpoint has another model or flow configuration; expected the one that is served")
         other = checkpoint.build_model().to(self._table)
         rows = other.item_embedding.weight.detach()
-        with self._gate.alone(), torch.no_grad():
+        with self._gate.alone, torch.no_grad():
             if len(rows) > len(self._table):
                 self._grow(len(rows) - 1)
             theirs = dict(other.named_parameters())
@@ -304,7 +307,7 @@ class Recommender:
         self._table[torch.from_numpy(numbers).to(self.device)] = rows
 
     def _turn_to(self, catalogue: Catalogue) -> int:
-        if self.device.type == "cuda":
+        if self._on_gpu:
             torch.cuda.current_stream(self.device).synchronize()  # graphs run on a stream of their own
         self._catalogue = catalogue
         self._by_popularity = _popular_first(catalogue)
@@ -312,8 +315,8 @@ class Recommender:
 
     def _grow(self, items: int) -> None:
         """Move the table to one with room for `items` and an eighth more."""
-        room = items + max(1024, items // 8)
-        table = self._table.new_full((room + 1, self._table.shape[1]), torch.nan)
+        self._room = items + max(1024, items // 8)
+        table = self._table.new_full((self._room + 1, self._table.shape[1]), torch.nan)
         table[: len(self._table)] = self._table
         graphs = self._graphs
         self._model.item_embedding.weight = nn.Parameter(table, requires_grad=False)
@@ -341,13 +344,13 @@ class Recommender:
         self, histories: Histories, k: int, exclude: bool, denied: Tensor | None, seeds: range
     ) -> tuple[Floats, Ints]:
         """Scores [B, K] and item numbers [B, K], best first, 0 where a list ends early."""
-        k = min(k, len(self._table) - 1)
-        if self.device.type == "cuda":
-            reason = self._why_uncaptured(histories, k, denied, seeds)
+        k = min(k, self._room)
+        if self._on_gpu:
+            found = self._captured(histories, k, denied, seeds)
             with self._counting:
-                self.batches[reason or "captured"] += 1
-            if reason is None and self._graphs is not None:
-                scores, items = self._graphs.run(histories, exclude)
+                self.batches[found if isinstance(found, str) else "captured"] += 1
+            if not isinstance(found, str):
+                scores, items = found.run(histories, exclude)
                 return scores[:, :k], items[:, :k]
         with torch.no_grad():
             ids, offsets = (torch.from_numpy(part).to(self.device) for part in histories)
@@ -356,7 +359,8 @@ class Recommender:
             best = drawn[0] if len(drawn) == 1 else _merge(drawn, k)
         return best[0].cpu().numpy(), best[1].cpu().numpy()
 
-    def _why_uncaptured(self, histories: Histories, k: int, denied: Tensor | None, seeds: range) -> str | None:
+    def _captured(self, histories: Histories, k: int, denied: Tensor | None, seeds: range) -> CapturedStep | str:
+        """The graph that holds the request, or why none does."""
         if self._graphs is None:
             return "not warmed up"
         if len(seeds) > 1 or seeds[0] != self.config.flow.seed:
@@ -365,7 +369,7 @@ class Recommender:
             return "denied items"
         if k > self._graphs.k:
             return "k above the captured one"
-        return None if self._graphs.holds(histories) else "more histories or items than captured"
+        return self._graphs.fitting(histories) or "more histories or items than captured"
 
     def _most_popular(self, catalogue: Catalogue, k: int, denied: Tensor | None) -> tuple[list[ItemId], list[float]]:
         order = self._by_popularity
@@ -376,43 +380,61 @@ class Recommender:
 
 
 class _Gate:
-    """Requests go through together; a change of the catalogue goes alone, before requests that come after it."""
+    """Requests go through together; a change of the catalogue goes alone, before requests that come after it.
+
+    Attributes:
+        shared: `with gate.shared` for a request.
+        alone: `with gate.alone` for a change.
+    """
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._inside = 0
-        self._waiting = 0
-        self._closed = False
+        self.shared = _Shared(self)
+        self.alone = _Alone(self)
+        self.changed = threading.Condition()
+        self.inside = 0
+        self.waiting = 0
+        self.closed = False
 
-    @contextlib.contextmanager
-    def shared(self) -> Iterator[None]:
-        with self._changed:
-            while self._closed or self._waiting:
-                self._changed.wait()
-            self._inside += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._inside -= 1
-                self._changed.notify_all()
 
-    @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        with self._changed:
-            self._waiting += 1
+class _Shared:
+    def __init__(self, gate: _Gate) -> None:
+        self._gate = gate
+
+    def __enter__(self) -> None:
+        gate = self._gate
+        with gate.changed:
+            while gate.closed or gate.waiting:
+                gate.changed.wait()
+            gate.inside += 1
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        gate = self._gate
+        with gate.changed:
+            gate.inside -= 1
+            if gate.waiting:
+                gate.changed.notify_all()
+
+
+class _Alone:
+    def __init__(self, gate: _Gate) -> None:
+        self._gate = gate
+
+    def __enter__(self) -> None:
+        gate = self._gate
+        with gate.changed:
+            gate.waiting += 1
             try:
-                while self._closed or self._inside:
-                    self._changed.wait()
-                self._closed = True
+                while gate.closed or gate.inside:
+                    gate.changed.wait()
+                gate.closed = True
             finally:
-                self._waiting -= 1  # an interrupt must not leave the gate waiting
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._closed = False
-                self._changed.notify_all()
+                gate.waiting -= 1  # an interrupt must not leave the gate waiting
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        gate = self._gate
+        with gate.changed:
+            gate.closed = False
+            gate.changed.notify_all()
 
 
 def _popular_first(catalogue: Catalogue) -> Ints:
@@ -421,14 +443,14 @@ def _popular_first(catalogue: Catalogue) -> Ints:
     return order[~catalogue.gone[order]]
 
 
-def _number(catalogue: Catalogue, histories: Sequence[Sequence[ItemId]]) -> tuple[Histories, Ints]:
+def _number(catalogue: Catalogue, histories: Sequence[History]) -> tuple[Histories, Ints]:
     """Known items by number, and how many unknown items each history had."""
     lengths = np.fromiter(map(len, histories), np.int64, len(histories))
+    unknown = np.zeros(len(histories), dtype=np.int64)
     try:
-        numbers = catalogue.numbers([item for history in histories for item in history])
+        numbers = catalogue.numbers(_end_to_end(histories))
     except (TypeError, ValueError) as error:
         raise InputError(f"a history holds an id that is neither a whole number nor text: {error}") from None
-    unknown = np.zeros(len(histories), dtype=np.int64)
     if not numbers.all():
         owners = np.repeat(np.arange(len(histories)), lengths)
         unknown = np.bincount(owners[numbers == 0], minlength=len(histories))
@@ -438,8 +460,18 @@ def _number(catalogue: Catalogue, histories: Sequence[Sequence[ItemId]]) -> tupl
     return Histories(numbers.astype(np.int32), offsets), unknown
 
 
+def _end_to_end(histories: Sequence[History]) -> list[ItemId] | npt.NDArray[np.integer]:
+    """All ids of all histories; NumPy's arrays of whole numbers stay arrays."""
+    arrays = [one for one in histories if isinstance(one, np.ndarray) and one.dtype.kind in "iu"]
+    if arrays and len(arrays) == len(histories):
+        return np.concatenate(arrays)
+    return list(chain.from_iterable(histories))
+
+
 def _rows(histories: Histories, rows: Ints) -> Histories:
     """The histories of ascending `rows`, between which all others are empty."""
+    if len(rows) == len(histories.offsets) - 1:
+        return histories
     start, end = histories.offsets[rows[0]], histories.offsets[rows[-1] + 1]
     offsets = np.append(histories.offsets[rows], end) - start
     return Histories(histories.ids[start:end], offsets)

@@ -26,7 +26,7 @@ from fave_fast.ops.tuning import multiprocessors
 from fave_fast.submit import Completion, Submission
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-SMALL_BATCH = 8  # up to here the cluster kernel answers sooner than one program a history
+SMALL_BATCH = 8  # histories; up to here the cluster kernel answers sooner than one program a history
 PLANNED_ROWS = 64  # M of the encoder's kernel
 
 Ints = npt.NDArray[np.int64]
@@ -96,44 +96,52 @@ class _Request:
 
 
 class _Response:
-    """Ids int64 [B, K], then scores float32 [B, K], in one piece of the host's memory."""
+    """Ids int64 [B, K], then scores float32 [B, K], in one piece of memory, on host or device."""
 
-    def __init__(self, memory: Tensor, batch: int, k: int) -> None:
-        scores = 8 * batch * k
-        self.bytes = memory[: scores + 4 * batch * k]
-        self.ids = self.bytes[:scores].view(torch.int64).view(batch, k)
-        self.scores = self.bytes[scores:].view(torch.float32).view(batch, k)
+    def __init__(self, words: Tensor, batch: int, k: int) -> None:
+        ids = 2 * batch * k
+        self.words = words[: ids + batch * k]
+        self.ids = self.words[:ids].view(torch.int64).view(batch, k)
+        self.scores = self.words[ids:].view(torch.float32).view(batch, k)
 
 
-class _Captured:
+class CapturedStep:
     """One batch size: its graph, and NumPy's views of what it reads and writes on the host."""
 
-    def __init__(self, submission: Submission, request: _Request, response: _Response) -> None:
-        self.submission = submission
-        self.offsets = request.offsets.numpy()
-        self.exclude_offsets = request.exclude_offsets.numpy()
-        self.ids = request.ids.numpy()
-        self.best = response.ids.numpy()
-        self.scores = response.scores.numpy()
+    def __init__(self, submission: Submission, request: _Request, response: _Response, lock: threading.Lock) -> None:
+        self._submission, self._lock = submission, lock
+        self._offsets = request.offsets.numpy()
+        self._exclude_offsets = request.exclude_offsets.numpy()
+        self._ids = request.ids.numpy()
+        self._best = response.ids.numpy()
+        self._scores = response.scores.numpy()
 
     def run(self, histories: Histories, exclude: bool) -> tuple[Floats, Ints]:
+        """Scores float32 [B, K] and item numbers int64 [B, K], 0 where a list ends early.
+
+        Args:
+            histories: what `StepGraphs.fitting` was asked for.
+            exclude: leave each history's own items out.
+
+        Raises:
+            RuntimeError: CUDA failed.
+            TimeoutError: it did not answer.
+        """
         ids, offsets = histories
         users, total = len(offsets) - 1, len(ids)
-        self.ids[:total] = ids
-        self.offsets[: users + 1] = offsets
-        self.offsets[users + 1 :] = total
-        if exclude:
-            self.exclude_offsets[:] = self.offsets
-        else:
-            self.exclude_offsets.fill(0)
-        self.submission.run()
-        return self.scores[:users].copy(), self.best[:users].copy()
+        with self._lock:
+            self._ids[:total] = ids
+            self._offsets[: users + 1] = offsets
+            self._offsets[users + 1 :] = total
+            self._exclude_offsets[:] = self._offsets if exclude else 0
+            self._submission.run()
+            return self._scores[:users].copy(), self._best[:users].copy()
 
 
 class StepGraphs:
     """Captured graphs of one step for every batch size of `batches`, and the buffers that they share.
 
-    Several threads may call `run`; one graph runs at a time.
+    Several threads may run them; one runs at a time.
 
     Attributes:
         k: K of the lists.
@@ -152,10 +160,9 @@ class StepGraphs:
         self._lock = threading.Lock()
         table = step.table
         device, most = table.device, self.batches[-1]
-        words, memory = 2 * (most + 1) + most * items_each, 12 * most * k
-        self._request_host = torch.zeros(words, dtype=torch.int32).pin_memory()
-        self._request = torch.zeros(words, dtype=torch.int32, device=device)
-        self._response_host = torch.zeros(memory, dtype=torch.uint8).pin_memory()
+        words = (2 * (most + 1) + most * items_each, 3 * most * k)
+        self._request_host, self._response_host = (torch.zeros(n, dtype=torch.int32).pin_memory() for n in words)
+        self._request, self._response = (torch.zeros(n, dtype=torch.int32, device=device) for n in words)
         self._endpoint = torch.zeros(most, table.shape[1], dtype=table.dtype, device=device)
         sizes = [workspace_bytes(self._endpoint[:b], table, k, b * items_each) for b in self.batches]
         self._workspace = torch.empty(max(sizes), dtype=torch.uint8, device=device)
@@ -165,40 +172,22 @@ class StepGraphs:
         self._pool = torch.cuda.graph_pool_handle()
         self._captured = {batch: self._capture(batch) for batch in reversed(self.batches)}
 
-    def holds(self, histories: Histories) -> bool:
-        """Whether one of the graphs takes these histories."""
-        return self._fitting(histories) is not None
-
-    def run(self, histories: Histories, exclude: bool) -> tuple[Floats, Ints]:
-        """Scores float32 [B, K] and item numbers int64 [B, K] of histories that fit, 0 where a list ends early.
-
-        Args:
-            histories: B of them, none empty.
-            exclude: leave each history's own items out.
-
-        Raises:
-            ValueError: no graph holds them.
-            RuntimeError: CUDA failed.
-        """
-        batch = self._fitting(histories)
-        if batch is None:
-            raise ValueError(
-                f"{len(histories.offsets) - 1} histories of {len(histories.ids)} items; expected up to "
-                f"{self.batches[-1]} histories of {self.items_each} items each on average"
-            )
-        with self._lock:
-            return self._captured[batch].run(histories, exclude)
-
-    def _fitting(self, histories: Histories) -> int | None:
+    def fitting(self, histories: Histories) -> CapturedStep | None:
+        """The smallest graph that takes these histories."""
         users, items = len(histories.offsets) - 1, len(histories.ids)
-        return next((b for b in self.batches if b >= users and b * self.items_each >= items), None)
+        for batch in self.batches:
+            if batch >= users and batch * self.items_each >= items:
+                return self._captured[batch]
+        return None
 
-    def _capture(self, batch: int) -> _Captured:
-        from fave_fast.kernels.submit import fetch
+    def _capture(self, batch: int) -> CapturedStep:
+        from fave_fast.kernels.submit import carry
 
         items, device = batch * self.items_each, self._request.device
         host, request = (_Request(words, batch, items) for words in (self._request_host, self._request))
-        response = _Response(self._response_host, batch, self.k)
+        response_host = _Response(self._response_host, batch, self.k)
+        # A list is written eight bytes at a time, in no order: a few lists may go to the host's memory so.
+        response = response_host if batch <= SMALL_BATCH else _Response(self._response, batch, self.k)
         exclude = Exclusions(request.ids, request.exclude_offsets)
         # With a multiprocessor for each history they may as well run alone.
         plan = Plan.empty(batch, PLANNED_ROWS, device) if batch > multiprocessors(device) else None
@@ -213,13 +202,15 @@ class StepGraphs:
             )  # fmt: skip
 
         with torch.cuda.stream(self._stream), torch.no_grad():
-            fetch(host.words, request.words)
-            work()  # compiles what is not compiled yet, on empty histories
+            carry(host.words, request.words)
+            work()  # compiles what is not compiled yet, on the histories of no request
             self._stream.synchronize()
             graph = torch.cuda.CUDAGraph()
             # Other threads may allocate or synchronize meanwhile.
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                fetch(host.words, request.words)
+                carry(host.words, request.words)
                 work()
+                if response is not response_host:
+                    carry(response.words, response_host.words)
                 self._completion.signal()
-        return _Captured(Submission(graph, self._completion), host, response)
+        return CapturedStep(Submission(graph, self._completion), host, response_host, self._lock)

@@ -26,6 +26,7 @@ that a pair is two neighbours, which one thread holds.
 
 import triton
 import triton.language as tl
+from fave_fast.kernels.products import dot as _dot
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -98,31 +99,6 @@ def _project(
 def _newest(x, age, M: tl.constexpr, W: tl.constexpr):
     """The newest rows of x [M, W] as NEWEST rows, each where its part of the tile is; zeros where a part has none."""
     return tl.sum(tl.reshape(tl.where((age == 0)[:, None], x, 0.0), [NEWEST, M // NEWEST, W]), 1)
-
-
-@triton.jit
-def _halves(a, b, R: tl.constexpr, K: tl.constexpr, N: tl.constexpr):
-    """The even and the odd places of the sum in the product of a [R, K] and b [K, N]."""
-    a_even, a_odd = tl.split(tl.reshape(a, [R, K // 2, 2]))
-    b_even, b_odd = tl.split(tl.permute(tl.reshape(b, [K // 2, 2, N]), [0, 2, 1]))
-    return a_even, a_odd, b_even, b_odd
-
-
-@triton.jit
-def _dot(a, b):
-    """Product in float32; of float32 operands as sums of 32 terms, added up: one long chain rounds twice as badly."""
-    if a.dtype == tl.float32:
-        R: tl.constexpr = a.shape[0]
-        K: tl.constexpr = a.shape[1]
-        N: tl.constexpr = b.shape[1]
-        if K >= 64:
-            a0, a1, b0, b1 = _halves(a, b, R, K, N)
-            product = _dot(a0, b0) + _dot(a1, b1)
-        else:
-            product = tl.dot(a, b, input_precision="ieee")
-    else:
-        product = tl.dot(a, b)
-    return product
 
 
 @triton.jit

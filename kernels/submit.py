@@ -31,15 +31,15 @@ def _raise_flag(counter_ptr, flag_ptr, PDL: tl.constexpr):
 
 
 @triton.jit
-def _fetch(host_ptr, device_ptr, n, BLOCK: tl.constexpr):
+def _carry(source_ptr, target_ptr, n, BLOCK: tl.constexpr):
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(device_ptr + place, tl.load(host_ptr + place, place < n, 0), place < n)
+    tl.store(target_ptr + place, tl.load(source_ptr + place, place < n, 0), place < n)
 
 
-def fetch(host, device):
-    """Copy `host`, in pinned memory, to `device`, of the same shape and dtype."""
-    n = host.numel()
-    _fetch[(triton.cdiv(n, 1024),)](host, device, n, BLOCK=1024, num_warps=4)
+def carry(source, target):
+    """Copy int32 `source` to `target` of the same shape; one of them may be in pinned memory."""
+    n = source.numel()
+    _carry[(triton.cdiv(n, 1024),)](source, target, n, BLOCK=1024, num_warps=4)
 
 
 def raise_flag(counter, flag, *, pdl):

@@ -65,17 +65,17 @@ def test_a_change_waits_for_requests_and_goes_before_later_ones() -> None:
     inside, leave = threading.Event(), threading.Event()
 
     def request() -> None:
-        with gate.shared():
+        with gate.shared:
             inside.set()
             assert leave.wait(10)
             order.append("request")
 
     def change() -> None:
-        with gate.alone():
+        with gate.alone:
             order.append("change")
 
     def later() -> None:
-        with gate.shared():
+        with gate.shared:
             order.append("later")
 
     first = threading.Thread(target=request)
@@ -83,7 +83,7 @@ def test_a_change_waits_for_requests_and_goes_before_later_ones() -> None:
     assert inside.wait(10)
     second = threading.Thread(target=change)
     second.start()
-    while not gate._waiting:
+    while not gate.waiting:
         pass
     third = threading.Thread(target=later)
     third.start()
@@ -91,4 +91,4 @@ def test_a_change_waits_for_requests_and_goes_before_later_ones() -> None:
     for thread in (first, second, third):
         thread.join(10)
     assert order == ["request", "change", "later"]
-    assert (gate._inside, gate._waiting, gate._closed) == (0, 0, False)
+    assert (gate.inside, gate.waiting, gate.closed) == (0, 0, False)

@@ -27,7 +27,7 @@ def embedding_of(kept: Checkpoint, item: int) -> torch.Tensor:
 
 
 def as_version(answers: list[Recommendation], version: int) -> list[Recommendation]:
-    return [replace(answer, version=version) for answer in answers]
+    return [answer._replace(version=version) for answer in answers]
 
 
 def test_an_added_item_is_recommended_and_known(kept: Checkpoint) -> None:
@@ -91,7 +91,7 @@ def test_swap_serves_the_other_checkpoint(kept: Checkpoint) -> None:
     recommender.add_items([900], torch.ones(1, kept.config.model.d))
     assert recommender.swap(other) == 2
     assert recommender.recommend(HISTORIES) == as_version(Recommender(other).recommend(HISTORIES), 2)
-    narrow = replace(kept.config, model=replace(kept.config.model, blocks=1))
+    narrow = replace(kept.config, model=replace(kept.config.model, delta=0.5))
     with pytest.raises(InputError, match="another model"):
         recommender.swap(replace(kept, config=narrow))
 
