@@ -156,7 +156,7 @@ class IdMap:
             at = values - self.numbers[0]
             outside = (at < 0) | (at >= len(self._positions))
             at[outside] = 0
-            found = self._positions[at]
+            found: Ints = self._positions[at]
             found[outside] = -1
             return found
         at = np.minimum(np.searchsorted(self.numbers, values), len(self.numbers) - 1)
