@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -19,15 +20,14 @@ import torch
 from torch import Tensor
 
 from fave_fast.ops import Exclusions, score_topk
+from fave_fast.ops.encoder import MAX_PLANNED, EncoderWeights, InputPath, Plan, encode_ids
 from fave_fast.ops.encoder import OP as ENCODER
-from fave_fast.ops.encoder import EncoderWeights, InputPath, Plan, encode_ids
 from fave_fast.ops.score_topk import workspace_bytes
 from fave_fast.ops.tuning import multiprocessors
 from fave_fast.submit import Completion, Submission
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 SMALL_BATCH = 8  # histories; up to here the cluster kernel answers sooner than one program a history
-PLANNED_ROWS = 64  # M of the encoder's kernel
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -59,10 +59,25 @@ class Step:
         Each kernel gives a history the same bits in any batch, but the two differ in the last ones: who wants them
         equal between batches of any size names `triton`.
         """
-        table = self.table
-        if self.backend != "auto" or table.device.type != "cuda" or users > SMALL_BATCH or not ENCODER.offers("cpp"):
-            return self.backend
-        return self.backend if ENCODER.refusals(table.device, table.dtype)["cpp"] else "cpp"
+        small = self.backend == "auto" and self.table.device.type == "cuda" and users <= SMALL_BATCH
+        return "cpp" if small and "cpp" in self._encoders else self.backend
+
+    @cached_property
+    def _encoders(self) -> frozenset[str]:
+        """The encoder's backends that run here."""
+        refusals = ENCODER.refusals(self.table.device, self.table.dtype)
+        return frozenset(backend for backend, reason in refusals.items() if reason is None)
+
+    def plan(self, users: int) -> Plan | None:
+        """Memory for which of so many histories share a program of the encoder, or None where each has its own.
+
+        With a multiprocessor for each they may as well run alone.
+        """
+        device = self.table.device
+        by_triton = device.type == "cuda" and self.backend in ("auto", "triton") and "triton" in self._encoders
+        if not by_triton or not multiprocessors(device) < users <= MAX_PLANNED:
+            return None
+        return Plan.empty(users, 64 if self.weights.model.config.max_length <= 64 else 128, device)
 
     def __call__(
         self,
@@ -77,7 +92,13 @@ class Step:
         out: tuple[Tensor, Tensor] | None = None,
         workspace: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Scores float32 [B, K] and ids int64 [B, K], as `score_topk`; arguments as there and in `encode_ids`."""
+        """Scores float32 [B, K] and ids int64 [B, K], as `score_topk`; arguments as there and in `encode_ids`.
+
+        `plan` is memory for the plan of these histories, from `plan(B)`; without it the step takes its own.
+        """
+        plan = plan or self.plan(len(offsets) - 1)
+        if plan is not None:
+            plan.refill(offsets)
         endpoint = encode_ids(
             self.weights, self.path, ids, offsets, plan=plan, out=endpoint,
             backend=self.encoder_backend(len(offsets) - 1),
@@ -183,19 +204,15 @@ class StepGraphs:
     def _capture(self, batch: int) -> CapturedStep:
         from fave_fast.kernels.submit import carry
 
-        items, device = batch * self.items_each, self._request.device
+        items = batch * self.items_each
         host, request = (_Request(words, batch, items) for words in (self._request_host, self._request))
         response_host = _Response(self._response_host, batch, self.k)
         # A list is written eight bytes at a time, in no order: a few lists may go to the host's memory so.
         response = response_host if batch <= SMALL_BATCH else _Response(self._response, batch, self.k)
         exclude = Exclusions(request.ids, request.exclude_offsets)
-        # With a multiprocessor for each history they may as well run alone.
-        plan = Plan.empty(batch, PLANNED_ROWS, device) if batch > multiprocessors(device) else None
-        endpoint = self._endpoint[:batch]
+        plan, endpoint = self._step.plan(batch), self._endpoint[:batch]
 
         def work() -> None:
-            if plan is not None:
-                plan.refill(request.offsets)
             self._step(
                 request.ids, request.offsets, exclude, self.k,
                 plan=plan, endpoint=endpoint, out=(response.scores, response.ids), workspace=self._workspace,
