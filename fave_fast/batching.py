@@ -233,8 +233,9 @@ class MicroBatcher:
             raise RuntimeError("recommend was called by the batcher's worker, in a callback; expected submit there")
         if timeout is None and self.max_wait_us == 0:
             history, options = tuple(history), self._options(k, exclude_history)
-            if self._engage():
-                return self._recommend_here(history, *options)
+            answer = self._recommend_here(history, *options)
+            if answer is not None:
+                return answer
         future = self.submit(history, k=k, exclude_history=exclude_history)
         try:
             return future.result(timeout)
@@ -291,31 +292,32 @@ class MicroBatcher:
             raise InputError(f"k is {k}; expected a whole number of at least 1")
         return k, self.exclude_history if exclude_history is None else exclude_history
 
-    def _engage(self) -> bool:
-        """Take the engine from a worker that is idle."""
-        with self._lock:
-            if self._wake_at != 1 or self._waiting or self._closed is not None:
-                return False
-            self._wake_at, self._engaged = _NEVER, True
-            return True
-
-    def _recommend_here(self, history: Sequence[ItemId], k: int, exclude_history: bool) -> Recommendation:
-        outcome = "failed"
+    def _recommend_here(self, history: Sequence[ItemId], k: int, exclude_history: bool) -> Recommendation | None:
+        """The answer by this thread; None where the worker is not idle."""
+        engaged, outcome = False, "failed"
         try:
+            with self._lock:
+                if self._wake_at != 1 or self._waiting or self._closed is not None:
+                    return None
+                self._wake_at, self._engaged = _NEVER, True
+                engaged = True
             (answer,) = self.recommender.recommend([history], k, exclude_history, self.deny)
             outcome = "answered"
             return answer
         finally:
-            with self._lock:
-                self._counts["requests"] += 1
-                self._counts[outcome] += 1
-                self._batch_sizes[1] += outcome == "answered"
-                self._waits[0] += 1
-                self._engaged = False
-                self._wake_at = 1
-                if self._waiting or self._closed is not None:
-                    self._wake_at = _NEVER
-                    self._changed.notify()
+            if engaged:
+                self._disengage(outcome)
+
+    def _disengage(self, outcome: str) -> None:
+        with self._lock:
+            self._counts["requests"] += 1
+            self._counts[outcome] += 1
+            self._batch_sizes[1] += outcome == "answered"
+            self._waits[0] += 1
+            self._wake_at, self._engaged = 1, False
+            if self._waiting or self._closed is not None:
+                self._wake_at = _NEVER
+                self._changed.notify()
 
     def _refusal(self) -> Exception:
         if self._closed is None:
