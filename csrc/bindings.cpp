@@ -5,6 +5,7 @@
 #include <string>
 
 #include "rank_count.hpp"
+#include "submit.hpp"
 
 namespace py = pybind11;
 
@@ -43,6 +44,47 @@ void rank_count(const Floats& scores, std::int64_t first_id, const Floats& targe
   fave_fast::rank_count(tile, target_scores_data, target_ids_data, counts_data, threads);
 }
 
+void require_reached(bool reached, std::uint32_t expected, double timeout) {
+  if (reached) return;
+  const std::string message =
+      "nothing raised the flag to " + std::to_string(expected) + " in " + std::to_string(timeout) + " s";
+  PyErr_SetString(PyExc_TimeoutError, message.c_str());
+  throw py::error_already_set();
+}
+
+void wait_flag(std::uint64_t flag, std::uint32_t expected, std::uint64_t stream, double timeout) {
+  bool reached;
+  {
+    py::gil_scoped_release release;
+    reached = fave_fast::wait_flag(flag, expected, stream, timeout);
+  }
+  require_reached(reached, expected, timeout);
+}
+
+void run_graph(std::uint64_t graph, std::uint64_t stream, std::uint64_t flag, std::uint32_t expected, double timeout) {
+  bool reached;
+  {
+    py::gil_scoped_release release;
+    fave_fast::launch_graph(graph, stream);
+    reached = fave_fast::wait_flag(flag, expected, stream, timeout);
+  }
+  require_reached(reached, expected, timeout);
+}
+
+void bind_submit(py::module_& m) {
+  m.def("launch_graph", &fave_fast::launch_graph, py::arg("graph"), py::arg("stream"),
+        py::call_guard<py::gil_scoped_release>(),
+        "Puts an instantiated CUDA graph on a stream, both given by their handles, and returns. Releases the GIL.\n"
+        "Raises RuntimeError where there is no driver, or with the name of the driver's error.");
+  m.def("wait_flag", &wait_flag, py::arg("flag"), py::arg("expected"), py::arg("stream"), py::arg("timeout"),
+        "Spins until the 32-bit word at the address `flag` is `expected`. Releases the GIL. Asks every millisecond\n"
+        "whether the stream has failed, unless it is 0.\n"
+        "Raises TimeoutError after `timeout` seconds; RuntimeError where the stream has failed, or is idle and the flag\n"
+        "is not raised.");
+  m.def("run_graph", &run_graph, py::arg("graph"), py::arg("stream"), py::arg("flag"), py::arg("expected"),
+        py::arg("timeout"), "launch_graph, then wait_flag.");
+}
+
 std::string compiler() {
 #if defined(__clang__)
   return "clang " __clang_version__;
@@ -58,7 +100,7 @@ std::string compiler() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "CPU kernels of fave_fast; they take NumPy arrays and know nothing of torch.";
+  m.doc() = "The C++ part of fave_fast: it takes NumPy arrays, addresses and handles, and knows nothing of torch.";
   m.attr("compiler") = compiler();
   // noconvert: a wrong dtype is a TypeError, never a silent copy (counts would be lost in one).
   m.def("rank_count", &rank_count, py::arg("scores").noconvert(), py::arg("first_id"),
@@ -69,4 +111,5 @@ PYBIND11_MODULE(_C, m) {
         "that is no candidate; it never counts, nor does the target's own. Releases the GIL; splits the rows over\n"
         "`threads` threads.\n"
         "Raises TypeError for a wrong dtype and ValueError for a wrong shape or stride.");
+  bind_submit(m);
 }
