@@ -3,11 +3,12 @@
 While the engine works, requests wait; what waits when it is done goes in as one batch. So batches grow with the load
 by themselves, and a request that comes alone is never held back (unless `max_wait_us` says so).
 
-What shares a call: requests that agree in `exclude_history` and whose k lie in the same class, a power of two and at
-least `SHARED_K`. The call asks for the largest k among them and each gets its first k items. That is exact: the order
-of a list (score down, then number up) has no ties, so the best k of the best K are the best k. And it is cheap: beyond
-`SHARED_K` nobody's list costs more than twice its length, and no k beyond what the kernels take (`score_topk.MAX_K`, a
-power of two) drags another request to a slower backend with other rounding.
+What shares a call: requests that agree in `exclude_history` and whose k are of one class: up to the batcher's own k, or
+else between the same powers of two. The call asks for the largest k among them and each gets its first k items. That is
+exact: the order of a list (score down, then number up) has no ties, so the best k of the best K are the best k. And it
+is cheap: longer lists keep nobody off the CUDA graphs that were captured for the batcher's k, cost nobody more than
+twice the length asked for, and beyond what the kernels take (`score_topk.MAX_K`, a power of two) drag nobody to another
+backend with other rounding.
 
 When a call fails, its requests are asked for again in halves, down to one by one, so that a bad request gets the error
 it would get alone and its neighbours their answers: about 2 log2(batch) calls more for one bad request. Looking at each
@@ -27,14 +28,16 @@ import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType, TracebackType
 from typing import Protocol
 
-from fave_fast.engine import ItemId, Recommendation
-from fave_fast.errors import Closed, InputError, Overloaded
+import numpy as np
 
-SHARED_K = 32
+from fave_fast.engine import History, ItemId, Recommendation
+from fave_fast.errors import Closed, InputError, Overloaded
+from fave_fast.ops.score_topk import MAX_K
+
 _EXIT_SECONDS = 5.0  # that the end of the program waits for the call in progress
 _NEVER = sys.maxsize
 
@@ -46,7 +49,7 @@ class Engine(Protocol):
 
     def recommend(
         self,
-        histories: Sequence[Sequence[ItemId]],
+        histories: Sequence[History],
         k: int = ...,
         exclude_history: bool = ...,
         deny: Iterable[ItemId] | None = ...,
@@ -73,7 +76,7 @@ class Statistics:
 class _Request(Future[Recommendation]):
     """A future that leaves the queue as soon as it is cancelled."""
 
-    def __init__(self, owner: MicroBatcher, history: tuple[ItemId, ...], k: int, exclude_history: bool) -> None:
+    def __init__(self, owner: MicroBatcher, history: History, k: int, exclude_history: bool) -> None:
         super().__init__()
         self.owner = owner
         self.history = history
@@ -84,7 +87,8 @@ class _Request(Future[Recommendation]):
 
     @property
     def kind(self) -> tuple[bool, int]:
-        return self.exclude_history, max(SHARED_K, 1 << (self.k - 1).bit_length())
+        usual = min(self.owner.k, MAX_K)
+        return self.exclude_history, usual if self.k <= usual else 1 << (self.k - 1).bit_length()
 
     def cancel(self) -> bool:
         cancelled = super().cancel()
@@ -137,7 +141,7 @@ class MicroBatcher:
             max_batch: requests of one call, at most.
             max_wait_us: microseconds that a request waits for company, at most, while fewer than `max_batch` wait.
             max_queue: requests that may wait; one more is refused.
-            k: length of the lists, K, where a request names none.
+            k: length of the lists, K, where a request names none; `Recommender.warmup` should be for this or more.
             exclude_history: never recommend an item of the user's own history, where a request does not say.
             deny: original ids that nobody gets; unknown ones change nothing.
 
@@ -175,12 +179,12 @@ class MicroBatcher:
         self._longest_wait = 0  # ns
 
     def submit(
-        self, history: Iterable[ItemId], *, k: int | None = None, exclude_history: bool | None = None
+        self, history: History, *, k: int | None = None, exclude_history: bool | None = None
     ) -> Future[Recommendation]:
         """Ask for the K best next items of one history; never waits.
 
         Args:
-            history: original item ids, oldest first; copied.
+            history: original item ids, oldest first; copied. Arrays of whole numbers are the fastest.
             k: length of the list; None: the batcher's.
             exclude_history: None: the batcher's.
 
@@ -192,7 +196,7 @@ class MicroBatcher:
             Overloaded: `max_queue` requests wait.
             Closed: the batcher is closed, or its worker ended by an error, which is the cause.
         """
-        request = _Request(self, tuple(history), *self._options(k, exclude_history))
+        request = _Request(self, _copied(history), *self._options(k, exclude_history))
         with self._lock:
             if self._closed is not None or len(self._waiting) >= self.max_queue:
                 self._counts["refused"] += 1
@@ -206,7 +210,7 @@ class MicroBatcher:
 
     def recommend(
         self,
-        history: Iterable[ItemId],
+        history: History,
         *,
         k: int | None = None,
         exclude_history: bool | None = None,
@@ -232,7 +236,7 @@ class MicroBatcher:
         if threading.current_thread() is self._worker:
             raise RuntimeError("recommend was called by the batcher's worker, in a callback; expected submit there")
         if timeout is None and self.max_wait_us == 0:
-            history, options = tuple(history), self._options(k, exclude_history)
+            history, options = _copied(history), self._options(k, exclude_history)
             answer = self._recommend_here(history, *options)
             if answer is not None:
                 return answer
@@ -292,7 +296,7 @@ class MicroBatcher:
             raise InputError(f"k is {k}; expected a whole number of at least 1")
         return k, self.exclude_history if exclude_history is None else exclude_history
 
-    def _recommend_here(self, history: Sequence[ItemId], k: int, exclude_history: bool) -> Recommendation | None:
+    def _recommend_here(self, history: History, k: int, exclude_history: bool) -> Recommendation | None:
         """The answer by this thread; None where the worker is not idle."""
         engaged, outcome = False, "failed"
         try:
@@ -429,10 +433,14 @@ class MicroBatcher:
                 request.set_exception(error)
 
 
+def _copied(history: History) -> History:
+    return history.copy() if isinstance(history, np.ndarray) else tuple(history)
+
+
 def _first(answer: Recommendation, k: int) -> Recommendation:
     if len(answer.items) <= k:
         return answer
-    return replace(answer, items=answer.items[:k], scores=answer.scores[:k])
+    return answer._replace(items=answer.items[:k], scores=answer.scores[:k])
 
 
 _open: weakref.WeakSet[MicroBatcher] = weakref.WeakSet()

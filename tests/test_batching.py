@@ -112,27 +112,48 @@ def test_what_waits_while_the_engine_works_is_a_batch(held: Stub) -> None:
 def test_a_history_is_copied(held: Stub) -> None:
     batcher, _ = busy(held)
     history: list[ItemId] = [3]
-    future = batcher.submit(history)
-    history[0] = 4
+    array = np.array([5])
+    waiting = [batcher.submit(history), batcher.submit(array)]
+    history[0] = array[0] = 4
     held.let_through()
-    assert result(future) == answer_to([3], 20, True)
+    assert [result(future) for future in waiting] == [answer_to([3], 20, True), answer_to([5], 20, True)]
     batcher.close()
+
+
+def test_a_longer_usual_list_than_the_kernels_take(held: Stub) -> None:
+    batcher, _ = busy(held, k=2 * MAX_K)
+    waiting = [batcher.submit([1], k=5), batcher.submit([2]), batcher.submit([3], k=MAX_K)]
+    held.let_through()
+    assert [len(result(future).items) for future in waiting] == [5, 2 * MAX_K, MAX_K]
+    batcher.close()
+    assert held.calls[1:] == [([1, 3], MAX_K, True), ([2], 2 * MAX_K, True)]
 
 
 def test_options_share_a_call_where_answers_stay_exact(held: Stub) -> None:
-    batcher, _ = busy(held, k=7, exclude_history=False, deny=iter(["x"]))
-    asked = [(5, True), (None, None), (20, True), (64, True), (33, True), (MAX_K, True), (MAX_K + 1, True), (1, False)]
+    batcher, _ = busy(held, k=20, exclude_history=False, deny=iter(["x"]))
+    asked = [
+        (5, True),
+        (None, None),
+        (20, True),
+        (64, True),
+        (33, True),
+        (MAX_K, True),
+        (MAX_K + 1, True),
+        (1, False),
+        (21, True),
+    ]
     waiting = [batcher.submit([at], k=k, exclude_history=exclude) for at, (k, exclude) in enumerate(asked)]
     held.let_through()
     for at, (k, exclude) in enumerate(asked):
-        assert result(waiting[at]) == answer_to([at], 7 if k is None else k, bool(exclude))
+        assert result(waiting[at]) == answer_to([at], 20 if k is None else k, bool(exclude))
     batcher.close()
     assert held.calls[1:] == [
         ([0, 2], 20, True),
-        ([1, 7], 7, False),
+        ([1, 7], 20, False),
         ([3, 4], 64, True),
         ([5], MAX_K, True),  # the kernels' largest; longer lists are another backend's, with other rounding
         ([6], MAX_K + 1, True),
+        ([8], 21, True),
     ]
     assert set(map(tuple, held.denied)) == {("x",)}  # type: ignore[arg-type]
 
@@ -569,7 +590,7 @@ def test_many_threads_get_the_answers_they_would_get_alone(tiny_checkpoint: Path
         for at in range(first, len(asked), 8):
             history, k, exclude = asked[at]
             if at % 3:
-                found[at] = batcher.recommend(history, k=k, exclude_history=exclude)
+                found[at] = batcher.recommend(np.array(history, dtype=np.int64), k=k, exclude_history=exclude)
             else:
                 found[at] = result(batcher.submit(history, k=k, exclude_history=exclude))
 
