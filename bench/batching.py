@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 
 from fave_fast.batching import MicroBatcher
-from fave_fast.engine import ItemId, Recommendation
+from fave_fast.engine import History, ItemId, Recommendation
 
 HISTORY: list[ItemId] = list(range(50))
 REQUESTS = 10_000
@@ -26,7 +26,7 @@ class Nothing:
 
     def recommend(
         self,
-        histories: Sequence[Sequence[ItemId]],
+        histories: Sequence[History],
         k: int = 20,
         exclude_history: bool = True,
         deny: Iterable[ItemId] | None = None,

@@ -47,7 +47,7 @@ import torch
 from torch import Tensor, nn
 
 from fave_fast import checkpoint as checkpoints
-from fave_fast.batching import MicroBatcher
+from fave_fast.batching import MicroBatcher, Statistics
 from fave_fast.checkpoint import Checkpoint
 from fave_fast.cli import resolve_device, whole_number
 from fave_fast.config import Config
@@ -61,9 +61,9 @@ from fave_fast.ops import BACKENDS
 ITEMS = 12_101
 CALIBRATION = 256
 CHANGED = 16  # items of a change of the catalogue
-ADDED = 512  # of them at a time, at most
-REMOVED_SHARE = 0.1  # of the first items, at most
-VERSIONS = 32  # that checks may lag behind
+POOL = 512  # items to add, which the checkpoint lacks
+REMOVED_SHARE = 0.05  # of the checkpoint's items, which are removed and added again
+VERSIONS = 8  # that checks may lag behind
 PROBES = 16  # histories that are asked for again and again
 LENGTHS = ((0, 0, 0.03), (1, 10, 0.52), (11, 50, 0.3), (51, 200, 0.15))  # from, to, share
 BOUNDS_MIB = {"host": 64.0, "allocated": 16.0, "reserved": 64.0, "device": 64.0}
@@ -107,33 +107,64 @@ class Ask:
     probe: int | None = None
 
 
-class Catalogue:
-    """What one version of the recommender may recommend; a removed item is as unknown as one that never was."""
+@dataclass(frozen=True, eq=False)
+class Universe:
+    """All items there ever are: those of the checkpoint, then a pool to add from, by number from 1."""
 
-    def __init__(self, version: int, ids: list[ItemId], table: Tensor, popularity: np.ndarray, capacity: int) -> None:
-        """`table` [M + 1, D]: in the engine's dtype, on the CPU, in the order of `ids`; padded to `capacity` + 1."""
-        self.version = version
-        self.ids = ids
-        self.row_of = {item: row for row, item in enumerate(ids, 1)}
-        self.rows = len(ids) + 1
-        self.table = torch.zeros(capacity + 1, table.shape[1], dtype=table.dtype)
-        self.table[: self.rows] = table
-        self.popularity = popularity
-        self.by_popularity = [ids[row] for row in np.argsort(-popularity[1:], kind="stable").tolist()]
+    ids: list[ItemId]
+    trained: int  # how many are of the checkpoint
+    popularity: np.ndarray  # int64 [U + 1]
+    number_of: dict[ItemId, int]
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Universe:
+        trained = checkpoint.item_ids.ids
+        pool: list[ItemId] = [_new_id(trained, at) for at in range(POOL)]
+        popularity = np.concatenate((checkpoint.popularity.numpy(), np.zeros(POOL, dtype=np.int64)))
+        ids = [*trained, *pool]
+        return cls(ids, len(trained), popularity, {item: number for number, item in enumerate(ids, 1)})
+
+
+def _new_id(ids: Sequence[ItemId], at: int) -> ItemId:
+    last = ids[-1]
+    return last + 1 + at if isinstance(last, int) else f"{last}~{at:09d}"
+
+
+class Catalogue:
+    """What one version of the recommender holds; a removed item is as unknown as one that never was."""
+
+    def __init__(
+        self, universe: Universe, version: int, present: np.ndarray, original: np.ndarray, table: Tensor
+    ) -> None:
+        """By number [U + 1]: bool, whether it is there and has the checkpoint's embedding; embeddings on the CPU."""
+        self.universe, self.version, self.table = universe, version, table
+        self.present, self.original = present, original
+        self.ids = [universe.ids[number - 1] for number in np.flatnonzero(present).tolist()]
+        order = np.argsort(-universe.popularity, kind="stable")
+        self.by_popularity = [universe.ids[number - 1] for number in order[present[order]].tolist()]
+        self.absent = torch.from_numpy(~present)
         self.bits: dict[tuple[object, ...], tuple[list[ItemId], list[float]]] = {}
 
+    def number(self, item: ItemId) -> int:
+        """0 for an item that is not there."""
+        number = self.universe.number_of.get(item, 0)
+        return number if self.present[number] else 0
+
+    def numbers(self, items: Sequence[ItemId]) -> list[int]:
+        """Of those that are there."""
+        return [number for number in map(self.number, items) if number]
+
     def added(self, version: int, ids: Sequence[ItemId], embeddings: np.ndarray) -> Catalogue:
-        new = torch.from_numpy(embeddings).to(self.table.dtype)
-        popularity = np.concatenate((self.popularity, np.zeros(len(ids), dtype=np.int64)))
-        table = torch.cat((self.table[: self.rows], new))
-        return Catalogue(version, [*self.ids, *ids], table, popularity, len(self.table) - 1)
+        numbers = [self.universe.number_of[item] for item in ids]
+        present, original, table = self.present.copy(), self.original.copy(), self.table.clone()
+        present[numbers], original[numbers] = True, False
+        table[numbers] = torch.from_numpy(embeddings).to(table.dtype)
+        return Catalogue(self.universe, version, present, original, table)
 
     def removed(self, version: int, ids: Sequence[ItemId]) -> Catalogue:
-        gone = set(ids)
-        kept = [0, *(row for row, item in enumerate(self.ids, 1) if item not in gone)]
-        table = self.table[torch.tensor(kept)]
-        left = [self.ids[row - 1] for row in kept[1:]]
-        return Catalogue(version, left, table, self.popularity[kept], len(self.table) - 1)
+        present = self.present.copy()
+        present[[self.universe.number_of[item] for item in ids]] = False
+        return Catalogue(self.universe, version, present, self.original, self.table)
 
 
 class Book:
@@ -220,7 +251,7 @@ class Reference:
         """Raise AssertionError where an answer is not one that `catalogue` allows."""
         modelled = []
         for ask, answer in zip(asks, answers, strict=True):
-            numbers = [catalogue.row_of[item] for item in ask.history if item in catalogue.row_of]
+            numbers = catalogue.numbers(ask.history)
             _require(answer.unknown == len(ask.history) - len(numbers), "counts unknown items", ask, answer)
             _require(answer.popular == (not numbers), "is the most popular, or not", ask, answer)
             self._check_list(catalogue, ask, answer)
@@ -233,22 +264,22 @@ class Reference:
         if answer.popular:
             denied = set(ask.deny)
             items = [item for item in catalogue.by_popularity[: ask.k + len(denied)] if item not in denied][: ask.k]
-            counts = [float(catalogue.popularity[catalogue.row_of[item]]) for item in items]
+            counts = [float(catalogue.universe.popularity[catalogue.number(item)]) for item in items]
             _require((answer.items, answer.scores) == (items, counts), "is not the most popular", ask, answer)
             return
         places = {item: place for place, item in enumerate(answer.items)}
         _require(len(places) == len(answer.items) == len(answer.scores), "holds an item twice", ask, answer)
         _require(len(places) <= ask.k, "is too long", ask, answer)
-        _require(places.keys() <= catalogue.row_of.keys(), "holds an item that is not there", ask, answer)
+        _require(all(map(catalogue.number, places)), "holds an item that is not there", ask, answer)
         left_out = {*ask.deny, *(ask.history if ask.exclude_history else ())}
         _require(not places.keys() & left_out, "holds an item to be left out", ask, answer)
         _require(all(a >= b for a, b in zip(answer.scores, answer.scores[1:], strict=False)), "rises", ask, answer)
         for place, item in enumerate(answer.items):
             if place and answer.scores[place - 1] == answer.scores[place]:
-                rows = catalogue.row_of[answer.items[place - 1]], catalogue.row_of[item]
-                _require(rows[0] < rows[1], "has equal scores out of order", ask, answer)
-            for twin in self._twins.get(item, ()):
-                if twin in catalogue.row_of and twin not in left_out:
+                before = catalogue.number(answer.items[place - 1])
+                _require(before < catalogue.number(item), "has equal scores out of order", ask, answer)
+            for twin in self._twins.get(item, ()) if catalogue.original[catalogue.number(item)] else ():
+                if catalogue.original[catalogue.number(twin)] and twin not in left_out:
                     _require(places.get(twin, ask.k) < place, f"lacks {twin} before {item}", ask, answer)
         if self.bitwise and ask.probe is not None:
             key = (ask.probe, ask.k, ask.exclude_history, ask.deny)
@@ -266,13 +297,12 @@ class Reference:
         for user, (ask, answer, numbers) in enumerate(part):
             recent = numbers[-self.length :]
             history[user, self.length - len(recent) :] = recent
-            rows[user, : len(answer.items)] = [catalogue.row_of[item] for item in answer.items]
+            rows[user, : len(answer.items)] = catalogue.numbers(answer.items)
             scores[user, : len(answer.items)] = answer.scores
             last[user] = answer.scores[-1] if len(answer.items) == ask.k else -np.inf
-            absent = [catalogue.row_of[item] for item in ask.deny if item in catalogue.row_of]
-            absent += numbers if ask.exclude_history else []
-            left_out += absent
-            users += [user] * len(absent)
+            without = catalogue.numbers(ask.deny) + (numbers if ask.exclude_history else [])
+            left_out += without
+            users += [user] * len(without)
         device = self.device
         with self.lock:
             table = self._table(catalogue)
@@ -283,8 +313,7 @@ class Reference:
             wrong = (exact.gather(1, chosen) - torch.from_numpy(scores).to(device)).abs() - slack.gather(1, chosen)
             wrong = wrong.masked_fill_(chosen == 0, -torch.inf).amax(1)
             least = (exact - slack).scatter_(1, chosen, -torch.inf)  # that an item's score in the engine can be
-            least[:, catalogue.rows :] = -torch.inf
-            least[:, 0] = -torch.inf
+            least.masked_fill_(catalogue.absent.to(device), -torch.inf)
             least[torch.tensor(users, dtype=torch.int64), torch.tensor(left_out, dtype=torch.int64)] = -torch.inf
             better = least.amax(1) - torch.from_numpy(last).to(device)
             off, beaten = torch.stack((wrong, better)).tolist()
@@ -352,11 +381,16 @@ class Callers:
     """Draws requests, asks them and has the answers checked."""
 
     def __init__(
-        self, recommender: Recommender, batcher: MicroBatcher, book: Book, reference: Reference, tally: Tally,
-        changing: bool, largest: int,
-    ) -> None:  # fmt: skip
-        self.recommender, self.batcher, self.book, self.reference = recommender, batcher, book, reference
-        self.tally, self.changing, self.largest = tally, changing, largest
+        self,
+        recommender: Recommender,
+        batchers: Sequence[MicroBatcher],
+        book: Book,
+        reference: Reference,
+        tally: Tally,
+        largest: int,
+    ) -> None:
+        self.recommender, self.batchers, self.book, self.reference = recommender, batchers, book, reference
+        self.tally, self.largest = tally, largest
         self.removed: deque[ItemId] = deque(maxlen=1000)
         draw = np.random.default_rng(2)
         self.probes = [self._history(draw) for _ in range(PROBES)]
@@ -371,10 +405,11 @@ class Callers:
     def _check(self, least: int, asks: Sequence[Ask], answers: Answers) -> None:
         by_version: dict[int, tuple[list[Ask], Answers]] = {}
         for ask, answer in zip(asks, answers, strict=True):
-            version = answer.version if self.changing else least
-            if version < least:
-                raise AssertionError(f"version {least} was in force before a request; its answer is of {version}")
-            found = by_version.setdefault(version, ([], []))
+            if answer.version < least:
+                raise AssertionError(
+                    f"version {least} was in force before a request; its answer is of {answer.version}"
+                )
+            found = by_version.setdefault(answer.version, ([], []))
             found[0].append(ask)
             found[1].append(answer)
         for version, (some, theirs) in by_version.items():
@@ -394,7 +429,8 @@ class Callers:
         return asks, answers
 
     def _batched(self, draw: np.random.Generator) -> tuple[list[Ask], Answers]:
-        deny = tuple(self.batcher.deny or ())
+        batcher = self.batchers[int(draw.random() < 0.25)]
+        deny = tuple(batcher.deny or ())
         asks: list[Ask] = []
         pending: list[tuple[Ask, Future[Recommendation], bool]] = []
         answers: Answers = []
@@ -402,12 +438,12 @@ class Callers:
             ask = self._ask(draw, deny)
             try:
                 if draw.random() < 0.2:
-                    answers.append(self.batcher.recommend(ask.history, k=ask.k, exclude_history=ask.exclude_history))
+                    answers.append(batcher.recommend(ask.history, k=ask.k, exclude_history=ask.exclude_history))
                     asks.append(ask)
                     continue
                 bad = draw.random() < 0.02
                 history = [*ask.history, 0.5] if bad else ask.history
-                future = self.batcher.submit(history, k=ask.k, exclude_history=ask.exclude_history)  # type: ignore[arg-type]
+                future = batcher.submit(history, k=ask.k, exclude_history=ask.exclude_history)  # type: ignore[arg-type]
             except Overloaded:
                 self.tally.add(refused=1)
                 continue
@@ -435,7 +471,9 @@ class Callers:
     def _ask(self, draw: np.random.Generator, deny: tuple[ItemId, ...] | None) -> Ask:
         if deny is None:
             kind = draw.random()
-            deny = tuple(self.batcher.deny or ()) if kind < 0.2 else () if kind < 0.7 else tuple(self._ids(draw, 40))
+            deny = (
+                tuple(self.batchers[1].deny or ()) if kind < 0.2 else () if kind < 0.7 else tuple(self._ids(draw, 40))
+            )
         k = int(draw.choice((1, 5, 20, 20, 20, 50, 100)))
         exclude = bool(draw.random() < 0.7)
         if draw.random() < 0.2:
@@ -465,39 +503,29 @@ def _as_text(history: Sequence[ItemId]) -> list[ItemId]:
 
 
 def change_catalogue(callers: Callers, every: float) -> None:
-    """Add items and remove some, again and again, `every` so many seconds, at about the same number of items."""
+    """Add items, give some other embeddings and remove some, `every` so many seconds, again and again the same ones."""
     recommender, book, tally = callers.recommender, callers.book, callers.tally
-    draw = np.random.default_rng(4)
+    draw, universe = np.random.default_rng(4), book.latest.universe
     scale = float(callers.reference.first.float().std())
-    first_ids, added, number = list(book.latest.ids), deque[ItemId](), 0
-    removable = deque(first_ids[at] for at in draw.permutation(len(first_ids))[: int(REMOVED_SHARE * len(first_ids))])
+    old = draw.permutation(universe.trained)[: int(REMOVED_SHARE * universe.trained)]
+    moving = [universe.ids[at] for at in (*old.tolist(), *range(universe.trained, len(universe.ids)))]
     while not tally.stop.wait(every):
         if not book.wait_for_room(every):
             continue
-        if len(added) < ADDED and (len(added) < CHANGED or draw.random() < 0.5):
-            ids = [_new_id(first_ids, number + at) for at in range(CHANGED)]
-            number += CHANGED
-            shape = (CHANGED, callers.reference.first.shape[1])
-            embeddings = draw.normal(0, scale, shape).astype(np.float32)
+        ids = [moving[at] for at in draw.choice(len(moving), min(CHANGED, len(moving)), replace=False).tolist()]
+        there = [item for item in ids if book.latest.number(item)]
+        if there and draw.random() < 0.5:
+            version = recommender.remove_items(there)
+            book.publish(book.latest.removed(version, there))
+            callers.removed.extend(there)
+            tally.add(removed=len(there))
+        else:
+            embeddings = draw.normal(0, scale, (len(ids), callers.reference.first.shape[1])).astype(np.float32)
             version = recommender.add_items(ids, embeddings)
             book.publish(book.latest.added(version, ids, embeddings))
-            added.extend(ids)
-            tally.add(added=CHANGED)
-        else:
-            pool = removable if removable and draw.random() < 0.1 else added
-            gone = [pool.popleft() for _ in range(min(CHANGED, len(pool)))]
-            version = recommender.remove_items(gone)
-            book.publish(book.latest.removed(version, gone))
-            callers.removed.extend(gone)
-            tally.add(removed=len(gone))
-        if recommender.version != version:
-            raise AssertionError(f"a change returned version {version}; the recommender is at {recommender.version}")
-
-
-def _new_id(ids: Sequence[ItemId], number: int) -> ItemId:
-    """Above all that were there, so that the order of ids is the order of coming."""
-    last = ids[-1]
-    return last + 1 + number if isinstance(last, int) else f"{last}~{number:09d}"
+            tally.add(added=len(ids) - len(there), changed=len(there))
+        if recommender.catalogue.version != version:
+            raise AssertionError(f"a change returned {version}; the version is {recommender.catalogue.version}")
 
 
 @dataclass(frozen=True)
@@ -548,17 +576,18 @@ def soak(
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Run it; what was found, ready for JSON, with "ok"."""
-    checkpoint = recommender.checkpoint
-    ids = checkpoint.item_ids.ids
-    changing = change_every > 0
-    version = recommender.version if changing else 0
-    first = Catalogue(version, ids, reference.first, checkpoint.popularity.numpy(), len(ids) + ADDED + CHANGED)
+    universe = Universe.of(recommender.checkpoint)
+    table = torch.zeros(len(universe.ids) + 1, reference.first.shape[1], dtype=reference.first.dtype)
+    table[: universe.trained + 1] = reference.first
+    present = np.arange(len(table)) <= universe.trained
+    present[0] = False
+    first = Catalogue(universe, recommender.catalogue.version, present, present, table)
     tally, book = Tally(), Book(first)
-    deny = [*ids[5:200:7], "never-there"]
-    batcher = MicroBatcher(recommender, max_queue=64 * threads, deny=deny)
-    callers = Callers(recommender, batcher, book, reference, tally, changing, largest)
+    deny = [*universe.ids[5:200:7], "never-there"]
+    batchers = [MicroBatcher(recommender, max_queue=64 * threads, deny=denied) for denied in (None, deny)]
+    callers = Callers(recommender, batchers, book, reference, tally, largest)
     jobs: list[Callable[[], None]] = [lambda seed=seed: callers.work(seed) for seed in range(threads)]  # type: ignore[misc]
-    if changing:
+    if change_every > 0:
         jobs.append(lambda: change_catalogue(callers, change_every))
     workers = [threading.Thread(target=tally.guarded(job), daemon=True) for job in jobs]
     started = time.monotonic()
@@ -573,8 +602,9 @@ def soak(
         tally.errors.append("a thread hangs; its stack is on stderr")
         faulthandler.dump_traceback(all_threads=True)
     else:
-        batcher.close()
-    return _report(tally, batcher, series, min(60.0, seconds / 3), elapsed)
+        for batcher in batchers:
+            batcher.close()
+    return _report(tally, recommender, batchers, series, min(60.0, seconds / 3), elapsed)
 
 
 def _watch(
@@ -593,33 +623,36 @@ def _watch(
 
 
 def _report(
-    tally: Tally, batcher: MicroBatcher, series: Sequence[Memory], warm: float, elapsed: float
+    tally: Tally,
+    recommender: Recommender,
+    batchers: Sequence[MicroBatcher],
+    series: Sequence[Memory],
+    warm: float,
+    elapsed: float,
 ) -> dict[str, Any]:
     grown = growth(series, warm)
     errors = list(tally.errors)
     errors += [f"{name} memory grew by {mib} MiB" for name, mib in grown.items() if mib > BOUNDS_MIB[name]]
     if not tally.counts["checked"]:
         errors.append("nothing was checked")
-    found = batcher.statistics
     return {
         "ok": not errors,
         "errors": errors,
         "seconds": round(elapsed, 1),
         "counts": dict(sorted(tally.counts.items())),
         "answers_per_s": round(tally.counts["checked"] / elapsed),
-        "batcher": {
-            "requests": found.requests,
-            "batches": found.batches,
-            "failed": found.failed,
-            "cancelled": found.cancelled,
-            "refused": found.refused,
-            "longest_wait_us": round(found.longest_wait_us, 1),
-            "batch_sizes": dict(found.batch_sizes),
-        },
+        "engine_batches": dict(recommender.batches),
+        "batchers": [_batcher_report(batcher.statistics) for batcher in batchers],
         "growth_mib": grown,
         "bounds_mib": BOUNDS_MIB,
         "memory_mib": {name: [getattr(sample, name) for sample in series] for name in ("seconds", *BOUNDS_MIB)},
     }
+
+
+def _batcher_report(found: Statistics) -> dict[str, Any]:
+    report = {name: getattr(found, name) for name in ("requests", "batches", "failed", "cancelled", "refused")}
+    report |= {"longest_wait_us": round(found.longest_wait_us, 1), "batch_sizes": dict(found.batch_sizes)}
+    return report | {"waits_us": dict(found.waits_us)}
 
 
 def _return_freed_memory() -> None:
@@ -656,6 +689,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     checkpoint = random_checkpoint() if arguments.ckpt is None else checkpoints.load(arguments.ckpt)
     recommender = Recommender(checkpoint, device=device, dtype=dtype, backend=arguments.backend)
     reference = Reference(checkpoint, dtype, device, device.type == "cuda" and arguments.backend != "auto")
+    print(f"warm-up {recommender.warmup():.1f} s", flush=True)
     print(f"PyTorch's error in {arguments.dtype}: {reference.error:.2e} of the endpoint", flush=True)
     result = soak(
         recommender,

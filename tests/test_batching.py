@@ -20,7 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from fave_fast import checkpoint as checkpoints
 from fave_fast.batching import MicroBatcher
-from fave_fast.engine import ItemId, Recommendation, Recommender
+from fave_fast.engine import History, ItemId, Recommendation, Recommender
 from fave_fast.errors import Closed, InputError, Overloaded
 from fave_fast.ops.score_topk import MAX_K
 
@@ -28,7 +28,7 @@ PATIENCE = 60.0  # seconds until a test gives up; no test waits for time to pass
 HOUR_US = 3_600_000_000
 
 
-def answer_to(history: Sequence[ItemId], k: int, exclude_history: bool) -> Recommendation:
+def answer_to(history: History, k: int, exclude_history: bool) -> Recommendation:
     """A list that tells what was asked; of any K > k, the first k are the list of k."""
     first = 1000 * int(history[0])
     scores = [-float(rank) for rank in range(k)]
@@ -39,7 +39,7 @@ class Stub:
     """An engine that writes down its calls; each waits to be let through where `held`."""
 
     def __init__(self, *, held: bool = False, most: int = 10**9, end: BaseException | None = None) -> None:
-        self.calls: list[tuple[list[ItemId], int, bool]] = []
+        self.calls: list[tuple[list[int], int, bool]] = []
         self.threads: list[threading.Thread] = []
         self.denied: list[Iterable[ItemId] | None] = []
         self._held, self._most, self._end = held, most, end
@@ -47,12 +47,12 @@ class Stub:
 
     def recommend(
         self,
-        histories: Sequence[Sequence[ItemId]],
+        histories: Sequence[History],
         k: int = 20,
         exclude_history: bool = True,
         deny: Iterable[ItemId] | None = None,
     ) -> list[Recommendation]:
-        self.calls.append(([history[0] for history in histories], k, exclude_history))
+        self.calls.append(([int(history[0]) for history in histories], k, exclude_history))
         self.threads.append(threading.current_thread())
         self.denied.append(deny)
         self._entered.release()
@@ -398,13 +398,13 @@ class Requests(RuleBasedStateMachine):
     def finish_a_call(self) -> None:
         numbers, k, exclude = self.stub.calls[-1]
         assert set(numbers) <= set(self.taken)
-        assert k == max(self.asked[int(number)][0] for number in numbers)
-        assert {self.asked[int(number)][1] for number in numbers} == {exclude}
+        assert k == max(self.asked[number][0] for number in numbers)
+        assert {self.asked[number][1] for number in numbers} == {exclude}
         self.stub.let_through(1)
-        if len(numbers) == 1 or not any(self.asked[int(number)][2] for number in numbers):
+        if len(numbers) == 1 or not any(self.asked[number][2] for number in numbers):
             for number in numbers:
-                self.asked[int(number)][3].exception(PATIENCE)
-                self.taken.remove(int(number))
+                self.asked[number][3].exception(PATIENCE)
+                self.taken.remove(number)
         self.next_call()
 
     @invariant()
