@@ -565,6 +565,16 @@ def growth(series: Sequence[Memory], warm: float) -> dict[str, float]:
     }
 
 
+def first_catalogue(recommender: Recommender, reference: Reference) -> Catalogue:
+    """What the recommender holds before any change."""
+    universe = Universe.of(recommender.checkpoint)
+    table = torch.zeros(len(universe.ids) + 1, reference.first.shape[1], dtype=reference.first.dtype)
+    table[: universe.trained + 1] = reference.first
+    present = np.arange(len(table)) <= universe.trained
+    present[0] = False
+    return Catalogue(universe, recommender.catalogue.version, present, present, table)
+
+
 def soak(
     recommender: Recommender,
     reference: Reference,
@@ -576,14 +586,8 @@ def soak(
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Run it; what was found, ready for JSON, with "ok"."""
-    universe = Universe.of(recommender.checkpoint)
-    table = torch.zeros(len(universe.ids) + 1, reference.first.shape[1], dtype=reference.first.dtype)
-    table[: universe.trained + 1] = reference.first
-    present = np.arange(len(table)) <= universe.trained
-    present[0] = False
-    first = Catalogue(universe, recommender.catalogue.version, present, present, table)
-    tally, book = Tally(), Book(first)
-    deny = [*universe.ids[5:200:7], "never-there"]
+    tally, book = Tally(), Book(first_catalogue(recommender, reference))
+    deny = [*recommender.checkpoint.item_ids.ids[5:200:7], "never-there"]
     batchers = [MicroBatcher(recommender, max_queue=64 * threads, deny=denied) for denied in (None, deny)]
     callers = Callers(recommender, batchers, book, reference, tally, largest)
     jobs: list[Callable[[], None]] = [lambda seed=seed: callers.work(seed) for seed in range(threads)]  # type: ignore[misc]
