@@ -660,10 +660,7 @@ def _batcher_report(found: Statistics) -> dict[str, Any]:
 
 
 def _return_freed_memory() -> None:
-    """Have the C library give large blocks back when they are freed; its heaps, one a thread, would keep them.
-
-    In 20 s on a CPU its habit looked like growth by 320 MiB.
-    """
+    """Have the C library give large blocks back when they are freed; its heaps, one a thread, would keep them."""
     with contextlib.suppress(AttributeError, OSError):  # another library than glibc
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD

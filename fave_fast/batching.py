@@ -3,7 +3,7 @@
 While the engine works, requests wait; what waits when it is done goes in as one batch. So batches grow with the load
 by themselves, and a request that comes alone is never held back (unless `max_wait_us` says so). A caller of `recommend`
 who finds nobody else asks the engine in their own thread: 2 us more than asking it directly, where the worker's way,
-with its two thread switches, takes 64 to 88 (two threads that pass a lock to and fro take 43 to 49 there; two virtual
+with its two thread switches, takes 35 to 88 (two threads that pass a lock to and fro take 17 to 49 there; two virtual
 cores, `python -m bench.batching`).
 
 What shares a call: requests that agree in `exclude_history` and whose k are of one class: up to the batcher's own k, or
