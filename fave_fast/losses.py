@@ -7,9 +7,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fave_fast import flow
+from fave_fast import dual, flow
 from fave_fast.config import Config
 from fave_fast.model import FAVE, Prediction
 from fave_fast.ops import cross_entropy
@@ -88,19 +87,7 @@ def predict_with_tangent(
     model: FAVE, history: Tensor, x_t: Tensor, t: Tensor, r: Tensor, lam: Tensor, v: Tensor
 ) -> tuple[Prediction, Tensor]:
     """f(x_t, t, r) and its derivative along [v, 1, 0], [B, D], by one forward-mode pass: eqs. (22) and (23)."""
-    embedded = model.embed_history(history)  # does not depend on x_t, t, r: outside the derivative
-    present = history != 0
-
-    def endpoint_of(x_t: Tensor, t: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-        prediction = model.encode(model.modulate(embedded, x_t, t, r, lam), present, forward_mode=True)
-        return prediction.endpoint, prediction.source
-
-    # The fused attention kernels have no forward-mode derivative.
-    tangents = (v, torch.ones_like(t), torch.zeros_like(r))
-    with sdpa_kernel(SDPBackend.MATH):
-        result: tuple[Tensor, ...] = torch.func.jvp(endpoint_of, (x_t, t, r), tangents, has_aux=True)
-    endpoint, tangent, source = result
-    return Prediction(endpoint, source), tangent
+    return dual.predict(model, history, x_t, t, r, lam, v)
 
 
 def consistency_loss(tangent: Tensor, reduction: Reduction = "mean") -> Tensor:
