@@ -143,8 +143,7 @@ class Trainer:
         return self.config.train.epochs if self.progress.stage == 1 else self.config.train.epochs_stage2
 
     def _make_optimiser(self, lr: float) -> torch.optim.Adam:
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        return torch.optim.Adam(trained, lr, weight_decay=self.config.train.weight_decay, fused=True)
+        return make_optimiser(self.model, lr, self.config.train.weight_decay)
 
     def _run_epoch(self) -> None:
         progress = self.progress
@@ -388,6 +387,14 @@ class Trainer:
         """Forget an earlier run's metrics and state at the same place."""
         self.metrics_path.unlink(missing_ok=True)
         self.resume_path.unlink(missing_ok=True)
+
+
+def make_optimiser(model: FAVE, lr: float, weight_decay: float) -> torch.optim.Adam:
+    """Adam over what is not frozen; on a GPU its state, the learning rate too, lies where a captured step reads it."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    on_gpu = trained[0].device.type == "cuda"
+    rate = torch.tensor(lr, device=trained[0].device) if on_gpu else lr
+    return torch.optim.Adam(trained, rate, weight_decay=weight_decay, fused=True, capturable=on_gpu)
 
 
 def _copy(model: FAVE) -> dict[str, Tensor]:

@@ -1,0 +1,251 @@
+"""The network of training over packed histories, through the ops: no position is padding, products are in one dtype.
+
+What `FAVE` computes on left-padded histories, with lambda and all dropout from the ops' counter-based generators, whose
+seed lies on the device: a captured step draws anew once the seed is written. Weights stay as the model holds them and
+are narrowed once a pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from fave_fast import dual
+from fave_fast.model import FAVE, Block, Prediction
+from fave_fast.ops.attention import Tables, rotary_by_age
+from fave_fast.ops.block import BlockDropout, BlockWeights, block, block_dual
+from fave_fast.ops.input_modulation import Drawn, Draws, Times, input_modulation, input_modulation_dual
+
+
+@dataclass(frozen=True)
+class Packed:
+    """B histories end to end, oldest item first, then F fillers without items that make up a fixed number of rows."""
+
+    ids: Tensor  # int64 [rows]; 0 in fillers
+    offsets: Tensor  # int64 [B + F + 1], rising from 0 to rows
+    owners: Tensor  # int64 [rows]: which history a row belongs to
+    users: Tensor  # int64 [B + F]: the keys of what is drawn
+    count: int  # B
+
+    @property
+    def newest(self) -> Tensor:
+        """Row [B + F] of each history's newest item."""
+        return self.offsets[1:] - 1
+
+
+def pack(items: Tensor, starts: Tensor, ends: Tensor, max_length: int, rows: int, fillers: int) -> Packed:
+    """The last `max_length` items of items[start:end] for each history; on the tensors' device, without waiting for it.
+
+    Args:
+        items: integers [M].
+        starts: int64 [B].
+        ends: int64 [B], beyond starts.
+        max_length: L.
+        rows: of the result. What the histories leave is shared out among the fillers, 1 to L rows each.
+        fillers: F.
+    """
+    lengths = (ends - starts).clamp_max(max_length)
+    count = len(starts)
+    rest = rows - lengths.sum()
+    place = torch.arange(fillers, device=starts.device)
+    lengths = torch.cat((lengths, (rest + place) // max(fillers, 1)))
+    offsets = F.pad(lengths.cumsum(0), (1, 0))
+    row = torch.arange(rows, device=starts.device)
+    owners = torch.searchsorted(offsets[1:], row, right=True)
+    last = F.pad(ends, (0, fillers))[owners] - offsets[1:][owners]
+    real = owners < count
+    ids = torch.where(real, items[torch.where(real, last + row, 0)], 0).long()
+    return Packed(ids, offsets, owners, torch.arange(count + fillers, device=starts.device), count)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model over one batch of packed histories.
+
+    Attributes:
+        model: whose weights.
+        packed: the histories.
+        seed: int64 [1] on the device: of lambda and dropout.
+        dtype: of E, the residual stream and the products.
+        backend: of the ops.
+        lam: lambda [rows, D]; drawn by default.
+    """
+
+    model: FAVE
+    packed: Packed
+    seed: Tensor
+    dtype: torch.dtype
+    backend: str = "auto"
+    lam: Tensor | None = None
+
+    def predict(self, x_t: Tensor, t: Tensor, r: Tensor) -> Prediction:
+        """f(x_t, t, r) for x_t [B, D], t and r [B]."""
+        packed, model = self.packed, self.model
+        x, time = self._filled(x_t), self._times(t, r)
+        norm = model.embedding_norm
+        e = input_modulation(
+            packed.ids, model.item_embedding.weight, norm.weight, norm.bias, x, time, self._lambda(),
+            offsets=packed.offsets, draws=self._draws(), dropout=self._p(model.config.embedding_dropout),
+            eps=norm.eps, dtype=self.dtype, backend=self.backend,
+        )  # fmt: skip
+        h, source = self._blocks((e,))
+        endpoint: Tensor = model.final_norm(h[0][: packed.count].to(x_t.dtype))
+        return Prediction(endpoint, source)
+
+    def predict_with_tangent(self, x_t: Tensor, t: Tensor, r: Tensor, v: Tensor) -> tuple[Prediction, Tensor]:
+        """`predict`, and the endpoint's derivative [B, D] along [v, 1, 0]."""
+        packed, model = self.packed, self.model
+        x, dx, time = self._filled(x_t), self._filled(v), self._times(t, r)
+        norm = model.embedding_norm
+        e = input_modulation_dual(
+            packed.ids, model.item_embedding.weight, norm.weight, norm.bias, x, dx, time, self._lambda(),
+            offsets=packed.offsets, draws=self._draws(), dropout=self._p(model.config.embedding_dropout),
+            eps=norm.eps, dtype=self.dtype, backend=self.backend,
+        )  # fmt: skip
+        h, source = self._blocks(e)
+        last = cast(dual.Pair, tuple(one[: packed.count].to(x_t.dtype) for one in h))
+        endpoint, tangent = dual.norm(model.final_norm, last)
+        return Prediction(endpoint, source), tangent
+
+    def draw_anchor(self, rho: float, generator: torch.Generator | None) -> Tensor:
+        """x_0 of eq. (14), [B, D]: `flow.draw_anchor` on packed histories."""
+        packed, table = self.packed, self.model.item_embedding.weight
+        uniform = torch.rand(packed.count, device=table.device, generator=generator)
+        keep = torch.rand(packed.count, table.shape[1], device=table.device, generator=generator) < rho
+        lengths = packed.offsets.diff()[: packed.count]
+        oldest_first = (uniform * lengths).long().minimum(lengths - 1)
+        return table[packed.ids[packed.offsets[: packed.count] + oldest_first]] * keep.to(table.dtype)
+
+    def source_loss(
+        self, source: Tensor, kind: Literal["sampled", "dense"], generator: torch.Generator | None
+    ) -> Tensor:
+        """L_src of eq. (13) for E_u [B, D], as `losses.source_loss` has it, by counting.
+
+        How often each item is in a history and how often it was drawn, for all N of them: a product takes the outputs
+        and their gradients, and counts of whole numbers are the same in any order, where gathering the items' rows
+        needs a sort in the backward pass for that. Membership is a count above 0.
+        """
+        packed, decoder, items = self.packed, self.model.history_decoder, self.model.num_items
+        real = packed.owners < packed.count
+        width, rows = items + 1, packed.owners.clamp_max(packed.count - 1)
+        outputs = F.linear(decoder.hidden(source), decoder.out.weight, decoder.out.bias)  # [B, N + 1]
+        place = torch.where(real, rows * width + packed.ids, 0)  # column 0 counts for nothing
+        present = torch.zeros(packed.count * width, dtype=torch.int32, device=source.device)
+        present.index_add_(0, place, real.int())
+        if kind == "dense":
+            wanted = (present > 0).view(-1, width)
+            return (outputs - wanted.to(outputs.dtype))[:, 1:].float().square().mean()
+        drawn = torch.randint(1, width, packed.ids.shape, device=source.device, generator=generator)
+        absent = torch.zeros_like(present)
+        absent.index_add_(0, torch.where(real, rows * width + drawn, 0), real.int())
+        counts = present, absent.masked_fill_(present > 0, 0)
+        loss: Tensor = _Counted.apply(outputs.flatten(), *counts)  # type: ignore[no-untyped-call]
+        return loss
+
+    def _lambda(self) -> Tensor | Drawn:
+        return Drawn(self.model.config.delta) if self.lam is None else self.lam
+
+    def _p(self, p: float) -> float:
+        return p if self.model.training else 0.0
+
+    def _draws(self) -> Draws:
+        return Draws(self.seed, self.packed.users)
+
+    def _filled(self, x: Tensor) -> Tensor:
+        """X [B, ...] with zeros for the fillers."""
+        fillers = len(self.packed.users) - self.packed.count
+        return F.pad(x, (0, 0) * (x.dim() - 1) + (0, fillers)) if fillers else x
+
+    def _times(self, t: Tensor, r: Tensor) -> Times:
+        time = self.model.time_embedding
+        return Times(
+            self._filled(t), self._filled(r), time.hidden.weight, time.hidden.bias, time.out.weight, time.out.bias,
+            time.scale,
+        )  # fmt: skip
+
+    def _tables(self) -> Tables | None:
+        config = self.model.config
+        if config.position == "none":
+            return None
+        return rotary_by_age(config.max_length, config.d // config.heads, self.packed.ids.device)
+
+    def _blocks(self, h: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:
+        """(E,) or (E, dE) [rows, D] through all blocks: the newest rows [B + F, D] of each, and E_u [B, D]."""
+        config, packed = self.model.config, self.packed
+        tables, source_index = self._tables(), config.source_block % config.blocks
+        p = self._p(config.dropout)
+        source = h[0]
+        for index, weights in enumerate(block_weights(self.model, self.dtype)):
+            last = index == config.blocks - 1
+            dropout = BlockDropout(p, self.seed, index) if p > 0 else None
+            if len(h) == 1:
+                h = (block(h[0], weights, packed.offsets, config.heads, tables, causal=config.attention == "causal",
+                           last_only=last, dropout=dropout, backend=self.backend),)  # fmt: skip
+            else:
+                h = block_dual(
+                    h[0], h[1], weights, packed.offsets, config.heads, tables, causal=config.attention == "causal",
+                    last_only=last, dropout=dropout, backend=self.backend,
+                )  # fmt: skip
+            if index == source_index:
+                source = h[0] if last else h[0].index_select(0, packed.newest)
+        return h, source[: packed.count].to(self.model.item_embedding.weight.dtype)
+
+
+class _Counted(torch.autograd.Function):
+    """sum(present (y - 1)^2 + absent y^2) / sum(present + absent) of outputs y and counts [M]."""
+
+    @staticmethod
+    def forward(ctx: Any, outputs: Tensor, present: Tensor, absent: Tensor) -> Tensor:
+        wide = outputs if outputs.dtype == torch.float64 else outputs.float()
+        weight = 1 / (present.sum() + absent.sum()).clamp_min(1).to(wide.dtype)
+        ctx.save_for_backward(outputs, present, absent, weight)
+        return (present * (wide - 1).square() + absent * wide.square()).sum() * weight
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        outputs, present, absent, weight = ctx.saved_tensors
+        scale = (2 * grads[0] * weight).to(weight.dtype)
+        return ((present * (outputs - 1) + absent * outputs) * scale).to(outputs.dtype), None, None
+
+
+class _Narrowed(torch.autograd.Function):
+    """Tensors in another dtype, and their gradients back, in one launch each: casts alone were a launch a tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.dtypes = [one.dtype for one in tensors]
+        narrow = [torch.empty_like(one, dtype=dtype) for one in tensors]
+        torch._foreach_copy_(narrow, list(tensors))
+        return tuple(narrow)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        wide = [torch.empty_like(grad, dtype=dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)]
+        torch._foreach_copy_(wide, list(grads))
+        return None, *wide
+
+
+def block_weights(model: FAVE, dtype: torch.dtype) -> list[BlockWeights]:
+    """The parameters of every block in `dtype`."""
+    given: list[Tensor | None] = []
+    for one in model.blocks:
+        module = cast(Block, one)
+        for norm, first, second in (
+            (module.attention_norm, module.qkv, module.attention_out),
+            (module.ffn_norm, module.ffn_in, module.ffn_out),
+        ):
+            bias = norm.bias if isinstance(norm, nn.LayerNorm) else None
+            given += [cast(Tensor, norm.weight), bias, first.weight, second.weight]
+    held = [one for one in given if one is not None]
+    if held[0].dtype != dtype:
+        held = list(_Narrowed.apply(dtype, *held))  # type: ignore[no-untyped-call]
+    rest = iter(held)
+    every = [None if one is None else next(rest) for one in given]
+    return [BlockWeights(*every[start : start + 8]) for start in range(0, len(every), 8)]  # type: ignore[arg-type]
