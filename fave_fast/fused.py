@@ -139,7 +139,7 @@ class Network:
         present.index_add_(0, place, real.int())
         if kind == "dense":
             wanted = (present > 0).view(-1, width)
-            return (outputs - wanted.to(outputs.dtype))[:, 1:].float().square().mean()
+            return _wide(outputs - wanted.to(outputs.dtype))[:, 1:].square().mean()
         drawn = torch.randint(1, width, packed.ids.shape, device=source.device, generator=generator)
         absent = torch.zeros_like(present)
         absent.index_add_(0, torch.where(real, rows * width + drawn, 0), real.int())
@@ -196,12 +196,16 @@ class Network:
         return h, source[: packed.count].to(self.model.item_embedding.weight.dtype)
 
 
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
 class _Counted(torch.autograd.Function):
     """sum(present (y - 1)^2 + absent y^2) / sum(present + absent) of outputs y and counts [M]."""
 
     @staticmethod
     def forward(ctx: Any, outputs: Tensor, present: Tensor, absent: Tensor) -> Tensor:
-        wide = outputs if outputs.dtype == torch.float64 else outputs.float()
+        wide = _wide(outputs)
         weight = 1 / (present.sum() + absent.sum()).clamp_min(1).to(wide.dtype)
         ctx.save_for_backward(outputs, present, absent, weight)
         return (present * (wide - 1).square() + absent * wide.square()).sum() * weight
