@@ -149,11 +149,12 @@ def profile(steps: Steps, batch: Batch, times: int = 5) -> str:
         for _ in range(times):
             steps.take(*batch, 0)
         torch.cuda.synchronize()
-    spent = sorted(profiled.key_averages(), key=lambda event: -event.self_device_time_total)
+    events = [one for one in profiled.key_averages() if one.self_device_time_total > 0]
+    spent = sorted(events, key=lambda event: -event.self_device_time_total)
     total, count = sum(one.self_device_time_total for one in spent) / times, sum(one.count for one in spent) // times
     lines = [
-        f"  {one.self_device_time_total / times:8.1f} us x{one.count / times:5.1f}  {one.key[:110]}"
-        for one in spent[:45]
+        f"  {one.self_device_time_total / times:8.1f} us x{one.count / times:5.1f}  {one.key[:70]}"
+        for one in spent[:90]
     ]
     return "\n".join([f"{count} kernels, {total:.0f} us of the device", *lines])
 

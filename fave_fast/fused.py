@@ -124,27 +124,25 @@ class Network:
     def source_loss(
         self, source: Tensor, kind: Literal["sampled", "dense"], generator: torch.Generator | None
     ) -> Tensor:
-        """L_src of eq. (13) for E_u [B, D], as `losses.source_loss` has it, by counting.
+        """L_src of eq. (13) for E_u [B, D], as `losses.source_loss` has it.
 
-        How often each item is in a history and how often it was drawn, for all N of them: a product takes the outputs
-        and their gradients, and counts of whole numbers are the same in any order, where gathering the items' rows
-        needs a sort in the backward pass for that. Membership is a count above 0.
+        One product gives the outputs of all N items, of which those that count are read; their gradients go back
+        through one product too, where gathering the items' rows would need a sort.
         """
-        packed, decoder, items = self.packed, self.model.history_decoder, self.model.num_items
-        real = packed.owners < packed.count
-        width, rows = items + 1, packed.owners.clamp_max(packed.count - 1)
+        packed, decoder = self.packed, self.model.history_decoder
+        width = self.model.num_items + 1
         outputs = F.linear(decoder.hidden(source), decoder.out.weight, decoder.out.bias)  # [B, N + 1]
-        place = torch.where(real, rows * width + packed.ids, 0)  # column 0 counts for nothing
-        present = torch.zeros(packed.count * width, dtype=torch.int32, device=source.device)
-        present.index_add_(0, place, real.int())
+        real, first = packed.owners < packed.count, packed.owners * width
+        places = torch.where(real, first + packed.ids, 0)  # column 0 is read by none
+        present = torch.zeros(packed.count * width, dtype=torch.bool, device=source.device)
+        present.index_fill_(0, places, True)
         if kind == "dense":
-            wanted = (present > 0).view(-1, width)
+            wanted = present.view(-1, width)
             return _wide(outputs - wanted.to(outputs.dtype))[:, 1:].square().mean()
         drawn = torch.randint(1, width, packed.ids.shape, device=source.device, generator=generator)
-        absent = torch.zeros_like(present)
-        absent.index_add_(0, torch.where(real, rows * width + drawn, 0), real.int())
-        counts = present, absent.masked_fill_(present > 0, 0)
-        loss: Tensor = _Counted.apply(outputs.flatten(), *counts)  # type: ignore[no-untyped-call]
+        others = torch.where(real, first + drawn, 0)
+        counts = torch.cat((real, real & ~present[others]))
+        loss: Tensor = _Picked.apply(outputs, torch.cat((places, others)), counts)  # type: ignore[no-untyped-call]
         return loss
 
     def _lambda(self) -> Tensor | Drawn:
@@ -200,22 +198,30 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-class _Counted(torch.autograd.Function):
-    """sum(present (y - 1)^2 + absent y^2) / sum(present + absent) of outputs y and counts [M]."""
+class _Picked(torch.autograd.Function):
+    """The mean over `counts` of (y - 1)^2 at the first half of `places`, and of y^2 at the second, y = outputs[places].
+
+    Equal places have equal gradients, so that atomics add them to the same bits in any order.
+    """
 
     @staticmethod
-    def forward(ctx: Any, outputs: Tensor, present: Tensor, absent: Tensor) -> Tensor:
-        wide = _wide(outputs)
-        weight = 1 / (present.sum() + absent.sum()).clamp_min(1).to(wide.dtype)
-        ctx.save_for_backward(outputs, present, absent, weight)
-        return (present * (wide - 1).square() + absent * wide.square()).sum() * weight
+    def forward(ctx: Any, outputs: Tensor, places: Tensor, counts: Tensor) -> Tensor:
+        error = _wide(outputs.flatten().index_select(0, places))
+        error[: len(places) // 2] -= 1
+        error *= counts
+        weight = counts.sum().clamp_min(1).to(error.dtype).reciprocal()
+        ctx.save_for_backward(places, error, weight)
+        ctx.outputs = outputs.shape, outputs.dtype
+        return error.square().sum() * weight
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        outputs, present, absent, weight = ctx.saved_tensors
-        scale = (2 * grads[0] * weight).to(weight.dtype)
-        return ((present * (outputs - 1) + absent * outputs) * scale).to(outputs.dtype), None, None
+        places, error, weight = ctx.saved_tensors
+        shape, dtype = ctx.outputs
+        gradient = torch.zeros(shape.numel(), dtype=dtype, device=error.device)
+        gradient.index_add_(0, places, (error * (2 * grads[0] * weight)).to(dtype))
+        return gradient.view(shape), None, None
 
 
 class _Narrowed(torch.autograd.Function):

@@ -83,7 +83,7 @@ class FusedSteps:
     dtype: torch.dtype
     backend: str = "auto"
     capture: bool = True
-    _graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor] | None] = field(default_factory=dict, init=False)
+    _graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor] | None] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         device = self.model.item_embedding.weight.device
@@ -104,15 +104,16 @@ class FusedSteps:
         if not self._capturing or len(starts) != self.config.train.batch_size:
             return self._step(host.to(device), rows, fillers)
         self._input.copy_(host.pin_memory(), non_blocking=True)
-        if rows not in self._graphs:
-            self._graphs[rows] = None
+        key = rows, fillers
+        if key not in self._graphs:
+            self._graphs[key] = None
             return self._aside(rows, fillers)
-        held = self._graphs[rows]
+        held = self._graphs[key]
         if held is None:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, self._pool):
                 loss = self._step(self._input, rows, fillers)
-            held = self._graphs[rows] = graph, loss
+            held = self._graphs[key] = graph, loss
         held[0].replay()
         return held[1]
 
@@ -145,6 +146,8 @@ def rounded_rows(total: int, max_length: int) -> tuple[int, int]:
     if max_length == 1:
         return total, 0
     step = max(_LEAST_STEP, 2 ** (total.bit_length() - 5))
+    if total % step == 0:
+        return total, 0
     fillers = -(-step // (max_length - 1))
     return -(-(total + fillers) // step) * step, fillers
 
