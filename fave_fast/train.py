@@ -50,6 +50,7 @@ STAGES = (1, 2)
 _RESUME_KIND = "fave_fast training state"
 _SAMPLE_USERS = 5
 _SELECTION = "NDCG@20"
+_SAVE_SHARE = 10  # between epochs the state is written once in this many times what writing it took
 _SHOW_SECONDS = 0.5  # between two looks at the loss for the progress bar
 
 
@@ -110,7 +111,7 @@ class Trainer:
         self.optimiser = self._make_optimiser(config.train.lr)
         self._steps: Steps | None = None
         self.interrupted = False
-        self._saved_at = time.monotonic()
+        self._saved_at, self._saving_took = time.monotonic(), 0.0
         self._last: dict[str, float] = {}  # loss and speed of the epoch that ended last
 
     @property
@@ -217,7 +218,10 @@ class Trainer:
             ended = self._evaluate() or ended
         if ended:
             self._end_stage()
-        self._save_state()
+        # The state has several times the model's size: where an epoch takes a tenth of a second, writing it would take
+        # most of the time.
+        if time.monotonic() - self._saved_at > _SAVE_SHARE * self._saving_took:
+            self._save_state()
 
     def _evaluate(self) -> bool:
         """Judge the weights on validation; cut the learning rate or end the stage when they stopped improving."""
@@ -332,6 +336,7 @@ class Trainer:
         )
 
     def _save_state(self) -> None:
+        started = time.monotonic()
         tensors = {f"model/{name}": value for name, value in self.model.state_dict().items()}
         tensors |= {f"best/{name}": value for name, value in self.best_weights.items()}
         tensors |= {f"stage/{name}": value for name, value in self.stage_weights.items()}
@@ -352,6 +357,7 @@ class Trainer:
         }
         checkpoints.write_envelope(self.resume_path, _RESUME_KIND, plain, tensors)
         self._saved_at = time.monotonic()
+        self._saving_took = self._saved_at - started
 
     def _identity(self) -> dict[str, Any]:
         """What must be equal for two runs to be the same run."""
