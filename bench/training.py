@@ -169,12 +169,15 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--data", type=Path, help="Beauty's log")
     parser.add_argument("--seconds", type=float, default=1.0, help="of each timing")
+    parser.add_argument("--only", help="leave out who is not called this")
     parser.add_argument("--profile", action="store_true", help="also list the kernels of each step")
     arguments = parser.parse_args()
     check()
     rows: list[dict[str, Any]] = []
 
     def row(case: str, stage: int, who: str, steps: Steps, batches: list[Batch]) -> None:
+        if arguments.only not in (None, who):
+            return
         try:
             speed, memory = measure(steps, batches, arguments.seconds)
         except Exception as error:  # a peer that does not run says so
@@ -192,7 +195,7 @@ def main() -> None:
                 row(case, stage, who, make(who, stage, log, config), some)
             if arguments.profile:
                 print(profile(make("fused, no graph", stage, log, config), batches[0]), flush=True)
-                if stage == 1:
+                if stage == 1 and arguments.only is None:
                     print("eager:\n" + profile(make("eager", stage, log, config), batches[0]), flush=True)
     log, config, batches = made[0][1]
     explicit = losses.predict_with_tangent
