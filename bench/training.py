@@ -32,13 +32,13 @@ B, L, N = 512, 50, 12_101
 Batch = tuple[np.ndarray, np.ndarray]
 
 
-def full_length() -> tuple[Interactions, Config, list[Batch]]:
+def full_length(n: int = N) -> tuple[Interactions, Config, list[Batch]]:
     """Random histories of L items before each target."""
     generator = np.random.default_rng(0)
     users = 4 * B
-    items = generator.integers(1, N + 1, users * (L + 1)).astype(np.int32)
+    items = generator.integers(1, n + 1, users * (L + 1)).astype(np.int32)
     offsets = np.arange(users + 1) * (L + 1)
-    ids = IdMap(np.arange(1, N + 1))
+    ids = IdMap(np.arange(1, n + 1))
     data = Interactions(items, offsets, ids, IdMap(np.arange(users)), None, "random", ())
     starts = offsets[:-1].reshape(-1, B)
     return data, Config(), [(part, part + L) for part in starts]
@@ -61,6 +61,10 @@ def make(kind: str, stage: int, data: Interactions, config: Config, dtype: torch
         return FusedSteps(*options)
     if kind == "fused, no graph":
         return FusedSteps(*options, capture=False)
+    if kind == "fused, fp32":
+        return FusedSteps(*options[:-1], torch.float32)
+    if kind == "eager, fp32":
+        return ReferenceSteps(*options[:-1], torch.float32)
     return ReferenceSteps(*options)
 
 
@@ -169,14 +173,14 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--data", type=Path, help="Beauty's log")
     parser.add_argument("--seconds", type=float, default=1.0, help="of each timing")
-    parser.add_argument("--only", help="leave out who is not called this")
+    parser.add_argument("--only", help="leave out who is not among these, a / between two")
     parser.add_argument("--profile", action="store_true", help="also list the kernels of each step")
     arguments = parser.parse_args()
     check()
     rows: list[dict[str, Any]] = []
 
     def row(case: str, stage: int, who: str, steps: Steps, batches: list[Batch]) -> None:
-        if arguments.only not in (None, who):
+        if arguments.only is not None and who not in arguments.only.split("/"):
             return
         try:
             speed, memory = measure(steps, batches, arguments.seconds)
@@ -184,19 +188,21 @@ def main() -> None:
             print(f"{case}, stage {stage}, {who}: {type(error).__name__}: {str(error)[:300]}", flush=True)
             return
         rows.append({"case": case, "stage": stage, "who": who, "samples_per_second": speed, "peak_gib": memory})
-        print(f"{case:8} stage {stage} {who:24} {speed:12,.0f} samples/s {1e3 * B / speed:8.3f} ms {memory:6.2f} GiB",
+        print(f"{case:9} stage {stage} {who:24} {speed:12,.0f} samples/s {1e3 * B / speed:8.3f} ms {memory:6.2f} GiB",
               flush=True)  # fmt: skip
 
     made = list(cases(arguments.data))
     for case, (log, config, batches) in made:
         for stage in (1, 2):
-            for who in ("fused", "fused, no graph", "eager"):
-                some = batches if who == "fused" else batches[:8]
+            for who in ("fused", "fused, no graph", "eager", "fused, fp32", "eager, fp32"):
+                some = batches if who.startswith("fused") and "no" not in who else batches[:8]
                 row(case, stage, who, make(who, stage, log, config), some)
             if arguments.profile:
                 print(profile(make("fused, no graph", stage, log, config), batches[0]), flush=True)
                 if stage == 1 and arguments.only is None:
                     print("eager:\n" + profile(make("eager", stage, log, config), batches[0]), flush=True)
+    log, config, batches = full_length(1_000_000)
+    row("1 M items", 1, "fused", make("fused", 1, log, config), batches)
     log, config, batches = made[0][1]
     explicit = losses.predict_with_tangent
     forms: list[tuple[int, str, Callable[..., Any]]] = [(2, "torch.func.jvp", jvp)]

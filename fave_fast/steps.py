@@ -21,11 +21,13 @@ from fave_fast.config import Config
 from fave_fast.data import Interactions, gather_histories
 from fave_fast.fused import Network, pack
 from fave_fast.model import FAVE
+from fave_fast.ops.adam import ClippedAdam
 from fave_fast.ops.block import OP as BLOCK
 from fave_fast.ops.block import reference as block_reference
 
 Positions = npt.NDArray[np.int64]
 
+_Captured = tuple[torch.cuda.CUDAGraph, Tensor, Tensor | None]  # its loss, and what Adam reads at each replay
 _LEAST_STEP = 256  # rows between two graphs, at least
 
 
@@ -46,7 +48,7 @@ class ReferenceSteps:
     data: Interactions
     config: Config
     model: FAVE
-    optimiser: torch.optim.Optimizer
+    optimiser: torch.optim.Adam
     stage: int
     dtype: torch.dtype
 
@@ -59,16 +61,11 @@ class ReferenceSteps:
         objective = losses.stage1_losses if self.stage == 1 else losses.stage2_losses
         with torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             total = objective(self.model, self.config, ids, wanted).total
-        return _descend(total, self.model, self.optimiser, self.config.train.clip)
-
-
-def _descend(total: Tensor, model: FAVE, optimiser: torch.optim.Optimizer, clip: float) -> Tensor:
-    """Backward, clip, optimiser; the loss without its graph."""
-    total.backward()  # type: ignore[no-untyped-call]
-    torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-    optimiser.step()
-    optimiser.zero_grad(set_to_none=True)
-    return total.detach()
+        total.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        return total.detach()
 
 
 @dataclass
@@ -78,15 +75,16 @@ class FusedSteps:
     data: Interactions
     config: Config
     model: FAVE
-    optimiser: torch.optim.Optimizer
+    optimiser: torch.optim.Adam
     stage: int
     dtype: torch.dtype
     backend: str = "auto"
     capture: bool = True
-    _graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor] | None] = field(default_factory=dict, init=False)
+    _graphs: dict[tuple[int, int], _Captured | None] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         device = self.model.item_embedding.weight.device
+        self._adam = ClippedAdam(self.optimiser, self.config.train.clip, self.backend)
         self._items = torch.from_numpy(self.data.items).to(device)
         self._capturing = self.capture and device.type == "cuda"
         if self._capturing:
@@ -102,7 +100,7 @@ class FusedSteps:
         rows, fillers = rounded_rows(total, self.config.model.max_length)
         host = torch.from_numpy(np.concatenate((starts, targets, [seed])))
         if not self._capturing or len(starts) != self.config.train.batch_size:
-            return self._step(host.to(device), rows, fillers)
+            return self._step(host.to(device), rows, fillers)[0]
         self._input.copy_(host.pin_memory(), non_blocking=True)
         key = rows, fillers
         if key not in self._graphs:
@@ -112,8 +110,9 @@ class FusedSteps:
         if held is None:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, self._pool):
-                loss = self._step(self._input, rows, fillers)
-            held = self._graphs[key] = graph, loss
+                loss, table, gradients = self._step(self._input, rows, fillers)
+            self._adam.bind(table, gradients)
+            held = self._graphs[key] = graph, loss, table
         held[0].replay()
         return held[1]
 
@@ -122,11 +121,12 @@ class FusedSteps:
         here = torch.cuda.current_stream()
         self._stream.wait_stream(here)
         with torch.cuda.stream(self._stream):
-            loss = self._step(self._input, rows, fillers)
+            loss = self._step(self._input, rows, fillers)[0]
         here.wait_stream(self._stream)
         return loss
 
-    def _step(self, given: Tensor, rows: int, fillers: int) -> Tensor:
+    def _step(self, given: Tensor, rows: int, fillers: int) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
+        """The loss, Adam's table and the gradients that it names."""
         count = len(given) // 2
         starts, targets, seed = given[:count], given[count:-1], given[-1:]
         packed = pack(self._items, starts, targets, self.config.model.max_length, rows, fillers)
@@ -135,7 +135,11 @@ class FusedSteps:
         wanted = self._items[targets].long()
         with torch.autocast(given.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             total = objective(network, self.model, self.config, wanted).total
-        return _descend(total, self.model, self.optimiser, self.config.train.clip)
+        total.backward()  # type: ignore[no-untyped-call]
+        gradients = [one.grad for one in self._adam.parameters]
+        table = self._adam.take()
+        self.optimiser.zero_grad(set_to_none=True)
+        return total.detach(), table, gradients
 
 
 def rounded_rows(total: int, max_length: int) -> tuple[int, int]:
