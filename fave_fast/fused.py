@@ -21,6 +21,8 @@ from fave_fast.ops.attention import Tables, rotary_by_age
 from fave_fast.ops.block import BlockDropout, BlockWeights, block, block_dual
 from fave_fast.ops.input_modulation import Drawn, Draws, Times, input_modulation, input_modulation_dual
 
+_EIGHT = 8  # elements of 16 bits that a matrix product wants rows to be multiples of
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -129,17 +131,20 @@ class Network:
         One product gives the outputs of all N items, of which those that count are read; their gradients go back
         through one product too, where gathering the items' rows would need a sort.
         """
-        packed, decoder = self.packed, self.model.history_decoder
-        width = self.model.num_items + 1
-        outputs = F.linear(decoder.hidden(source), decoder.out.weight, decoder.out.bias)  # [B, N + 1]
+        packed, decoder, items = self.packed, self.model.history_decoder, self.model.num_items
+        hidden = decoder.hidden(source)
+        hidden = torch.cat((hidden, torch.ones_like(hidden[:, :1]), torch.zeros_like(hidden[:, : _EIGHT - 1])), 1)
+        weight: Tensor = _Padded.apply(decoder.out.weight, decoder.out.bias, self.dtype)  # type: ignore[no-untyped-call]
+        outputs = F.linear(hidden.to(self.dtype), weight)
+        width = outputs.shape[1]
         real, first = packed.owners < packed.count, packed.owners * width
         places = torch.where(real, first + packed.ids, 0)  # column 0 is read by none
         present = torch.zeros(packed.count * width, dtype=torch.bool, device=source.device)
         present.index_fill_(0, places, True)
         if kind == "dense":
             wanted = present.view(-1, width)
-            return _wide(outputs - wanted.to(outputs.dtype))[:, 1:].square().mean()
-        drawn = torch.randint(1, width, packed.ids.shape, device=source.device, generator=generator)
+            return _wide(outputs - wanted.to(outputs.dtype))[:, 1 : items + 1].square().mean()
+        drawn = torch.randint(1, items + 1, packed.ids.shape, device=source.device, generator=generator)
         others = torch.where(real, first + drawn, 0)
         counts = torch.cat((real, real & ~present[others]))
         loss: Tensor = _Picked.apply(outputs, torch.cat((places, others)), counts)  # type: ignore[no-untyped-call]
@@ -222,6 +227,31 @@ class _Picked(torch.autograd.Function):
         gradient = torch.zeros(shape.numel(), dtype=dtype, device=error.device)
         gradient.index_add_(0, places, (error * (2 * grads[0] * weight)).to(dtype))
         return gradient.view(shape), None, None
+
+
+class _Padded(torch.autograd.Function):
+    """Weights [N + 1, D] and, as a column more, biases [N + 1], in `dtype` and with zeros up to multiples of 8.
+
+    Products of 12,102 columns took kernels for rows of 4 bytes, and the biases' gradient as a sum of its own took as
+    long as a product: 20 us each (H200, B = 512).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+        rows, d = weight.shape
+        padded = torch.zeros(-(-rows // _EIGHT) * _EIGHT, d + _EIGHT, dtype=dtype, device=weight.device)
+        padded[:rows, :d] = weight
+        padded[:rows, d] = bias
+        ctx.rows, ctx.dtype = rows, weight.dtype
+        return padded
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = grads
+        wide = gradient[: ctx.rows]
+        d = gradient.shape[1] - _EIGHT
+        return wide[:, :d].to(ctx.dtype).contiguous(), wide[:, d].to(ctx.dtype).contiguous(), None
 
 
 class _Narrowed(torch.autograd.Function):
