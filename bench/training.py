@@ -1,9 +1,9 @@
 """A training step of either stage: samples a second, milliseconds, and device memory at its peak.
 
 `python -m bench.training [--data FILE]`, on a GPU. Case `L 50` is B = 512 histories of 50 items, 12,101 items, four
-blocks, dropout 0.3, bf16; case `Beauty` are the epoch's batches of the preset and data given. A step is everything from
-the windows' places on the host to changed weights; times are wall-clock over many steps, the device waited for at the
-end.
+blocks, dropout 0.3, bf16; case `Beauty` the full batches of an epoch of its log, the network the same. A step is
+everything from the windows' places on the host to changed weights; times are wall-clock over many steps, the device
+waited for at the end.
 """
 
 from __future__ import annotations
