@@ -6,6 +6,7 @@ are (the public code of this family). Equal scores rank the lower id first; the 
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -72,18 +73,21 @@ def rank_targets(
     targets: Positions,
     *,
     full: bool = True,
-    batch_size: int = 512,
+    batch_size: int | None = None,
     backend: str = "auto",
 ) -> Ranking:
     """Rank the items at the flat positions `targets` [U], each given what comes before it in its sequence.
 
-    The model must be in evaluation mode. `full=False` leaves out raw ranks and lists. Memory: batches of users times
-    tiles of the catalogue, never users times items. A `backend` that only counts ranks (cpp) leaves the lists to auto.
+    The model must be in evaluation mode. `full=False` leaves out raw ranks and lists. Memory: batches of users (512 by
+    default, 4,096 on a GPU) times tiles of the catalogue, never users times items. A `backend` that only counts ranks
+    (cpp) leaves the lists to auto.
     """
     list_backend = backend if SCORE_TOPK.offers(backend) else "auto"
     starts = target_starts(data, targets)
     table = model.item_embedding.weight
     encoder = _Encoder(model, config, backend)
+    if batch_size is None:
+        batch_size = 4096 if table.device.type == "cuda" else 512
     order, filtered, raw, lists = [], [], [], []
     for rows in _batches(np.minimum(targets - starts, config.model.max_length), batch_size):
         endpoint = encoder(data, starts[rows], targets[rows])
@@ -114,8 +118,10 @@ class _Encoder:
         noise = InferenceNoise.draw(model, config.flow)
         self._longest = config.model.max_length
         self._weights, self._path = EncoderWeights.pack(model), InputPath.pack(model, config.flow, noise)
-        # The command's backend is that of the catalogue's operations, which take models that the encoder's refuses.
-        self._backend = backend if backend == "reference" else "auto"
+        # The command's backend is that of the catalogue's operations, which take models that the encoder's refuses. Its
+        # kernel in float32 is ordinary multiply-adds, unrolled: a training would wait for its compiler first.
+        wide = self._weights.matrices.dtype == torch.float32 and self._weights.matrices.device.type == "cuda"
+        self._backend = "reference" if wide or backend == "reference" else "auto"
 
     def __call__(self, data: Interactions, starts: Positions, ends: Positions) -> Tensor:
         """Endpoints [B, D] of the last items of items[start:end]."""
@@ -124,7 +130,7 @@ class _Encoder:
             torch.from_numpy, history_exclusions(data.items, np.maximum(starts, ends - self._longest), ends)
         )
         plan = None
-        if device.type == "cuda" and self._longest <= MAX_ROWS:
+        if device.type == "cuda" and self._longest <= MAX_ROWS and self._backend != "reference":
             made = Plan.of(offsets.diff(), 64 if self._longest <= 64 else MAX_ROWS).trimmed()  # on the host
             plan = Plan(_moved(made.order, device), _moved(made.programs, device), made.rows)
         return encode_ids(
@@ -156,7 +162,7 @@ def evaluate(
     *,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
-    batch_size: int = 512,
+    batch_size: int | None = None,
     backend: str = "auto",
 ) -> dict[str, Any]:
     """All figures of one split as a plain dictionary, the object that `--json` prints.
@@ -204,7 +210,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", required=True, metavar="FILE", help="the interaction log it was trained on")
     parser.add_argument("--split", default="test", choices=("test", "val"), help="which targets")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    parser.add_argument("--batch-size", type=cli.whole_number(1), default=512, help="users at a time")
+    users = "users at a time (default: 512, on a GPU 4,096)"
+    parser.add_argument("--batch-size", type=cli.whole_number(1), default=argparse.SUPPRESS, help=users)
     cli.add_log_options(parser)
     cli.add_run_options(parser, "of weights and scores")
     arguments = parser.parse_args(argv)
@@ -224,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.split,
         device=device,
         dtype=DTYPES[arguments.dtype],
-        batch_size=arguments.batch_size,
+        batch_size=getattr(arguments, "batch_size", None),
         backend=arguments.backend,
     )
     print(json.dumps(result) if arguments.json else table(result))
