@@ -16,7 +16,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from fave_fast import dual
-from fave_fast.model import FAVE, Block, Prediction
+from fave_fast.config import ModelConfig
+from fave_fast.model import FAVE, Block, Prediction, RMSNorm
 from fave_fast.ops.attention import Tables, rotary_by_age
 from fave_fast.ops.block import BlockDropout, BlockWeights, block, block_dual
 from fave_fast.ops.input_modulation import Drawn, Draws, Times, input_modulation, input_modulation_dual
@@ -76,6 +77,7 @@ class Network:
         dtype: of E, the residual stream and the products.
         backend: of the ops.
         lam: lambda [rows, D]; drawn by default.
+        tables: of `rotary_of`, which is where they come from by default: a step would compute them again.
     """
 
     model: FAVE
@@ -84,6 +86,7 @@ class Network:
     dtype: torch.dtype
     backend: str = "auto"
     lam: Tensor | None = None
+    tables: Tables | None = None
 
     def predict(self, x_t: Tensor, t: Tensor, r: Tensor) -> Prediction:
         """f(x_t, t, r) for x_t [B, D], t and r [B]."""
@@ -96,8 +99,7 @@ class Network:
             eps=norm.eps, dtype=self.dtype, backend=self.backend,
         )  # fmt: skip
         h, source = self._blocks((e,))
-        endpoint: Tensor = model.final_norm(h[0][: packed.count].to(x_t.dtype))
-        return Prediction(endpoint, source)
+        return Prediction(_normed(model.final_norm, h[0][: packed.count].to(x_t.dtype)), source)
 
     def predict_with_tangent(self, x_t: Tensor, t: Tensor, r: Tensor, v: Tensor) -> tuple[Prediction, Tensor]:
         """`predict`, and the endpoint's derivative [B, D] along [v, 1, 0]."""
@@ -132,7 +134,8 @@ class Network:
         through one product too, where gathering the items' rows would need a sort.
         """
         packed, decoder, items = self.packed, self.model.history_decoder, self.model.num_items
-        hidden = decoder.hidden(source)
+        with torch.autocast(source.device.type, enabled=False):  # in fp32: casts would be more than the products
+            hidden = decoder.hidden(source)
         hidden = torch.cat((hidden, torch.ones_like(hidden[:, :1]), torch.zeros_like(hidden[:, : _EIGHT - 1])), 1)
         weight: Tensor = _Padded.apply(decoder.out.weight, decoder.out.bias, self.dtype)  # type: ignore[no-untyped-call]
         outputs = F.linear(hidden.to(self.dtype), weight)
@@ -171,16 +174,11 @@ class Network:
             time.scale,
         )  # fmt: skip
 
-    def _tables(self) -> Tables | None:
-        config = self.model.config
-        if config.position == "none":
-            return None
-        return rotary_by_age(config.max_length, config.d // config.heads, self.packed.ids.device)
-
     def _blocks(self, h: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:
         """(E,) or (E, dE) [rows, D] through all blocks: the newest rows [B + F, D] of each, and E_u [B, D]."""
         config, packed = self.model.config, self.packed
-        tables, source_index = self._tables(), config.source_block % config.blocks
+        tables = self.tables or rotary_of(config, packed.ids.device)
+        source_index = config.source_block % config.blocks
         p = self._p(config.dropout)
         source = h[0]
         for index, weights in enumerate(block_weights(self.model, self.dtype)):
@@ -197,6 +195,19 @@ class Network:
             if index == source_index:
                 source = h[0] if last else h[0].index_select(0, packed.newest)
         return h, source[: packed.count].to(self.model.item_embedding.weight.dtype)
+
+
+def rotary_of(config: ModelConfig, device: torch.device) -> Tables | None:
+    """The rotary tables of all ages, or None where the configuration names none."""
+    return None if config.position == "none" else rotary_by_age(config.max_length, config.d // config.heads, device)
+
+
+def _normed(module: nn.Module, x: Tensor) -> Tensor:
+    """The norm of x by PyTorch's op for it: `RMSNorm` of the model is written out for forward mode, in 18 launches."""
+    if isinstance(module, RMSNorm):
+        return F.rms_norm(x, module.weight.shape, module.weight, module.eps)
+    result: Tensor = module(x)
+    return result
 
 
 def _wide(x: Tensor) -> Tensor:

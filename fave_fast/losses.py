@@ -30,8 +30,7 @@ class Losses:
 def _squared(error: Tensor, reduction: Reduction) -> Tensor:
     """Squared error [B, D]: mean over the batch, mean or sum over the channels; in fp32 or above."""
     wide = error if error.dtype == torch.float64 else error.float()
-    per_row = wide.square().sum(-1)
-    return (per_row / error.shape[-1] if reduction == "mean" else per_row).mean()
+    return wide.square().mean() if reduction == "mean" else wide.square().sum(-1).mean()
 
 
 def matching_loss(endpoint: Tensor, x_1: Tensor, reduction: Reduction = "mean") -> Tensor:
@@ -214,5 +213,7 @@ def _weigh(
     if weights.beta > 0:
         source = network.source_loss(prediction.source, weights.source, generator)
     consistency = zero if tangent is None else consistency_loss(tangent, weights.reduction)
-    total = weights.match * match + weights.alpha * target + weights.beta * source + weights.gamma * consistency
-    return Losses(total, match, target, source, consistency)
+    parts = [(weights.match, match), (weights.alpha, target), (weights.beta, source), (weights.gamma, consistency)]
+    # On a GPU each product and sum here is four launches, forward and backward.
+    counted = [part if weight == 1 else weight * part for weight, part in parts if weight > 0 and part is not zero]
+    return Losses(sum(counted[1:], counted[0]) if counted else zero, match, target, source, consistency)

@@ -19,7 +19,7 @@ from torch import Tensor
 from fave_fast import losses
 from fave_fast.config import Config
 from fave_fast.data import Interactions, gather_histories
-from fave_fast.fused import Network, pack
+from fave_fast.fused import Network, pack, rotary_of
 from fave_fast.model import FAVE
 from fave_fast.ops.adam import ClippedAdam
 from fave_fast.ops.block import OP as BLOCK
@@ -86,6 +86,7 @@ class FusedSteps:
         device = self.model.item_embedding.weight.device
         self._adam = ClippedAdam(self.optimiser, self.config.train.clip, self.backend)
         self._items = torch.from_numpy(self.data.items).to(device)
+        self._tables = rotary_of(self.config.model, device)
         self._capturing = self.capture and device.type == "cuda"
         if self._capturing:
             # Where each window starts and ends, and the seed: what the graphs read.
@@ -130,7 +131,7 @@ class FusedSteps:
         count = len(given) // 2
         starts, targets, seed = given[:count], given[count:-1], given[-1:]
         packed = pack(self._items, starts, targets, self.config.model.max_length, rows, fillers)
-        network = Network(self.model, packed, seed, self.dtype, self.backend)
+        network = Network(self.model, packed, seed, self.dtype, self.backend, tables=self._tables)
         objective = losses.stage1_objective if self.stage == 1 else losses.stage2_objective
         wanted = self._items[targets].long()
         with torch.autocast(given.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
