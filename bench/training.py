@@ -52,19 +52,15 @@ def real(path: Path) -> tuple[Interactions, Config, list[Batch]]:
     return data, config, [windows.positions(part) for part in numbers if len(part) == B]
 
 
-def make(kind: str, stage: int, data: Interactions, config: Config, dtype: torch.dtype = torch.bfloat16) -> Steps:
+def make(kind: str, stage: int, data: Interactions, config: Config) -> Steps:
     torch.manual_seed(0)
     model = FAVE(config.model, data.num_items).cuda().train()
     model.item_embedding.weight.requires_grad_(stage == 1)
-    options = data, config, model, make_optimiser(model, 1e-3, 0.0), stage, dtype
-    if kind == "fused":
-        return FusedSteps(*options)
-    if kind == "fused, no graph":
-        return FusedSteps(*options, capture=False)
-    if kind == "fused, fp32":
-        return FusedSteps(*options[:-1], torch.float32)
-    if kind == "eager, fp32":
-        return ReferenceSteps(*options[:-1], torch.float32)
+    fused = kind.startswith("fused")
+    dtype = torch.float32 if kind.endswith("fp32") else torch.bfloat16
+    options = data, config, model, make_optimiser(model, 1e-3, 0.0, captured=fused), stage, dtype
+    if fused:
+        return FusedSteps(*options, backend="triton", capture=kind != "fused, no graph")
     return ReferenceSteps(*options)
 
 

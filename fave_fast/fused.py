@@ -243,8 +243,8 @@ class _Picked(torch.autograd.Function):
 class _Padded(torch.autograd.Function):
     """Weights [N + 1, D] and, as a column more, biases [N + 1], in `dtype` and with zeros up to multiples of 8.
 
-    Products of 12,102 columns took kernels for rows of 4 bytes, and the biases' gradient as a sum of its own took as
-    long as a product: 20 us each (H200, B = 512).
+    N + 1 = 12,102 columns of 16 bits got kernels for rows of whole 4 bytes: 20 us forward, 14 and 12 backward, and the
+    biases' gradient, a sum of its own, 20 (H200, B = 512).
     """
 
     @staticmethod

@@ -214,6 +214,6 @@ def _weigh(
         source = network.source_loss(prediction.source, weights.source, generator)
     consistency = zero if tangent is None else consistency_loss(tangent, weights.reduction)
     parts = [(weights.match, match), (weights.alpha, target), (weights.beta, source), (weights.gamma, consistency)]
-    # On a GPU each product and sum here is four launches, forward and backward.
+    # On a GPU each product and each sum here is a launch forward and another backward.
     counted = [part if weight == 1 else weight * part for weight, part in parts if weight > 0 and part is not zero]
     return Losses(sum(counted[1:], counted[0]) if counted else zero, match, target, source, consistency)

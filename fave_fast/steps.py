@@ -22,8 +22,7 @@ from fave_fast.data import Interactions, gather_histories
 from fave_fast.fused import Network, pack, rotary_of
 from fave_fast.model import FAVE
 from fave_fast.ops.adam import ClippedAdam
-from fave_fast.ops.block import OP as BLOCK
-from fave_fast.ops.block import reference as block_reference
+from fave_fast.ops.registry import Implementation, Op, triton_kernels
 
 Positions = npt.NDArray[np.int64]
 
@@ -51,6 +50,7 @@ class ReferenceSteps:
     optimiser: torch.optim.Adam
     stage: int
     dtype: torch.dtype
+    backend: str = "auto"  # of nothing here
 
     def take(self, starts: Positions, targets: Positions, seed: int) -> Tensor:
         """As `Steps`; all draws come from PyTorch's global generator."""
@@ -157,6 +157,31 @@ def rounded_rows(total: int, max_length: int) -> tuple[int, int]:
     return -(-(total + fillers) // step) * step, fillers
 
 
-def fused_here(config: Config, device: torch.device, dtype: torch.dtype, backend: str) -> bool:
-    """Whether the block's kernels run on `device`: where they do not, the reference network is the faster one."""
-    return device.type == "cuda" and BLOCK.resolve(backend, device, dtype) is not block_reference
+def _on_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cuda":
+        return f"its steps are captured in CUDA graphs, and the model is on {device.type}"
+    return triton_kernels(device, dtype)
+
+
+def _by_name_only(device: torch.device, dtype: torch.dtype) -> str | None:
+    return "no whole training by captured steps has been compared on a GPU with the reference's yet"
+
+
+OP: Op[type[ReferenceSteps] | type[FusedSteps]] = Op(
+    "training_step",
+    (
+        Implementation("triton", FusedSteps, _on_cuda, _by_name_only),
+        Implementation("reference", ReferenceSteps),
+    ),
+)
+
+
+def steps_for(device: torch.device, dtype: torch.dtype, backend: str) -> type[ReferenceSteps] | type[FusedSteps]:
+    """How steps are taken on `device`: by the reference network, or fused where `backend` or FAVE_FAST_BACKEND asks.
+
+    Raises:
+        BackendError: the backend cannot run here.
+    """
+    if device.type != "cuda" or not OP.offers(backend):  # backends of the catalogue's operations alone
+        return ReferenceSteps
+    return OP.resolve(backend, device, dtype)

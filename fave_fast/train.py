@@ -44,7 +44,7 @@ from fave_fast.files import check_writable
 from fave_fast.metrics import rank_metrics
 from fave_fast.model import DTYPES, FAVE
 from fave_fast.ops.rank_count import OP as RANK_COUNT
-from fave_fast.steps import FusedSteps, ReferenceSteps, Steps, fused_here
+from fave_fast.steps import FusedSteps, Steps, steps_for
 
 STAGES = (1, 2)
 _RESUME_KIND = "fave_fast training state"
@@ -101,6 +101,7 @@ class Trainer:
         self.device = device or torch.device("cpu")
         self.dtype, self.backend, self.tensorboard = dtype, backend, tensorboard
         RANK_COUNT.resolve(backend, self.device, torch.float32)  # before an epoch is spent, not after
+        self._kind = steps_for(self.device, dtype, backend)
         self.split: Split = split(data, config.data)
         self.windows = Windows(data.offsets, self.split.train_end)
         self.progress = Progress()
@@ -147,14 +148,11 @@ class Trainer:
 
     def _make_optimiser(self, lr: float) -> torch.optim.Adam:
         self._steps = None  # made for another one
-        return make_optimiser(self.model, lr, self.config.train.weight_decay)
+        return make_optimiser(self.model, lr, self.config.train.weight_decay, captured=self._kind is FusedSteps)
 
     def _make_steps(self) -> Steps:
-        """How the present stage's steps are taken on this device."""
-        options = self.data, self.config, self.model, self.optimiser, self.progress.stage, self.dtype
-        if fused_here(self.config, self.device, self.dtype, self.backend):
-            return FusedSteps(*options, backend=self.backend)
-        return ReferenceSteps(*options)
+        options = self.data, self.config, self.model, self.optimiser, self.progress.stage, self.dtype, self.backend
+        return self._kind(*options)
 
     def _run_epoch(self) -> None:
         progress = self.progress
@@ -218,8 +216,7 @@ class Trainer:
             ended = self._evaluate() or ended
         if ended:
             self._end_stage()
-        # The state has several times the model's size: where an epoch takes a tenth of a second, writing it would take
-        # most of the time.
+        # The state has several times the model's size: an epoch may take less than writing it.
         if time.monotonic() - self._saved_at > _SAVE_SHARE * self._saving_took:
             self._save_state()
 
@@ -296,7 +293,7 @@ class Trainer:
 
     def _lr(self) -> float:
         lr = self.optimiser.param_groups[0]["lr"]
-        # A GPU's is float32 and would show as 0.0010000000474974513.
+        # A captured step's is float32 and would show as 0.0010000000474974513.
         return float(f"{lr.item():.7g}") if isinstance(lr, Tensor) else lr
 
     def make_checkpoint(self) -> Checkpoint:
@@ -413,12 +410,11 @@ def step_seed(*numbers: int) -> int:
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()) >> 1
 
 
-def make_optimiser(model: FAVE, lr: float, weight_decay: float) -> torch.optim.Adam:
-    """Adam over what is not frozen; on a GPU its state, the learning rate too, lies where a captured step reads it."""
+def make_optimiser(model: FAVE, lr: float, weight_decay: float, captured: bool = False) -> torch.optim.Adam:
+    """Adam over what is not frozen; `captured`: its learning rate and steps lie where a captured step reads them."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    on_gpu = trained[0].device.type == "cuda"
-    rate = torch.tensor(lr, device=trained[0].device) if on_gpu else lr
-    return torch.optim.Adam(trained, rate, weight_decay=weight_decay, fused=True, capturable=on_gpu)
+    rate = torch.tensor(lr, device=trained[0].device) if captured else lr
+    return torch.optim.Adam(trained, rate, weight_decay=weight_decay, fused=True, capturable=captured)
 
 
 def _copy(model: FAVE) -> dict[str, Tensor]:

@@ -14,10 +14,11 @@ from torch import Tensor
 from fave_fast import dual, flow
 from fave_fast.config import Config, ModelConfig
 from fave_fast.data import IdMap, Interactions
+from fave_fast.errors import BackendError
 from fave_fast.fused import Network, Packed, pack
 from fave_fast.losses import source_loss
 from fave_fast.model import FAVE
-from fave_fast.steps import FusedSteps, ReferenceSteps, rounded_rows
+from fave_fast.steps import FusedSteps, ReferenceSteps, rounded_rows, steps_for
 from fave_fast.train import make_optimiser
 
 ITEMS, D, L = 24, 16, 6
@@ -241,7 +242,9 @@ def trained(kind: Any, stage: int, config: Config, device: str, dtype: torch.dty
     model = FAVE(config.model, ITEMS).to(device, torch.float64 if dtype == torch.float64 else torch.float32).train()
     model.item_embedding.weight.requires_grad_(stage == 1)
     data = interactions()
-    steps = kind(data, config, model, make_optimiser(model, 0.01, 0.0), stage, dtype, **options)
+    steps = kind(
+        data, config, model, make_optimiser(model, 0.01, 0.0, captured=device == "cuda"), stage, dtype, **options
+    )
     taken = [steps.take(*places, seed).item() for seed, places in enumerate(windows(data, 6))]
     return [*taken, *model.state_dict().values()]
 
@@ -259,11 +262,30 @@ def test_steps_are_the_reference_steps(stage: int) -> None:
         torch.testing.assert_close(one, two, rtol=0, atol=1e-7)
 
 
+def test_fused_steps_are_taken_where_asked_for_and_possible(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    for backend in ("auto", "reference", "triton", "cpp"):
+        assert steps_for(cpu, torch.float32, backend) is ReferenceSteps
+    cuda = torch.device("cuda")
+    assert steps_for(cuda, torch.bfloat16, "auto") is ReferenceSteps
+    assert steps_for(cuda, torch.bfloat16, "cpp") is ReferenceSteps
+    if not torch.cuda.is_available():
+        with pytest.raises(BackendError, match=r"training_step: backend 'triton' cannot run"):
+            steps_for(cuda, torch.bfloat16, "triton")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    assert steps_for(cuda, torch.bfloat16, "triton") is FusedSteps
+    monkeypatch.setenv("FAVE_FAST_BACKEND", "triton")
+    assert steps_for(cuda, torch.bfloat16, "auto") is FusedSteps
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("stage", [1, 2])
 def test_captured_steps_are_the_launched_ones(stage: int) -> None:
     config = Config(model=replace(MODEL, **DROPPED)).override({"train": {"batch_size": 8}}, "test")
-    launched = trained(FusedSteps, stage, config, "cuda", torch.bfloat16, capture=False)
+    launched = trained(FusedSteps, stage, config, "cuda", torch.bfloat16, backend="triton", capture=False)
     for _ in range(2):
-        for one, two in zip(trained(FusedSteps, stage, config, "cuda", torch.bfloat16), launched, strict=True):
+        for one, two in zip(
+            trained(FusedSteps, stage, config, "cuda", torch.bfloat16, backend="triton"), launched, strict=True
+        ):
             assert one == two if isinstance(one, float) else torch.equal(one, two)

@@ -152,7 +152,7 @@ def test_same_bits_on_a_gpu_whole_or_resumed(data: Interactions, tiny_config: Co
     many = replace(tiny_config, train=replace(tiny_config.train, batch_size=16, epochs=3))
     runs = []
     for name, steps in (("whole", 10**9), ("again", 10**9), ("resumed", 17)):
-        options = {"seed": 3, "device": torch.device("cuda"), "dtype": torch.bfloat16}
+        options = {"seed": 3, "device": torch.device("cuda"), "dtype": torch.bfloat16, "backend": "triton"}
         trainer = Trainer(data, many, tmp_path / name, **options)
         interrupt_after(trainer, steps)
         outcome = trainer.run()
