@@ -10,6 +10,8 @@ over. Entries of other ops in the file stay as they are.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import sys
 from collections.abc import Callable, Iterable
@@ -28,7 +30,7 @@ from bench.rank_count import inputs as catalogue
 from fave_fast.ops import cross_entropy, rank_count, score_topk, tuning
 from fave_fast.ops.attention import attention, attention_dual, rotary_by_age
 from fave_fast.ops.block import block, block_dual
-from fave_fast.ops.encoder import EncoderWeights, encode
+from fave_fast.ops.encoder import encode
 from fave_fast.ops.tuning import Shapes
 
 FOLDER = Path(__file__).resolve().parent.parent / "kernels" / "tuning"
@@ -85,7 +87,14 @@ def _random(*shape: int, dtype: torch.dtype = torch.bfloat16, leaf: bool = False
 
 def _with_gradients(forward: Call, leaves: list[Tensor]) -> Call:
     upstream = [torch.randn_like(value) for value in forward()]
-    return lambda: (*(values := forward()), *torch.autograd.grad(values, leaves, upstream))
+
+    def call() -> Results:
+        values = forward()
+        gradients = torch.autograd.grad(values, leaves, upstream)
+        # Detached: nodes of the leaves that outlive a call belong to its stream, and a capture may not touch them.
+        return *(value.detach() for value in values), *gradients
+
+    return call
 
 
 def _score_topk() -> Iterable[Call]:
@@ -119,8 +128,7 @@ def _encoder() -> Iterable[Call]:
     for batch in (1, 512):
         offsets = offsets_of(torch.full((batch,), 50, device="cuda"))
         e = _random(batch * 50, 128)
-        # Packed in each call: the layout of the weights follows the sizes.
-        yield lambda e=e, offsets=offsets: (encode(EncoderWeights.pack(bench.model), e, offsets, backend="triton"),)
+        yield lambda e=e, offsets=offsets: (encode(bench.weights, e, offsets, backend="triton"),)
 
 
 def _input_modulation() -> Iterable[Call]:
@@ -183,7 +191,8 @@ def neighbours(shapes: Shapes) -> Iterable[Shapes]:
 
 def _seconds(call: Call) -> float | None:
     try:
-        return time_us(call, repeats=20, graph=False).median * 1e-6
+        with contextlib.redirect_stdout(io.StringIO()):  # where Triton prints the assembly that failed
+            return time_us(call, repeats=20).median * 1e-6
     except Exception:  # a shape may fail in the compiler, at launch or for want of memory: each with its own error
         torch.cuda.synchronize()
         return None
@@ -200,7 +209,8 @@ def tune(pins: Pins, entry: Entry, call: Call, passes: int) -> None:
         for candidate in list(neighbours(best)):
             pins.put(entry, candidate)
             try:
-                good = alike(call(), before)
+                with contextlib.redirect_stdout(io.StringIO()):
+                    good = alike(call(), before)
             except Exception:  # as above
                 continue
             time = _seconds(call) if good else None

@@ -2,40 +2,58 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fave_fast import checkpoint as checkpoints
+from fave_fast.catalogue import Catalogue, ItemId
 from fave_fast.checkpoint import Checkpoint
 from fave_fast.config import Config
-from fave_fast.data import gather_histories, history_exclusions
 from fave_fast.errors import InputError
-from fave_fast.flow import InferenceNoise, encode
+from fave_fast.flow import InferenceNoise
+from fave_fast.graphs import BATCHES, CapturedStep, Histories, Step, StepGraphs
 from fave_fast.model import DTYPES
-from fave_fast.ops import Exclusions, score_topk
+from fave_fast.ops import Exclusions
+from fave_fast.ops.encoder import OP as ENCODER
+from fave_fast.ops.encoder import EncoderWeights, InputPath
 from fave_fast.ops.score_topk import OP as SCORE_TOPK
 
-ItemId = int | str
+__all__ = ["ItemId", "Recommendation", "Recommender"]
+
+Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
+History = Sequence[ItemId] | npt.NDArray[np.integer]
 
 
-@dataclass(frozen=True)
-class Recommendation:
+class Recommendation(NamedTuple):
     """One user's list, best first. It is shorter than K where fewer items are left to recommend."""
 
     items: list[ItemId]
     scores: list[float]  # inner products; how often an item was trained on where `popular`
     unknown: int  # items of the history that the catalogue does not hold: skipped
     popular: bool  # no item of the history is known: the most popular items instead
+    version: int = 0  # of the catalogue; the list knows no other
 
 
 class Recommender:
-    """A trained model, ready to answer. Answers depend on nothing but the history, the options and the seed."""
+    """A trained model, ready to answer.
+
+    Answers depend on nothing but the history, the options, the seed and the version of the catalogue.
+
+    Several threads may call it. On a GPU `warmup` captures the one step as CUDA graphs; without it, and for requests
+    that no graph holds (`batches` counts them by reason), the same kernels run one by one, with the same bits.
+    """
 
     def __init__(
         self,
@@ -59,12 +77,19 @@ class Recommender:
         self.checkpoint = checkpoint
         self.config: Config = checkpoint.config
         self.backend = backend
-        self._model = checkpoint.build_model().to(device, dtype)
-        self._table = self._model.item_embedding.weight.detach()
-        SCORE_TOPK.resolve(backend, self._table.device, dtype)
-        self._popularity = checkpoint.popularity.numpy()
-        self._by_popularity = np.argsort(-self._popularity[1:], kind="stable") + 1
-        self._noise: dict[int, InferenceNoise] = {}
+        self._model = checkpoint.build_model().to(device, dtype).eval()
+        for op in (SCORE_TOPK, ENCODER):
+            op.resolve(backend, self.device, dtype)
+        self._on_gpu = self.device.type == "cuda"
+        self._room = len(self._table) - 1
+        self._catalogue = Catalogue.of(checkpoint.item_ids, checkpoint.popularity.numpy())
+        self._by_popularity = _popular_first(self._catalogue)
+        self._weights = EncoderWeights.pack(self._model)
+        self._paths: dict[int, InputPath] = {}
+        self._graphs: StepGraphs | None = None
+        self._gate = _Gate()
+        self._counting = threading.Lock()
+        self.batches: Counter[str] = Counter()  # on a GPU: "captured", or the reason why no graph took one
 
     @classmethod
     def from_pretrained(
@@ -88,10 +113,41 @@ class Recommender:
         """Where the model runs."""
         return self._table.device
 
-    @torch.no_grad()
+    @property
+    def catalogue(self) -> Catalogue:
+        """The present version of the catalogue."""
+        return self._catalogue
+
+    @property
+    def _table(self) -> Tensor:
+        """[N + 1, D] with N what there is room for; rows without an item are NaN, which no list ever holds."""
+        return self._model.item_embedding.weight.detach()
+
+    def warmup(self, k: int = 20, batches: Sequence[int] = BATCHES) -> float:
+        """Capture the one step for lists of up to `k` items as CUDA graphs, if this is a GPU with its kernels.
+
+        Returns:
+            Seconds that it took; 0 where nothing is captured.
+        """
+        started = time.perf_counter()
+        if self._why_no_graphs(k) is not None:
+            return 0.0
+        with self._gate.alone:
+            self._graphs = None  # gives its memory back before the next takes its own
+            self._graphs = StepGraphs(self._step(self.config.flow.seed), min(k, self._room), batches)
+        return time.perf_counter() - started
+
+    def _why_no_graphs(self, k: int) -> str | None:
+        table = self._table
+        if table.device.type != "cuda":
+            return "graphs are for CUDA devices"
+        if self.backend not in ("auto", "triton"):
+            return f"backend {self.backend} cannot be captured"
+        return SCORE_TOPK.refusals(table.device, table.dtype)["triton"]
+
     def recommend(
         self,
-        histories: Sequence[Sequence[ItemId]],
+        histories: Sequence[History],
         k: int = 20,
         exclude_history: bool = True,
         deny: Iterable[ItemId] | None = None,
@@ -103,7 +159,8 @@ class Recommender:
         """The K best next items of each history.
 
         Args:
-            histories: original item ids, oldest first; only the last L count, all of them are excluded.
+            histories: original item ids, oldest first; only the last L count, all of them are excluded. Arrays of whole
+                numbers are the fastest.
             k: length of the lists, K.
             exclude_history: never recommend an item of the user's own history.
             deny: original ids that nobody gets; unknown ones change nothing.
@@ -119,84 +176,305 @@ class Recommender:
         for name, value in (("k", k), ("batch_size", batch_size), ("n_samples", samples)):
             if value < 1:
                 raise InputError(f"{name} is {value}; expected a whole number of at least 1")
-        numbers, offsets, unknown = self._number(histories)
-        denied = self._deny_bitmap(deny)
         first = self.config.flow.seed if seed is None else seed
-        noises = [self._draw(first + sample) for sample in range(samples)]
-        results: list[Recommendation | None] = [None] * len(histories)
-        known = np.flatnonzero(np.diff(offsets) > 0)
-        for start in range(0, len(known), batch_size):
-            rows = known[start : start + batch_size]
-            scores, items = self._best(numbers, offsets[rows], offsets[rows + 1], k, exclude_history, denied, noises)
-            for row, row_scores, row_items in zip(rows, scores.tolist(), items.numpy(), strict=True):
-                count = int((row_items != 0).sum())
-                names = self.checkpoint.item_ids.take(row_items[:count] - 1)
-                results[row] = Recommendation(names, row_scores[:count], int(unknown[row]), False)
-        if len(known) < len(histories):
-            popular = self._most_popular(k, denied)
-            for row in np.flatnonzero(np.diff(offsets) == 0):
-                results[row] = Recommendation(*popular, int(unknown[row]), True)
-        return [result for result in results if result is not None]
+        with self._gate.shared:
+            catalogue = self._catalogue
+            numbered, unknown = _number(catalogue, histories)
+            denied = self._deny_bitmap(catalogue, deny)
+            has_items = np.diff(numbered.offsets) > 0
+            known = np.flatnonzero(has_items)
+            results: list[Recommendation] = [None] * len(histories)  # type: ignore[list-item]
+            for start in range(0, len(known), batch_size):
+                rows = known[start : start + batch_size]
+                batch = _rows(numbered, rows)
+                scores, items = self._best(batch, k, exclude_history, denied, range(first, first + samples))
+                counts = np.count_nonzero(items, axis=1).tolist()
+                names, width = catalogue.ids(np.maximum(items, 1)), items.shape[1]
+                lists = zip(rows.tolist(), counts, scores.tolist(), unknown[rows].tolist(), strict=True)
+                for at, (row, count, row_scores, missing) in enumerate(lists):
+                    best = names[at * width : at * width + count]
+                    results[row] = Recommendation(best, row_scores[:count], missing, False, catalogue.version)
+            if len(known) < len(histories):
+                popular = self._most_popular(catalogue, k, denied)
+                for row in np.flatnonzero(~has_items).tolist():
+                    results[row] = Recommendation(*popular, int(unknown[row]), True, catalogue.version)
+        return results
 
-    def _number(
-        self, histories: Sequence[Sequence[ItemId]]
-    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Known items by number, end to end; where each history begins; how many unknown items each had."""
-        lengths = np.fromiter(map(len, histories), np.int64, len(histories))
-        try:
-            numbers = self.checkpoint.item_ids.index([item for history in histories for item in history]) + 1
-        except (TypeError, ValueError) as error:
-            raise InputError(f"a history holds an id that is neither a whole number nor text: {error}") from None
-        owners = np.repeat(np.arange(len(histories)), lengths)
-        unknown = np.bincount(owners[numbers == 0], minlength=len(histories))
-        offsets = np.concatenate(([0], np.cumsum(lengths - unknown)))
-        return numbers[numbers != 0].astype(np.int32), offsets, unknown
+    def best_items(
+        self, ids: npt.NDArray[np.int32], offsets: Ints, k: int = 20, exclude_history: bool = True
+    ) -> tuple[Floats, Ints]:
+        """`recommend` for callers who keep item numbers: no ids are looked up.
 
-    def _deny_bitmap(self, deny: Iterable[ItemId] | None) -> Tensor | None:
+        Args:
+            ids: int32 [T], histories end to end, oldest first: numbers from 1 to N (`catalogue.numbers`), unchecked.
+            offsets: int64 [B + 1], where each history begins and the last ends; none is empty.
+            k: K.
+            exclude_history: never recommend an item of the user's own history.
+
+        Returns:
+            Scores float32 [B, K] and item numbers int64 [B, K], best first; 0 where a list ends early.
+
+        Raises:
+            InputError: k below 1, or a history without items.
+        """
+        if k < 1:
+            raise InputError(f"k is {k}; expected a whole number of at least 1")
+        if (offsets[1:] <= offsets[:-1]).any():
+            raise InputError("a history has no items; expected at least one in each")
+        with self._gate.shared:
+            seed = self.config.flow.seed
+            return self._best(Histories(ids, offsets), k, exclude_history, None, range(seed, seed + 1))
+
+    def add_items(self, ids: Sequence[ItemId], embeddings: Any) -> int:
+        """Take items into the catalogue, or give items that it has other embeddings, between two requests.
+
+        New items were never trained on, so that they come last for a history without a known item. Where the table is
+        full it moves to a larger one, and captured graphs are captured again.
+
+        Args:
+            ids: original ids.
+            embeddings: [len(ids), D] floating point, finite: a tensor or what `torch.as_tensor` takes.
+
+        Returns:
+            The catalogue's new version.
+
+        Raises:
+            InputError: an id that is no id or stands twice, or embeddings of another shape or that are not finite.
+        """
+        rows = torch.as_tensor(embeddings).to(self._table)
+        expected = (len(ids), self._table.shape[1])
+        if rows.shape != expected:
+            raise InputError(f"embeddings are {list(rows.shape)}; expected {list(expected)}, one row an item")
+        if not bool(rows.isfinite().all()):
+            raise InputError("embeddings hold NaN or infinity; expected finite numbers")
+        with self._gate.alone:
+            catalogue, numbers = self._catalogue.with_items(ids)
+            if len(catalogue) > self._room:
+                self._grow(len(catalogue))
+            self._write(numbers, rows)
+            return self._turn_to(catalogue)
+
+    def remove_items(self, ids: Sequence[ItemId]) -> int:
+        """Take items out of the catalogue between two requests: no later list holds them, no history knows them.
+
+        Items that only should not be recommended for a while are better denied, and keep their meaning in histories.
+
+        Returns:
+            The catalogue's new version.
+
+        Raises:
+            InputError: an id that the catalogue does not hold.
+        """
+        with self._gate.alone:
+            catalogue, numbers = self._catalogue.without_items(ids)
+            self._write(numbers, self._table.new_full((1, 1), torch.nan))
+            return self._turn_to(catalogue)
+
+    def swap(self, checkpoint: Checkpoint) -> int:
+        """Serve another checkpoint from the next request on: weights and catalogue at once, into the same memory.
+
+        Captured graphs stay, unless the new catalogue is too large for the table.
+
+        Returns:
+            The catalogue's new version.
+
+        Raises:
+            InputError: the checkpoint's model is not of the same configuration.
+            CheckpointError: its weights and configuration do not fit.
+        """
+        if (checkpoint.config.model, checkpoint.config.flow) != (self.config.model, self.config.flow):
+            raise InputError("the checkpoint has another model or flow configuration; expected the one that is served")
+        other = checkpoint.build_model().to(self._table)
+        rows = other.item_embedding.weight.detach()
+        with self._gate.alone, torch.no_grad():
+            if len(rows) > len(self._table):
+                self._grow(len(rows) - 1)
+            theirs = dict(other.named_parameters())
+            for name, weight in self._model.named_parameters():
+                if "item_embedding" not in name and "history_decoder" not in name:
+                    weight.copy_(theirs[name])
+            self._table[: len(rows)] = rows
+            self._table[len(rows) :] = torch.nan
+            self._weights.refresh()
+            for path in self._paths.values():
+                path.refresh(self._model)
+            self.checkpoint, self.config = checkpoint, checkpoint.config
+            popularity = checkpoint.popularity.numpy()
+            return self._turn_to(Catalogue.of(checkpoint.item_ids, popularity, self._catalogue.version + 1))
+
+    @torch.no_grad()
+    def _write(self, numbers: Ints, rows: Tensor) -> None:
+        self._table[torch.from_numpy(numbers).to(self.device)] = rows
+
+    def _turn_to(self, catalogue: Catalogue) -> int:
+        if self._on_gpu:
+            torch.cuda.current_stream(self.device).synchronize()  # graphs run on a stream of their own
+        self._catalogue = catalogue
+        self._by_popularity = _popular_first(catalogue)
+        return catalogue.version
+
+    def _grow(self, items: int) -> None:
+        """Move the table to one with room for `items` and an eighth more."""
+        self._room = items + max(1024, items // 8)
+        table = self._table.new_full((self._room + 1, self._table.shape[1]), torch.nan)
+        table[: len(self._table)] = self._table
+        graphs = self._graphs
+        self._model.item_embedding.weight = nn.Parameter(table, requires_grad=False)
+        if graphs is not None:
+            self._graphs = None
+            self._graphs = StepGraphs(self._step(self.config.flow.seed), graphs.k, graphs.batches)
+
+    def _deny_bitmap(self, catalogue: Catalogue, deny: Iterable[ItemId] | None) -> Tensor | None:
         if deny is None:
             return None
         denied = torch.zeros(len(self._table), dtype=torch.bool)
-        denied[torch.from_numpy(self.checkpoint.item_ids.index(list(deny)) + 1)] = True
-        return denied.to(self._table.device)
+        denied[torch.from_numpy(catalogue.numbers(list(deny)))] = True
+        return denied.to(self.device)
 
-    def _draw(self, seed: int) -> InferenceNoise:
-        if seed not in self._noise:
-            noise = InferenceNoise.draw(self._model, self.config.flow, seed)
-            if seed != self.config.flow.seed:  # a caller's own seeds may be many: not kept
-                return noise
-            self._noise[seed] = noise
-        return self._noise[seed]
+    def _step(self, seed: int) -> Step:
+        path = self._paths.get(seed)
+        if path is None:
+            flow = self.config.flow
+            path = InputPath.pack(self._model, flow, InferenceNoise.draw(self._model, flow, seed))
+            if seed == flow.seed:  # a caller's own seeds may be many: not kept
+                self._paths[seed] = path
+        return Step(self._weights, path, self.backend)
 
     def _best(
-        self,
-        numbers: npt.NDArray[np.int32],
-        starts: npt.NDArray[np.int64],
-        ends: npt.NDArray[np.int64],
-        k: int,
-        exclude_history: bool,
-        denied: Tensor | None,
-        noises: Sequence[InferenceNoise],
-    ) -> tuple[Tensor, Tensor]:
-        """Scores float32 [B, K] and item numbers int64 [B, K] on the CPU, best first, 0 where a list ends early."""
-        history = gather_histories(numbers, starts, ends, self.config.model.max_length)
-        exclude = None
-        if exclude_history:
-            seen = history_exclusions(numbers, starts, ends)
-            exclude = Exclusions(*map(torch.from_numpy, seen)).to(self._table.device)
-        k = min(k, len(self._table) - 1)
-        drawn = []
-        for noise in noises:
-            endpoint = encode(self._model, self.config.flow, noise, history)
-            drawn.append(score_topk(endpoint, self._table, k, exclude, denied, backend=self.backend))
-        scores, items = drawn[0] if len(drawn) == 1 else _merge(drawn, k)
-        return scores.cpu(), items.cpu()
+        self, histories: Histories, k: int, exclude: bool, denied: Tensor | None, seeds: range
+    ) -> tuple[Floats, Ints]:
+        """Scores [B, K] and item numbers [B, K], best first, 0 where a list ends early."""
+        k = min(k, self._room)
+        if self._on_gpu:
+            found = self._captured(histories, k, denied, seeds)
+            with self._counting:
+                self.batches[found if isinstance(found, str) else "captured"] += 1
+            if not isinstance(found, str):
+                scores, items = found.run(histories, exclude)
+                return scores[:, :k], items[:, :k]
+        with torch.no_grad():
+            ids, offsets = (torch.from_numpy(part).to(self.device) for part in histories)
+            seen = Exclusions(ids, offsets) if exclude else None
+            drawn = [self._step(seed)(ids, offsets, seen, k, denied) for seed in seeds]
+            best = drawn[0] if len(drawn) == 1 else _merge(drawn, k)
+        return best[0].cpu().numpy(), best[1].cpu().numpy()
 
-    def _most_popular(self, k: int, denied: Tensor | None) -> tuple[list[ItemId], list[float]]:
+    def _captured(self, histories: Histories, k: int, denied: Tensor | None, seeds: range) -> CapturedStep | str:
+        """The graph that holds the request, or why none does."""
+        if self._graphs is None:
+            return "not warmed up"
+        if len(seeds) > 1 or seeds[0] != self.config.flow.seed:
+            return "samples or a seed of its own"
+        if denied is not None:
+            return "denied items"
+        if k > self._graphs.k:
+            return "k above the captured one"
+        return self._graphs.fitting(histories) or "more histories or items than captured"
+
+    def _most_popular(self, catalogue: Catalogue, k: int, denied: Tensor | None) -> tuple[list[ItemId], list[float]]:
         order = self._by_popularity
         if denied is not None:
             order = order[~denied.cpu().numpy()[order]]
         order = order[:k]
-        return self.checkpoint.item_ids.take(order - 1), self._popularity[order].astype(float).tolist()
+        return catalogue.ids(order), catalogue.popularity[order].astype(float).tolist()
+
+
+class _Gate:
+    """Requests go through together; a change of the catalogue goes alone, before requests that come after it.
+
+    Attributes:
+        shared: `with gate.shared` for a request.
+        alone: `with gate.alone` for a change.
+    """
+
+    def __init__(self) -> None:
+        self.shared = _Shared(self)
+        self.alone = _Alone(self)
+        self.changed = threading.Condition()
+        self.inside = 0
+        self.waiting = 0
+        self.closed = False
+
+
+class _Shared:
+    def __init__(self, gate: _Gate) -> None:
+        self._gate = gate
+
+    def __enter__(self) -> None:
+        gate = self._gate
+        with gate.changed:
+            while gate.closed or gate.waiting:
+                gate.changed.wait()
+            gate.inside += 1
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        gate = self._gate
+        with gate.changed:
+            gate.inside -= 1
+            if gate.waiting:
+                gate.changed.notify_all()
+
+
+class _Alone:
+    def __init__(self, gate: _Gate) -> None:
+        self._gate = gate
+
+    def __enter__(self) -> None:
+        gate = self._gate
+        with gate.changed:
+            gate.waiting += 1
+            try:
+                while gate.closed or gate.inside:
+                    gate.changed.wait()
+                gate.closed = True
+            finally:
+                gate.waiting -= 1  # an interrupt must not leave the gate waiting
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        gate = self._gate
+        with gate.changed:
+            gate.closed = False
+            gate.changed.notify_all()
+
+
+def _popular_first(catalogue: Catalogue) -> Ints:
+    """The numbers of all items, the most popular first, equal ones by number; without what is gone."""
+    order = np.argsort(-catalogue.popularity, kind="stable")
+    return order[~catalogue.gone[order]]
+
+
+def _number(catalogue: Catalogue, histories: Sequence[History]) -> tuple[Histories, Ints]:
+    """Known items by number, and how many unknown items each history had."""
+    lengths = np.fromiter(map(len, histories), np.int64, len(histories))
+    unknown = np.zeros(len(histories), dtype=np.int64)
+    try:
+        numbers = catalogue.numbers(_end_to_end(histories))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"a history holds an id that is neither a whole number nor text: {error}") from None
+    if not numbers.all():
+        owners = np.repeat(np.arange(len(histories)), lengths)
+        unknown = np.bincount(owners[numbers == 0], minlength=len(histories))
+        numbers = numbers[numbers != 0]
+    offsets = np.zeros(len(histories) + 1, dtype=np.int64)
+    np.cumsum(lengths - unknown, out=offsets[1:])
+    return Histories(numbers.astype(np.int32), offsets), unknown
+
+
+def _end_to_end(histories: Sequence[History]) -> list[ItemId] | npt.NDArray[np.integer]:
+    """All ids of all histories; NumPy's arrays of whole numbers stay arrays."""
+    arrays = [one for one in histories if isinstance(one, np.ndarray) and one.dtype.kind in "iu"]
+    if arrays and len(arrays) == len(histories):
+        return np.concatenate(arrays)
+    return list(chain.from_iterable(histories))
+
+
+def _rows(histories: Histories, rows: Ints) -> Histories:
+    """The histories of ascending `rows`, between which all others are empty."""
+    if len(rows) == len(histories.offsets) - 1:
+        return histories
+    start, end = histories.offsets[rows[0]], histories.offsets[rows[-1] + 1]
+    offsets = np.append(histories.offsets[rows], end) - start
+    return Histories(histories.ids[start:end], offsets)
 
 
 def _merge(drawn: Sequence[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor]:

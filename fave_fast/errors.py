@@ -1,4 +1,4 @@
-"""Errors a user can cause and mend. The commands turn each into one line on stderr and exit code 2."""
+"""Errors a user can cause and mend. The commands turn each `InputError` into one line on stderr and exit code 2."""
 
 
 class InputError(ValueError):
@@ -21,3 +21,11 @@ class CheckpointError(InputError):
 
 class BackendError(InputError):
     """A backend asked for by name that cannot run here, with the reason."""
+
+
+class Overloaded(RuntimeError):
+    """A request that came while as many as may wait were waiting; nothing was done for it, and later it may pass."""
+
+
+class Closed(RuntimeError):
+    """A request to something that was closed, or that waited there when it was."""

@@ -6,6 +6,7 @@ are (the public code of this family). Equal scores rank the lower id first; the 
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -21,12 +22,13 @@ from fave_fast import checkpoint as checkpoints
 from fave_fast import cli
 from fave_fast.checkpoint import Checkpoint
 from fave_fast.config import Config
-from fave_fast.data import Interactions, gather_histories, history_exclusions, split
+from fave_fast.data import Interactions, history_exclusions, split
 from fave_fast.errors import DataError
-from fave_fast.flow import InferenceNoise, encode
+from fave_fast.flow import InferenceNoise
 from fave_fast.metrics import CUTOFFS, coverage, intra_list_diversity, rank_metrics
 from fave_fast.model import DTYPES, FAVE
 from fave_fast.ops import Exclusions, rank_count, score_topk
+from fave_fast.ops.encoder import MAX_ROWS, EncoderWeights, InputPath, Plan, encode_ids
 from fave_fast.ops.score_topk import OP as SCORE_TOPK
 
 LIST_LENGTH = 20
@@ -71,31 +73,69 @@ def rank_targets(
     targets: Positions,
     *,
     full: bool = True,
-    batch_size: int = 512,
+    batch_size: int | None = None,
     backend: str = "auto",
 ) -> Ranking:
     """Rank the items at the flat positions `targets` [U], each given what comes before it in its sequence.
 
-    The model must be in evaluation mode. `full=False` leaves out raw ranks and lists. Memory: batches of users times
-    tiles of the catalogue, never users times items. A `backend` that only counts ranks (cpp) leaves the lists to auto.
+    The model must be in evaluation mode. `full=False` leaves out raw ranks and lists. Memory: batches of users (512 by
+    default, 4,096 on a GPU) times tiles of the catalogue, never users times items. A `backend` that only counts ranks
+    (cpp) leaves the lists to auto.
     """
     list_backend = backend if SCORE_TOPK.offers(backend) else "auto"
     starts = target_starts(data, targets)
     table = model.item_embedding.weight
-    noise = InferenceNoise.draw(model, config.flow)
-    filtered, raw = torch.empty(len(targets), dtype=torch.int64), torch.empty(len(targets), dtype=torch.int64)
-    lists = torch.zeros(len(targets), LIST_LENGTH, dtype=torch.int64)
+    encoder = _Encoder(model, config, backend)
+    if batch_size is None:
+        batch_size = 4096 if table.device.type == "cuda" else 512
+    order, filtered, raw, lists = [], [], [], []
     for rows in _batches(np.minimum(targets - starts, config.model.max_length), batch_size):
-        history = gather_histories(data.items, starts[rows], targets[rows], config.model.max_length)
-        endpoint = encode(model, config.flow, noise, history)
+        endpoint = encoder(data, starts[rows], targets[rows])
         seen = Exclusions(*map(torch.from_numpy, history_exclusions(data.items, starts[rows], targets[rows])))
-        wanted = torch.from_numpy(data.items[targets[rows]].astype(np.int64)).to(table.device)
-        exclude, index = seen.to(table.device), torch.from_numpy(rows)
-        filtered[index] = rank_count(endpoint, table, wanted, exclude, backend=backend).cpu()
+        wanted = _moved(torch.from_numpy(data.items[targets[rows]].astype(np.int64)), table.device)
+        exclude = Exclusions(*(_moved(part, table.device) for part in (seen.ids, seen.offsets)))
+        order.append(torch.from_numpy(rows))
+        filtered.append(rank_count(endpoint, table, wanted, exclude, backend=backend))
         if full:
-            raw[index] = rank_count(endpoint, table, wanted, backend=backend).cpu()
-            lists[index] = score_topk(endpoint, table, LIST_LENGTH, exclude, backend=list_backend)[1].cpu()
-    return Ranking(filtered, raw, lists) if full else Ranking(filtered, None, None)
+            raw.append(rank_count(endpoint, table, wanted, backend=backend))
+            lists.append(score_topk(endpoint, table, LIST_LENGTH, exclude, backend=list_backend)[1])
+    place = torch.cat(order).argsort()
+    if not full:
+        return Ranking(torch.cat(filtered).cpu()[place], None, None)
+    filtered_ranks, raw_ranks, top = (torch.cat(parts).cpu()[place] for parts in (filtered, raw, lists))
+    return Ranking(filtered_ranks, raw_ranks, top)
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """On `device`, without waiting for it: the host is to be ahead of a GPU, batch after batch."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+class _Encoder:
+    """Endpoints of packed histories, as they are served (eq. 25)."""
+
+    def __init__(self, model: FAVE, config: Config, backend: str) -> None:
+        noise = InferenceNoise.draw(model, config.flow)
+        self._longest = config.model.max_length
+        self._weights, self._path = EncoderWeights.pack(model), InputPath.pack(model, config.flow, noise)
+        # The command's backend is that of the catalogue's operations, which take models that the encoder's refuses. Its
+        # kernel in float32 is ordinary multiply-adds, unrolled: a training would wait for its compiler first.
+        wide = self._weights.matrices.dtype == torch.float32 and self._weights.matrices.device.type == "cuda"
+        self._backend = "reference" if wide or backend == "reference" else "auto"
+
+    def __call__(self, data: Interactions, starts: Positions, ends: Positions) -> Tensor:
+        """Endpoints [B, D] of the last items of items[start:end]."""
+        device = self._weights.matrices.device
+        ids, offsets = map(
+            torch.from_numpy, history_exclusions(data.items, np.maximum(starts, ends - self._longest), ends)
+        )
+        plan = None
+        if device.type == "cuda" and self._longest <= MAX_ROWS and self._backend != "reference":
+            made = Plan.of(offsets.diff(), 64 if self._longest <= 64 else MAX_ROWS).trimmed()  # on the host
+            plan = Plan(_moved(made.order, device), _moved(made.programs, device), made.rows)
+        return encode_ids(
+            self._weights, self._path, _moved(ids, device), _moved(offsets, device), plan=plan, backend=self._backend
+        )
 
 
 def translate(data: Interactions, checkpoint: Checkpoint, path: str) -> Interactions:
@@ -122,7 +162,7 @@ def evaluate(
     *,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
-    batch_size: int = 512,
+    batch_size: int | None = None,
     backend: str = "auto",
 ) -> dict[str, Any]:
     """All figures of one split as a plain dictionary, the object that `--json` prints.
@@ -170,7 +210,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", required=True, metavar="FILE", help="the interaction log it was trained on")
     parser.add_argument("--split", default="test", choices=("test", "val"), help="which targets")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    parser.add_argument("--batch-size", type=cli.whole_number(1), default=512, help="users at a time")
+    users = "users at a time (default: 512, on a GPU 4,096)"
+    parser.add_argument("--batch-size", type=cli.whole_number(1), default=argparse.SUPPRESS, help=users)
     cli.add_log_options(parser)
     cli.add_run_options(parser, "of weights and scores")
     arguments = parser.parse_args(argv)
@@ -190,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.split,
         device=device,
         dtype=DTYPES[arguments.dtype],
-        batch_size=arguments.batch_size,
+        batch_size=getattr(arguments, "batch_size", None),
         backend=arguments.backend,
     )
     print(json.dumps(result) if arguments.json else table(result))

@@ -22,6 +22,7 @@ from fave_fast.demo import run_demo
 from fave_fast.engine import ItemId, Recommendation, Recommender
 from fave_fast.errors import DataError, InputError
 from fave_fast.files import check_writable, replacing
+from fave_fast.graphs import BATCHES
 from fave_fast.model import DTYPES
 
 _JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
@@ -285,9 +286,13 @@ def sample_table(recommender: Recommender, k: int) -> str:
         pairs = zip(answer.items[:shown], answer.scores[:shown], strict=True)
         lines.append("  next: " + "  ".join(f"{item} ({score:.2f})" for item, score in pairs))
     timings = latencies(recommender, [request.history for request in requests], k)
-    p50, p95, p99 = np.percentile(timings, (50, 95, 99)) * 1e3
-    lines += ["", f"one request, history to top-{k}: p50 {p50:.2f} ms, p95 {p95:.2f} ms, p99 {p99:.2f} ms"]
+    p50, p95, p99 = (_duration(value) for value in np.percentile(timings, (50, 95, 99)))
+    lines += ["", f"one request, history to top-{k}: p50 {p50}, p95 {p95}, p99 {p99}"]
     return "\n".join([*lines, f"({len(timings)} requests one after the other, on {recommender.device})"])
+
+
+def _duration(seconds: float) -> str:
+    return f"{1e3 * seconds:.2f} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.0f} us"
 
 
 def latencies(recommender: Recommender, histories: Sequence[Sequence[ItemId]], k: int) -> list[float]:
@@ -343,10 +348,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         dtype=DTYPES[arguments.dtype],
         backend=arguments.backend,
     )
+    largest = 1 if arguments.input is None else arguments.batch_size
+    seconds = recommender.warmup(arguments.topk, [*(size for size in BATCHES if size < largest), largest])
+    if seconds > 0:
+        cli.say(f"note: one step captured for up to {largest} histories at a time, in {seconds:.2f} s")
     if arguments.input is None:
         print(sample_table(recommender, arguments.topk))
     else:
         _answer_all(recommender, arguments)
+    missed = {reason: count for reason, count in recommender.batches.items() if reason != "captured"}
+    if missed:
+        cli.say("note: batches that were not captured: " + ", ".join(f"{missed[why]} for {why}" for why in missed))
     return 0
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fave_fast import flow
+from fave_fast import dual, flow
 from fave_fast.config import Config
 from fave_fast.model import FAVE, Prediction
 from fave_fast.ops import cross_entropy
@@ -31,8 +30,7 @@ class Losses:
 def _squared(error: Tensor, reduction: Reduction) -> Tensor:
     """Squared error [B, D]: mean over the batch, mean or sum over the channels; in fp32 or above."""
     wide = error if error.dtype == torch.float64 else error.float()
-    per_row = wide.square().sum(-1)
-    return (per_row / error.shape[-1] if reduction == "mean" else per_row).mean()
+    return wide.square().mean() if reduction == "mean" else wide.square().sum(-1).mean()
 
 
 def matching_loss(endpoint: Tensor, x_1: Tensor, reduction: Reduction = "mean") -> Tensor:
@@ -88,24 +86,59 @@ def predict_with_tangent(
     model: FAVE, history: Tensor, x_t: Tensor, t: Tensor, r: Tensor, lam: Tensor, v: Tensor
 ) -> tuple[Prediction, Tensor]:
     """f(x_t, t, r) and its derivative along [v, 1, 0], [B, D], by one forward-mode pass: eqs. (22) and (23)."""
-    embedded = model.embed_history(history)  # does not depend on x_t, t, r: outside the derivative
-    present = history != 0
-
-    def endpoint_of(x_t: Tensor, t: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-        prediction = model.encode(model.modulate(embedded, x_t, t, r, lam), present, forward_mode=True)
-        return prediction.endpoint, prediction.source
-
-    # The fused attention kernels have no forward-mode derivative.
-    tangents = (v, torch.ones_like(t), torch.zeros_like(r))
-    with sdpa_kernel(SDPBackend.MATH):
-        result: tuple[Tensor, ...] = torch.func.jvp(endpoint_of, (x_t, t, r), tangents, has_aux=True)
-    endpoint, tangent, source = result
-    return Prediction(endpoint, source), tangent
+    return dual.predict(model, history, x_t, t, r, lam, v)
 
 
 def consistency_loss(tangent: Tensor, reduction: Reduction = "mean") -> Tensor:
     """L_cons of eqs. (22) and (23): ||[v, 1, 0] . grad f||^2, the tangent [B, D] coming from one forward-mode pass."""
     return _squared(tangent, reduction)
+
+
+class Network(Protocol):
+    """What the objectives ask of a network over one batch of histories."""
+
+    def predict(self, x_t: Tensor, t: Tensor, r: Tensor) -> Prediction:
+        """f(x_t, t, r) for x_t [B, D], t and r [B]."""
+
+    def predict_with_tangent(self, x_t: Tensor, t: Tensor, r: Tensor, v: Tensor) -> tuple[Prediction, Tensor]:
+        """`predict`, and the endpoint's derivative [B, D] along [v, 1, 0]."""
+
+    def draw_anchor(self, rho: float, generator: torch.Generator | None) -> Tensor:
+        """x_0 of eq. (14), [B, D]."""
+
+    def source_loss(
+        self, source: Tensor, kind: Literal["sampled", "dense"], generator: torch.Generator | None
+    ) -> Tensor:
+        """L_src of eq. (13) for E_u [B, D]."""
+
+
+class _Reference:
+    """The reference network on left-padded histories [B, L]; lambda is drawn when it is first needed."""
+
+    def __init__(self, model: FAVE, history: Tensor, generator: torch.Generator | None) -> None:
+        self.model, self.history, self.generator = model, history, generator
+        self._lam: Tensor | None = None
+
+    def _lambda(self, like: Tensor) -> Tensor:
+        if self._lam is None:
+            shape = (*self.history.shape, self.model.config.d)
+            self._lam = self.model.draw_lambda(shape, self.history.device, self.generator).to(like.dtype)
+        return self._lam
+
+    def predict(self, x_t: Tensor, t: Tensor, r: Tensor) -> Prediction:
+        prediction: Prediction = self.model(self.history, x_t, t, r, self._lambda(x_t))
+        return prediction
+
+    def predict_with_tangent(self, x_t: Tensor, t: Tensor, r: Tensor, v: Tensor) -> tuple[Prediction, Tensor]:
+        return predict_with_tangent(self.model, self.history, x_t, t, r, self._lambda(x_t), v)
+
+    def draw_anchor(self, rho: float, generator: torch.Generator | None) -> Tensor:
+        return flow.draw_anchor(self.model.item_embedding.weight, self.history, rho, generator)
+
+    def source_loss(
+        self, source: Tensor, kind: Literal["sampled", "dense"], generator: torch.Generator | None
+    ) -> Tensor:
+        return source_loss(self.model, source, self.history, kind, generator)
 
 
 def stage1_losses(
@@ -115,12 +148,7 @@ def stage1_losses(
 
     history int64 [B, L] left-padded with 0, targets int64 [B].
     """
-    x_1 = model.item_embedding(targets)  # eq. (7)
-    x_0 = flow.gaussian_prior(len(targets), model.config.d, history.device, generator).to(x_1.dtype)
-    t = flow.mode_times(len(targets), config.flow.mode_scale, history.device, generator).to(x_1.dtype)
-    lam = model.draw_lambda((*history.shape, model.config.d), history.device, generator).to(x_1.dtype)
-    prediction = model(history, flow.interpolate(x_0, x_1, t), t, torch.ones_like(t), lam)
-    return _weigh(model, config, prediction, x_1, targets, history, None, generator)
+    return stage1_objective(_Reference(model, history, generator), model, config, targets, generator)
 
 
 def stage2_losses(
@@ -130,33 +158,50 @@ def stage2_losses(
 
     The item embeddings stay as they are: the trainer freezes them. With gamma = 0 no tangent is computed.
     """
-    count, d = len(targets), model.config.d
+    return stage2_objective(_Reference(model, history, generator), model, config, targets, generator)
+
+
+def stage1_objective(
+    network: Network, model: FAVE, config: Config, targets: Tensor, generator: torch.Generator | None = None
+) -> Losses:
+    """`stage1_losses` of a model's network over a batch whose targets are int64 [B]."""
+    x_1 = model.item_embedding(targets)  # eq. (7)
+    x_0 = flow.gaussian_prior(len(targets), model.config.d, targets.device, generator).to(x_1.dtype)
+    t = flow.mode_times(len(targets), config.flow.mode_scale, targets.device, generator).to(x_1.dtype)
+    prediction = network.predict(flow.interpolate(x_0, x_1, t), t, torch.ones_like(t))
+    return _weigh(network, model, config, prediction, x_1, targets, None, generator)
+
+
+def stage2_objective(
+    network: Network, model: FAVE, config: Config, targets: Tensor, generator: torch.Generator | None = None
+) -> Losses:
+    """`stage2_losses` of a model's network over a batch whose targets are int64 [B]."""
+    count = len(targets)
     x_1 = model.item_embedding(targets)
     if config.flow.prior == "anchor":
-        x_0 = flow.draw_anchor(model.item_embedding.weight, history, config.flow.rho, generator)
+        x_0 = network.draw_anchor(config.flow.rho, generator)
     else:
-        x_0 = flow.gaussian_prior(count, d, history.device, generator).to(x_1.dtype)
-    t, r = (part.to(x_1.dtype) for part in flow.stage2_times(count, config.flow.p_end, history.device, generator))
-    lam = model.draw_lambda((*history.shape, d), history.device, generator).to(x_1.dtype)
+        x_0 = flow.gaussian_prior(count, model.config.d, targets.device, generator).to(x_1.dtype)
+    t, r = (part.to(x_1.dtype) for part in flow.stage2_times(count, config.flow.p_end, targets.device, generator))
     x_t = flow.interpolate(x_0, x_1, t)
     if config.loss.gamma == 0:
-        prediction, tangent = model(history, x_t, t, r, lam), None
+        prediction, tangent = network.predict(x_t, t, r), None
     else:
         v = flow.conditional_velocity(x_0, x_1)
         if config.flow.tangent == "learned":
             with torch.no_grad():
-                v = flow.learned_velocity(model(history, x_t, t, r, lam).endpoint, x_0).to(x_t.dtype)
-        prediction, tangent = predict_with_tangent(model, history, x_t, t, r, lam, v)
-    return _weigh(model, config, prediction, x_1, targets, history, tangent, generator)
+                v = flow.learned_velocity(network.predict(x_t, t, r).endpoint, x_0).to(x_t.dtype)
+        prediction, tangent = network.predict_with_tangent(x_t, t, r, v)
+    return _weigh(network, model, config, prediction, x_1, targets, tangent, generator)
 
 
 def _weigh(
+    network: Network,
     model: FAVE,
     config: Config,
     prediction: Prediction,
     x_1: Tensor,
     targets: Tensor,
-    history: Tensor,
     tangent: Tensor | None,
     generator: torch.Generator | None,
 ) -> Losses:
@@ -166,7 +211,9 @@ def _weigh(
     zero = torch.zeros_like(match)
     source = zero
     if weights.beta > 0:
-        source = source_loss(model, prediction.source, history, weights.source, generator)
+        source = network.source_loss(prediction.source, weights.source, generator)
     consistency = zero if tangent is None else consistency_loss(tangent, weights.reduction)
-    total = weights.match * match + weights.alpha * target + weights.beta * source + weights.gamma * consistency
-    return Losses(total, match, target, source, consistency)
+    parts = [(weights.match, match), (weights.alpha, target), (weights.beta, source), (weights.gamma, consistency)]
+    # On a GPU each product and each sum here is a launch forward and another backward.
+    counted = [part if weight == 1 else weight * part for weight, part in parts if weight > 0 and part is not zero]
+    return Losses(sum(counted[1:], counted[0]) if counted else zero, match, target, source, consistency)

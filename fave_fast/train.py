@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fave_fast import __version__, cli, losses
+from fave_fast import __version__, cli
 from fave_fast import checkpoint as checkpoints
 from fave_fast.checkpoint import Checkpoint
 from fave_fast.config import PRESETS, Config, load_yaml, preset
@@ -34,7 +34,6 @@ from fave_fast.data import (
     Interactions,
     Split,
     Windows,
-    gather_histories,
     history_exclusions,
     split,
     training_popularity,
@@ -45,11 +44,14 @@ from fave_fast.files import check_writable
 from fave_fast.metrics import rank_metrics
 from fave_fast.model import DTYPES, FAVE
 from fave_fast.ops.rank_count import OP as RANK_COUNT
+from fave_fast.steps import FusedSteps, Steps, steps_for
 
 STAGES = (1, 2)
 _RESUME_KIND = "fave_fast training state"
 _SAMPLE_USERS = 5
 _SELECTION = "NDCG@20"
+_SAVE_SHARE = 10  # between epochs the state is written once in this many times what writing it took
+_SHOW_SECONDS = 0.5  # between two looks at the loss for the progress bar
 
 
 @dataclass
@@ -99,6 +101,7 @@ class Trainer:
         self.device = device or torch.device("cpu")
         self.dtype, self.backend, self.tensorboard = dtype, backend, tensorboard
         RANK_COUNT.resolve(backend, self.device, torch.float32)  # before an epoch is spent, not after
+        self._kind = steps_for(self.device, dtype, backend)
         self.split: Split = split(data, config.data)
         self.windows = Windows(data.offsets, self.split.train_end)
         self.progress = Progress()
@@ -107,8 +110,9 @@ class Trainer:
         self.best_weights = _copy(self.model)
         self.stage_weights = self.best_weights
         self.optimiser = self._make_optimiser(config.train.lr)
+        self._steps: Steps | None = None
         self.interrupted = False
-        self._saved_at = time.monotonic()
+        self._saved_at, self._saving_took = time.monotonic(), 0.0
         self._last: dict[str, float] = {}  # loss and speed of the epoch that ended last
 
     @property
@@ -143,8 +147,12 @@ class Trainer:
         return self.config.train.epochs if self.progress.stage == 1 else self.config.train.epochs_stage2
 
     def _make_optimiser(self, lr: float) -> torch.optim.Adam:
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        return torch.optim.Adam(trained, lr, weight_decay=self.config.train.weight_decay, fused=True)
+        self._steps = None  # made for another one
+        return make_optimiser(self.model, lr, self.config.train.weight_decay, captured=self._kind is FusedSteps)
+
+    def _make_steps(self) -> Steps:
+        options = self.data, self.config, self.model, self.optimiser, self.progress.stage, self.dtype, self.backend
+        return self._kind(*options)
 
     def _run_epoch(self) -> None:
         progress = self.progress
@@ -156,42 +164,40 @@ class Trainer:
         with tqdm(
             total=len(batches), initial=done, desc=label, unit="batch", disable=not sys.stderr.isatty(), leave=False
         ) as bar:
+            shown = started
             for numbers in batches[done:]:
                 total += self._train_step(numbers)
                 progress.step += 1
                 samples += len(numbers)
                 bar.update()
-                if progress.step % 20 == 0:
-                    rate = samples / (time.perf_counter() - started)
-                    bar.set_postfix_str(f"loss {float(total) / progress.step:.4f}, {rate:,.0f} samples/s")
+                now = time.perf_counter()
+                if now - shown > _SHOW_SECONDS and not bar.disable:  # reading the loss makes the host wait
+                    bar.set_postfix_str(
+                        f"loss {float(total) / progress.step:.4f}, {samples / (now - started):,.0f} samples/s"
+                    )
+                    shown = now
                 if self.interrupted:
                     break
                 if time.monotonic() - self._saved_at > self.config.train.checkpoint_seconds:
+                    progress.loss = float(total)
                     progress.seconds += time.perf_counter() - started
                     started, samples = time.perf_counter(), 0
-                    progress.loss = float(total)
                     self._save_state()
+        loss = float(total)  # the device is done, and the clock may be read
         elapsed = time.perf_counter() - started
         progress.seconds += elapsed
         if progress.step > done:
-            progress.loss = float(total)
+            progress.loss = loss
             self._log_epoch(progress.loss / progress.step, samples / elapsed)
 
     def _train_step(self, numbers: npt.NDArray[np.int64]) -> Tensor:
-        config = self.config
+        progress = self.progress
+        if self._steps is None:
+            self._steps = self._make_steps()
+        if not self.model.training:
+            self.model.train()
         starts, positions = self.windows.positions(numbers)
-        history = gather_histories(self.data.items, starts, positions, config.model.max_length)
-        ids = torch.from_numpy(history).to(self.device)
-        targets = torch.from_numpy(self.data.items[positions].astype(np.int64)).to(self.device)
-        self.model.train()
-        objective = losses.stage1_losses if self.progress.stage == 1 else losses.stage2_losses
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            total = objective(self.model, config, ids, targets).total
-        total.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.train.clip)
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
-        return total.detach()
+        return self._steps.take(starts, positions, step_seed(self.seed, progress.stage, progress.epoch, progress.step))
 
     def _log_epoch(self, loss: float, rate: float) -> None:
         progress = self.progress
@@ -210,7 +216,9 @@ class Trainer:
             ended = self._evaluate() or ended
         if ended:
             self._end_stage()
-        self._save_state()
+        # The state has several times the model's size: an epoch may take less than writing it.
+        if time.monotonic() - self._saved_at > _SAVE_SHARE * self._saving_took:
+            self._save_state()
 
     def _evaluate(self) -> bool:
         """Judge the weights on validation; cut the learning rate or end the stage when they stopped improving."""
@@ -234,7 +242,7 @@ class Trainer:
         progress.lr_cut, progress.waiting = True, 0
         self.model.load_state_dict(self.stage_weights)
         for group in self.optimiser.param_groups:
-            group["lr"] /= 10
+            group["lr"] /= 10  # a tensor in place: the captured steps read it
         return False
 
     def _end_stage(self) -> None:
@@ -265,7 +273,7 @@ class Trainer:
             "stage": progress.stage,
             "epoch": progress.epoch,
             "seconds": round(progress.seconds, 3),
-            "lr": self.optimiser.param_groups[0]["lr"],
+            "lr": self._lr(),
             **self._last,
             **{f"val_filtered_{name}": value for name, value in metrics.items()},
         }
@@ -282,6 +290,11 @@ class Trainer:
             number = progress.epoch + (self.config.train.epochs if progress.stage == 2 else 0)
             for name, value in line.items():
                 self.tensorboard(name, float(value), number)
+
+    def _lr(self) -> float:
+        lr = self.optimiser.param_groups[0]["lr"]
+        # A captured step's is float32 and would show as 0.0010000000474974513.
+        return float(f"{lr.item():.7g}") if isinstance(lr, Tensor) else lr
 
     def make_checkpoint(self) -> Checkpoint:
         """The best weights so far (the present ones before the first evaluation) with all that serving needs."""
@@ -320,6 +333,7 @@ class Trainer:
         )
 
     def _save_state(self) -> None:
+        started = time.monotonic()
         tensors = {f"model/{name}": value for name, value in self.model.state_dict().items()}
         tensors |= {f"best/{name}": value for name, value in self.best_weights.items()}
         tensors |= {f"stage/{name}": value for name, value in self.stage_weights.items()}
@@ -335,11 +349,12 @@ class Trainer:
         plain = {
             "run": self._identity(),
             "progress": progress,
-            "lr": self.optimiser.param_groups[0]["lr"],
+            "lr": float(self.optimiser.param_groups[0]["lr"]),
             "last": self._last,
         }
         checkpoints.write_envelope(self.resume_path, _RESUME_KIND, plain, tensors)
         self._saved_at = time.monotonic()
+        self._saving_took = self._saved_at - started
 
     def _identity(self) -> dict[str, Any]:
         """What must be equal for two runs to be the same run."""
@@ -388,6 +403,18 @@ class Trainer:
         """Forget an earlier run's metrics and state at the same place."""
         self.metrics_path.unlink(missing_ok=True)
         self.resume_path.unlink(missing_ok=True)
+
+
+def step_seed(*numbers: int) -> int:
+    """Of the generators on the device, for step (seed, stage, epoch, step): below 2^63, unlike for any other step."""
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()) >> 1
+
+
+def make_optimiser(model: FAVE, lr: float, weight_decay: float, captured: bool = False) -> torch.optim.Adam:
+    """Adam over what is not frozen; `captured`: its learning rate and steps lie where a captured step reads them."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    rate = torch.tensor(lr, device=trained[0].device) if captured else lr
+    return torch.optim.Adam(trained, rate, weight_decay=weight_decay, fused=True, capturable=captured)
 
 
 def _copy(model: FAVE) -> dict[str, Tensor]:

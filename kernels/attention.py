@@ -12,16 +12,18 @@ The formulas are those of `fave_fast.ops.attention`.
 
 import triton
 import triton.language as tl
+from fave_fast.kernels.products import dot as _dot
 
-
-@triton.jit
-def _dot(a, b):
-    return tl.dot(a, b, input_precision="ieee")
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
 def _add_dot(total, a, b):
-    return tl.dot(a, b, total, input_precision="ieee")
+    if a.dtype == tl.float32:
+        total += _dot(a, b)
+    else:
+        total = tl.dot(a, b, total)
+    return total
 
 
 @triton.jit
@@ -101,13 +103,24 @@ def _store_turned_back(
 
 @triton.jit
 def _scores(qa, qb, dqa, dqb, ka, kb, dka, dkb, allowed, scale, DUAL: tl.constexpr):
-    """Scores in units of log2(e), so that exp2 serves, and their tangents."""
+    """Scores for `_power`, and their tangents."""
     s = _dot(qa, tl.trans(ka)) + _dot(qb, tl.trans(kb))
     t = s
     if DUAL:
         t = _dot(dqa, tl.trans(ka)) + _dot(dqb, tl.trans(kb)) + _dot(qa, tl.trans(dka)) + _dot(qb, tl.trans(dkb))
         t = t * scale
-    return tl.where(allowed, s * (scale * 1.4426950408889634), float("-inf")), t
+    if qa.dtype != tl.float32:
+        s = s * (scale * LOG2_E)
+    return tl.where(allowed, s, float("-inf")), t
+
+
+@triton.jit
+def _power(s, top, scale, v):
+    """Exp of the scores' distance to `top`: by exp2, of scores in units of log2(e) unless `v` is of float32.
+
+    Then the distance is taken first: near the top, where the weight is, it is small, and so is what rounding adds.
+    """
+    return tl.exp2((s - top) * (scale * LOG2_E)) if v.dtype == tl.float32 else tl.exp2(s - top)
 
 
 @triton.jit
@@ -183,7 +196,7 @@ def _forward_tile(
         q_ptr, dq_ptr, cos_ptr, sin_ptr, local, count, STRIDE_Q, C, HALF_BLOCK, ROTARY, DUAL, LAST
     )
     s, t = _scores(qa, qb, dqa, dqb, ka, kb, dka, dkb, _allowed(n - count + local, key, n, CAUSAL), scale, DUAL)
-    p = tl.exp2(s - tl.max(s, 1)[:, None])
+    p = _power(s, tl.max(s, 1)[:, None], scale, v)
     p = p * (1.0 / tl.sum(p, 1))[:, None]
     narrow = p.to(v.dtype)
     _store(o_ptr, _dot(narrow, v), local, asked, D, channel, C)
@@ -216,8 +229,8 @@ def _statistics(
         )  # fmt: skip
         s, t = _scores(qa, qb, dqa, dqb, ka, kb, dka, dkb, _allowed(query, key, n, CAUSAL), scale, DUAL)
         raised = tl.maximum(m, tl.max(s, 1))
-        shrink = tl.exp2(m - raised)
-        p = tl.exp2(s - raised[:, None])
+        shrink = _power(m, raised, scale, v)
+        p = _power(s, raised[:, None], scale, v)
         total = total * shrink + tl.sum(p, 1)
         if DUAL:
             mu = mu * shrink + tl.sum(p * t, 1)
@@ -265,7 +278,7 @@ def _forward_long(
                 STRIDE_KV, C, HALF_BLOCK, C_BLOCK, ROTARY, DUAL,
             )  # fmt: skip
             s, t = _scores(qa, qb, dqa, dqb, ka, kb, dka, dkb, _allowed(query, key, n, CAUSAL), scale, DUAL)
-            p = tl.exp2(s - top[:, None]) * share[:, None]
+            p = _power(s, top[:, None], scale, v) * share[:, None]
             narrow = p.to(v.dtype)
             o += _dot(narrow, v)
             if DUAL:
@@ -351,7 +364,7 @@ def _backward_tile(
     if DUAL:
         e = _load(e_ptr, local, asked, D, channel, C)
     s, t = _scores(qa, qb, dqa, dqb, ka, kb, dka, dkb, _allowed(n - count + local, key, n, CAUSAL), scale, DUAL)
-    p = tl.exp2(s - tl.max(s, 1)[:, None])
+    p = _power(s, tl.max(s, 1)[:, None], scale, v)
     p = p * (1.0 / tl.sum(p, 1))[:, None]
     narrow = tl.trans(p.to(v.dtype))
     gv = _dot(narrow, g)
@@ -439,7 +452,7 @@ def _backward_long(
             if DUAL:
                 x += _dot(e, tl.trans(dv))
                 w = _dot(e, tl.trans(v))
-            p = tl.exp2(s - top[:, None]) * share[:, None]
+            p = _power(s, top[:, None], scale, v) * share[:, None]
             gs, gt, _r = _gradients(p, t, x, w, mu[:, None], nu[:, None], c[:, None], DUAL)
             gs = (gs * scale).to(v.dtype)
             ga += _dot(gs, ka)
@@ -494,7 +507,7 @@ def _backward_long(
             if DUAL:
                 x += _dot(e, tl.trans(dv))
                 w = _dot(e, tl.trans(v))
-            p = tl.exp2(s - top[:, None]) * share[:, None]
+            p = _power(s, top[:, None], scale, v) * share[:, None]
             gs, gt, r = _gradients(p, t, x, w, mu[:, None], nu[:, None], c[:, None], DUAL)
             p = tl.trans(p.to(v.dtype))
             gv += _dot(p, g)

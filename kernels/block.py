@@ -10,11 +10,7 @@ The formulas are those of `fave_fast.ops.block`.
 
 import triton
 import triton.language as tl
-
-
-@triton.jit
-def _dot(a, b):
-    return tl.dot(a, b, input_precision="ieee")
+from fave_fast.kernels.products import dot as _dot
 
 
 @triton.jit

@@ -26,6 +26,7 @@ that a pair is two neighbours, which one thread holds.
 
 import triton
 import triton.language as tl
+from fave_fast.kernels.products import dot as _dot
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -101,31 +102,6 @@ def _newest(x, age, M: tl.constexpr, W: tl.constexpr):
 
 
 @triton.jit
-def _halves(a, b, R: tl.constexpr, K: tl.constexpr, N: tl.constexpr):
-    """The even and the odd places of the sum in the product of a [R, K] and b [K, N]."""
-    a_even, a_odd = tl.split(tl.reshape(a, [R, K // 2, 2]))
-    b_even, b_odd = tl.split(tl.permute(tl.reshape(b, [K // 2, 2, N]), [0, 2, 1]))
-    return a_even, a_odd, b_even, b_odd
-
-
-@triton.jit
-def _dot(a, b):
-    """Product in float32; of float32 operands as sums of 32 terms, added up: one long chain rounds twice as badly."""
-    if a.dtype == tl.float32:
-        R: tl.constexpr = a.shape[0]
-        K: tl.constexpr = a.shape[1]
-        N: tl.constexpr = b.shape[1]
-        if K >= 64:
-            a0, a1, b0, b1 = _halves(a, b, R, K, N)
-            product = _dot(a0, b0) + _dot(a1, b1)
-        else:
-            product = tl.dot(a, b, input_precision="ieee")
-    else:
-        product = tl.dot(a, b)
-    return product
-
-
-@triton.jit
 def _add_dot(h, a, b, EXACT: tl.constexpr):
     """H + a b."""
     if EXACT:
@@ -182,7 +158,7 @@ def _slot(row, shift, EXACT: tl.constexpr):
 
 @triton.jit
 def _places(
-    bounds_ptr, ids_ptr, order_ptr, first, count, shift, L, B,
+    bounds_ptr, ids_ptr, order_ptr, first, count, shift, L, B, longest,
     M: tl.constexpr, EXACT: tl.constexpr, PADDED: tl.constexpr, IDS: tl.constexpr, ORDERED: tl.constexpr,
 ):  # fmt: skip
     """For each of a program's rows: its row in the input (int64), its age, and whether an item is there."""
@@ -203,7 +179,7 @@ def _places(
         end = tl.load(bounds_ptr + user + 1, live, 0).to(tl.int64)
         n = (end - tl.load(bounds_ptr + user, live, 0).to(tl.int64)).to(tl.int32)
     source = end - 1 - age
-    present = live & (age < n)
+    present = live & (age < tl.minimum(n, longest))
     if PADDED and IDS:
         present &= tl.load(ids_ptr + source, present, 0) != 0
     return source, age, present
@@ -258,7 +234,7 @@ def _encode(
         count = M >> shift
         first = pid * count
     source, age, present = _places(
-        bounds_ptr, input_ptr, order_ptr, first, count, shift, L, B, M, EXACT, PADDED, IDS, ORDERED
+        bounds_ptr, input_ptr, order_ptr, first, count, shift, L, B, longest, M, EXACT, PADDED, IDS, ORDERED
     )
     slot = _slot(tl.arange(0, M), shift, EXACT)
     key_slot = tl.where(present, slot, -1)
@@ -310,6 +286,50 @@ def _encode(
         done = tl.load(order_ptr + done, keep, 0)
     where = done.to(tl.int64)[:, None] * D + channel[None, :]
     tl.store(out_ptr + where, f.to(out_ptr.dtype.element_ty), keep[:, None])
+
+
+@triton.jit
+def _plan(
+    offsets_ptr, order_ptr, programs_ptr, B, P,
+    BLOCK: tl.constexpr, PROGRAMS: tl.constexpr, SMALLEST: tl.constexpr, LARGEST: tl.constexpr,
+):  # fmt: skip
+    """A counting sort of the users by the slot that their history fills, and how many of them a program takes."""
+    user = tl.arange(0, BLOCK)
+    live = user < B
+    n = tl.load(offsets_ptr + user + 1, live, 0) - tl.load(offsets_ptr + user, live, 0)
+    shift = tl.full([BLOCK], SMALLEST, tl.int32)
+    for step in tl.static_range(SMALLEST, LARGEST):
+        shift += (n > (1 << step)).to(tl.int32)
+    program = tl.arange(0, PROGRAMS)
+    first = tl.zeros([PROGRAMS], tl.int32)
+    count = tl.zeros([PROGRAMS], tl.int32)
+    shifts = tl.full([PROGRAMS], SMALLEST, tl.int32)
+    users_done, programs_done = 0, 0
+    for step in tl.static_range(LARGEST - SMALLEST + 1):
+        size = LARGEST - step
+        mine = (live & (shift == size)).to(tl.int32)
+        tl.store(order_ptr + users_done + tl.cumsum(mine, 0) - 1, user, mine != 0)
+        users = tl.sum(mine, 0)
+        taken = (program - programs_done) << (LARGEST - size)  # of these users, by the programs before
+        here = (program >= programs_done) & (taken < users)
+        first = tl.where(here, users_done + taken, first)
+        count = tl.where(here, tl.minimum(users - taken, 1 << (LARGEST - size)), count)
+        shifts = tl.where(here, size, shifts)
+        users_done += users
+        programs_done += (users + (1 << (LARGEST - size)) - 1) >> (LARGEST - size)
+    keep = program < P
+    tl.store(programs_ptr + 3 * program, first, keep)
+    tl.store(programs_ptr + 3 * program + 1, count, keep)
+    tl.store(programs_ptr + 3 * program + 2, shifts, keep)
+
+
+def plan(offsets, order, programs, *, rows, smallest):
+    """Fill `order` int32 [B] and `programs` int32 [P, 3] for the histories between `offsets` [B + 1]."""
+    _plan[(1,)](
+        offsets, order, programs, len(order), len(programs),
+        BLOCK=triton.next_power_of_2(max(1, len(order))), PROGRAMS=triton.next_power_of_2(len(programs)),
+        SMALLEST=smallest.bit_length() - 1, LARGEST=rows.bit_length() - 1, num_warps=8,
+    )  # fmt: skip
 
 
 def encode(

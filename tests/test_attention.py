@@ -250,7 +250,8 @@ def test_graph_replay() -> None:
 
     def step() -> list[Tensor]:
         outputs = case.call(inputs, case.offsets, "triton")
-        return [*outputs, *torch.autograd.grad(outputs, inputs, case.upstream)]
+        # Detached: the leaves' nodes would live on and belong to the stream of their first use.
+        return [*(one.detach() for one in outputs), *torch.autograd.grad(outputs, inputs, case.upstream)]
 
     want = step()
     stream = torch.cuda.Stream()

@@ -220,8 +220,20 @@ def test_bounds_are_checked_on_the_cpu() -> None:
     case = Case(small(blocks=1))
     with pytest.raises(ValueError, match="do not go from 0"):
         encode(case.weights, case.e, case.offsets[1:])
-    with pytest.raises(ValueError, match="not within 0 to 13"):
-        encode(case.weights, case.e[:14], torch.tensor([0, 14]))
+    with pytest.raises(ValueError, match="not within 0 to 14"):
+        encode(case.weights, case.e[:14], torch.tensor([0, 16, 14]))
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_of_a_long_history_the_newest_items_count(backend: str) -> None:
+    case = Case(small(blocks=1))
+    both, longest = torch.tensor([0, 5, 35], device=DEVICE), case.config.max_length
+    cut = torch.cat((case.ids[:5], case.ids[35 - longest : 35]))
+    expected = encode_ids(
+        case.weights, case.path, cut, torch.tensor([0, 5, 5 + longest], device=DEVICE), backend=backend
+    )
+    got = encode_ids(case.weights, case.path, case.ids[:35].int(), both.int(), backend=backend)
+    assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
@@ -244,6 +256,14 @@ def test_a_plan_names_every_user_once(rows: int) -> None:
             assert all(1 << shift == 8 or lengths[user] > 1 << (shift - 1) for user in chosen)
             seen += chosen
         assert sorted(seen) == list(range(count))
+        refilled = Plan.empty(count, rows, torch.device(DEVICE))
+        refilled.order.fill_(-1)
+        refilled.programs.fill_(-1)
+        refilled.refill(torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=DEVICE))
+        assert torch.equal(refilled.order.cpu(), plan.order)
+        used = plan.programs[:, 1] > 0
+        assert torch.equal(refilled.programs.cpu()[used], plan.programs[used])
+        assert not refilled.programs.cpu()[~used, 1].any()
 
 
 BASE = ModelConfig(delta=0.3)  # the sizes that the cluster kernel takes

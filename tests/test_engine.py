@@ -124,7 +124,7 @@ def test_k_beyond_the_catalogue(recommender: Recommender) -> None:
 def test_unknown_items_are_skipped_and_counted(recommender: Recommender) -> None:
     (with_unknown,) = recommender.recommend([HISTORIES[4]], 24)
     (without,) = recommender.recommend([[104]], 24)
-    assert with_unknown == replace(without, unknown=2)
+    assert with_unknown == without._replace(unknown=2)
 
 
 def test_no_known_item_gets_the_most_popular(recommender: Recommender, kept: Checkpoint) -> None:
@@ -132,7 +132,7 @@ def test_no_known_item_gets_the_most_popular(recommender: Recommender, kept: Che
     order = sorted(counts, key=lambda item: (-counts[item], item))
     empty, unknown = recommender.recommend([[], [999, "x"]], 6)
     assert empty == Recommendation(order[:6], [counts[item] for item in order[:6]], 0, True)
-    assert unknown == replace(empty, unknown=2)
+    assert unknown == empty._replace(unknown=2)
     (denied,) = recommender.recommend([[]], 6, deny=order[:2])
     assert denied.items == order[2:8]
 
@@ -143,7 +143,7 @@ def test_ids_as_numbers_and_texts(recommender: Recommender, kept: Checkpoint) ->
     named = Recommender(replace(kept, item_ids=IdMap.from_ids(names.values())))
     (found,) = named.recommend([["é103", "é102"]])
     (expected,) = recommender.recommend([[103, 102]])
-    assert found == replace(expected, items=[names[int(item)] for item in expected.items])
+    assert found == expected._replace(items=[names[int(item)] for item in expected.items])
 
 
 def test_more_samples_equal_brute_force(kept: Checkpoint) -> None:

@@ -21,6 +21,7 @@ from fave_fast import train
 from fave_fast.config import Config, dump_yaml
 from fave_fast.data import IdMap, Interactions, Windows, load_interactions
 from fave_fast.errors import CheckpointError, InputError
+from fave_fast.steps import FusedSteps
 from fave_fast.train import Outcome, Trainer, epoch_batches
 
 CLOCK = {"seconds", "samples_per_second"}
@@ -143,6 +144,26 @@ def test_resume_from_a_periodic_state_drops_later_metrics(
     again.resume()
     again.run()
     assert metrics(again) == metrics(whole[0])
+
+
+@pytest.mark.gpu
+def test_same_bits_on_a_gpu_whole_or_resumed(data: Interactions, tiny_config: Config, tmp_path: Path) -> None:
+    """Steps replayed from a graph and steps launched alternate differently in a run that was interrupted."""
+    many = replace(tiny_config, train=replace(tiny_config.train, batch_size=16, epochs=3))
+    runs = []
+    for name, steps in (("whole", 10**9), ("again", 10**9), ("resumed", 17)):
+        options = {"seed": 3, "device": torch.device("cuda"), "dtype": torch.bfloat16, "backend": "triton"}
+        trainer = Trainer(data, many, tmp_path / name, **options)
+        interrupt_after(trainer, steps)
+        outcome = trainer.run()
+        if outcome.interrupted:
+            trainer = Trainer(data, many, tmp_path / name, **options)
+            trainer.resume()
+            outcome = trainer.run()
+        assert isinstance(trainer._steps, FusedSteps)
+        runs.append((trainer, outcome))
+    for trainer, outcome in runs[1:]:
+        assert_same_run(trainer, outcome, runs[0])
 
 
 def test_resume_refuses_another_run(data: Interactions, tiny_config: Config, tmp_path: Path) -> None:

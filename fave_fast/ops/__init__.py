@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from fave_fast.ops import adam as _adam
 from fave_fast.ops import attention as _attention
 from fave_fast.ops import block as _block
 from fave_fast.ops import cross_entropy as _cross_entropy
@@ -13,6 +14,7 @@ from fave_fast.ops.exclusions import Exclusions
 from fave_fast.ops.registry import BACKENDS, Op
 
 OPS: tuple[Op[Any], ...] = (
+    _adam.OP,
     _attention.OP,
     _block.OP,
     _cross_entropy.OP,
@@ -22,6 +24,7 @@ OPS: tuple[Op[Any], ...] = (
     _score_topk.OP,
 )
 
+ClippedAdam = _adam.ClippedAdam
 attention = _attention.attention
 attention_dual = _attention.attention_dual
 block = _block.block
@@ -36,6 +39,7 @@ score_topk = _score_topk.score_topk
 __all__ = [
     "BACKENDS",
     "OPS",
+    "ClippedAdam",
     "Exclusions",
     "attention",
     "attention_dual",

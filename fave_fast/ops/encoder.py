@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # what is below imports nothing of what is above it
 
 MAX_ROWS = 128  # the longest history that one program of the kernel holds
 MIN_SLOT = 8  # rows of the smallest slot: sums over keys are fixed relative to eight of them
+MAX_PLANNED = 4096  # users that one program sorts by length
 KERNEL_CHANNELS = (16, 32, 64, 128, 256)
 
 
@@ -155,6 +156,22 @@ class Plan:
         table = torch.stack((first.clamp_max(max(0, len(lengths) - 1)), count, shifts[bucket]), 1)
         return cls(order.int(), table.int(), rows)
 
+    @classmethod
+    def empty(cls, users: int, rows: int, device: torch.device) -> Plan:
+        """Memory for the plan of `users` histories; `refill` makes it."""
+        programs = users + (rows // MIN_SLOT).bit_length() - 1
+        order, table = torch.empty(users, dtype=torch.int32), torch.empty(programs, 3, dtype=torch.int32)
+        return cls(order.to(device), table.to(device), rows)
+
+    def refill(self, offsets: Tensor) -> None:
+        """`of` the lengths between `offsets` [B + 1], into the same memory, by one launch of a Triton kernel.
+
+        B is at most `MAX_PLANNED`.
+        """
+        from fave_fast.kernels import encoder as kernels
+
+        kernels.plan(offsets, self.order, self.programs, rows=self.rows, smallest=MIN_SLOT)
+
     def trimmed(self) -> Plan:
         """Without the programs that have no users; waits for the device."""
         used = int((self.programs[:, 1] > 0).sum())
@@ -186,7 +203,7 @@ def encode(
 ) -> Tensor:
     """The endpoint of each history from its input E.
 
-    A history longer than the model's longest must have been cut; on a GPU nobody looks. One without items gets zeros.
+    Of a packed history longer than the model's longest the newest items count. One without items gets zeros.
     NaN and infinities in one history may reach others.
 
     Args:
@@ -271,7 +288,7 @@ def _run(
         users = 0 if not padded_length else len(rows) // padded_length
     else:
         users = len(bounds) - (padded_length is None)
-        _check_bounds(bounds, rows, padded_length, config.max_length)
+        _check_bounds(bounds, rows, padded_length)
     if padded_length is not None and not 1 <= padded_length <= config.max_length:
         raise ValueError(f"histories are {padded_length} long; expected 1 to {config.max_length}")
     if out is None:
@@ -291,7 +308,7 @@ def _run(
     return out
 
 
-def _check_bounds(bounds: Tensor, rows: Tensor, padded_length: int | None, longest: int) -> None:
+def _check_bounds(bounds: Tensor, rows: Tensor, padded_length: int | None) -> None:
     if bounds.dim() != 1 or bounds.dtype not in (torch.int32, torch.int64) or bounds.device != rows.device:
         raise ValueError(
             f"bounds are {bounds.dtype} {list(bounds.shape)} on {bounds.device}; expected int32 or int64 of one "
@@ -306,7 +323,7 @@ def _check_bounds(bounds: Tensor, rows: Tensor, padded_length: int | None, longe
     lengths = bounds if padded_length is not None else bounds.diff()
     if padded_length is None and (int(bounds[0]) != 0 or int(bounds[-1]) != len(rows)):
         raise ValueError(f"offsets do not go from 0 to the number of rows, {len(rows)}")
-    most = longest if padded_length is None else padded_length
+    most = len(rows) if padded_length is None else padded_length
     if bool(((lengths < 0) | (lengths > most)).any()):
         raise ValueError(f"a history's length is not within 0 to {most}")
 
@@ -332,7 +349,7 @@ def _run_reference(call: _Call) -> None:
     model = call.weights.model
     if call.padded_length is None:
         assert call.bounds is not None
-        rows, present = _grid(call.bounds)
+        rows, present = _grid(call.bounds, model.config.max_length)
     else:
         rows = torch.arange(len(call.rows), device=call.rows.device).view(-1, call.padded_length)
         present = torch.ones_like(rows, dtype=torch.bool)
@@ -351,9 +368,9 @@ def _run_reference(call: _Call) -> None:
     call.out.copy_(endpoint * present.any(1)[:, None])
 
 
-def _grid(offsets: Tensor) -> tuple[Tensor, Tensor]:
+def _grid(offsets: Tensor, longest: int) -> tuple[Tensor, Tensor]:
     """Row of each place of a left-padded grid int64 [B, L], and whether an item is there; waits for the device."""
-    lengths = offsets.diff()
+    lengths = offsets.diff().clamp_max(longest)
     ages = torch.arange(max(1, int(lengths.max())) - 1, -1, -1, device=offsets.device)
     present = ages < lengths[:, None]
     return torch.where(present, offsets[1:, None] - 1 - ages, 0), present

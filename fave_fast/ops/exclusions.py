@@ -17,8 +17,8 @@ class Exclusions:
     Ids may come in any order, repeat, or lie outside the catalogue (0, the padding, say): those change nothing.
 
     Attributes:
-        ids: [E] int64.
-        offsets: [B + 1] int64, from 0 to E; row b has `ids[offsets[b] : offsets[b + 1]]`. On the same device.
+        ids: [E] int64 or int32.
+        offsets: [B + 1] int64 or int32, from 0 to E; row b has `ids[offsets[b] : offsets[b + 1]]`. On the same device.
 
     Raises:
         ValueError: wrong shape, dtype or device; or, on the CPU, offsets that do not rise from 0 to E. Elsewhere the
@@ -30,8 +30,10 @@ class Exclusions:
 
     def __post_init__(self) -> None:
         for name, value in (("ids", self.ids), ("offsets", self.offsets)):
-            if value.dim() != 1 or value.dtype != torch.int64:
-                raise ValueError(f"{name} is {value.dtype} {list(value.shape)}; expected int64 of one dimension")
+            if value.dim() != 1 or value.dtype not in (torch.int32, torch.int64):
+                raise ValueError(
+                    f"{name} is {value.dtype} {list(value.shape)}; expected int32 or int64 of one dimension"
+                )
         if self.ids.device != self.offsets.device:
             raise ValueError(f"ids are on {self.ids.device} and offsets on {self.offsets.device}; expected one device")
         if len(self.offsets) == 0:

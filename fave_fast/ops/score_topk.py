@@ -59,7 +59,8 @@ def score_topk(
         exclude: ids that are no candidates, row by row.
         deny: [N + 1] bool, True for items that are no candidates in any row.
         tile: columns computed at a time by the reference; by default as many as keep B * tile within 2^24 scores.
-        out: scores [B, K] float32 and ids [B, K] int64, contiguous: written and returned.
+        out: scores [B, K] float32 and ids [B, K] int64, contiguous: written and returned. May lie in pinned memory of
+            the host: the kernels write each list once, and the host sees it when they are done.
         workspace: at least `workspace_bytes` of uint8 for the triton backend; its contents do not matter and change.
         backend: auto, reference, or triton (K up to 1,024, D up to 256, N up to 2^31 - 2^12).
 
@@ -80,11 +81,11 @@ def score_topk(
         )
     shape = (len(queries), k)
     for name, given, dtype in zip(("scores", "ids"), out or (), (torch.float32, torch.int64), strict=False):
-        fits = given.shape == shape and given.dtype == dtype and given.device == queries.device
-        if not (fits and given.is_contiguous()):
+        reachable = given.device == queries.device or given.is_pinned()
+        if not (given.shape == shape and given.dtype == dtype and reachable and given.is_contiguous()):
             raise ValueError(
                 f"out's {name} are {given.dtype} {list(given.shape)} on {given.device}; expected contiguous {dtype} "
-                f"{list(shape)} on {queries.device}"
+                f"{list(shape)} on {queries.device}, or pinned"
             )
     run = OP.resolve(backend, queries.device, queries.dtype, _beyond_the_kernels(queries.shape[1], k, len(table)))
     return run(tiles, k, deny, out, workspace)

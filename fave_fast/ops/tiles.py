@@ -85,7 +85,7 @@ class Tiles:
         if self.exclude is None or len(self.exclude.ids) == 0:
             return [None] * len(bounds)
         device = self.queries.device
-        ids, order = self.exclude.ids.sort()
+        ids, order = self.exclude.ids.long().sort()
         every_row = torch.arange(len(self.queries), device=device)
         rows = every_row.repeat_interleave(self.exclude.offsets.diff(), output_size=len(ids))[order]
         cuts = torch.searchsorted(ids, torch.tensor(bounds, device=device)).tolist()

@@ -1,0 +1,220 @@
+"""A training step of either stage: samples a second, milliseconds, and device memory at its peak.
+
+`python -m bench.training [--data FILE]`, on a GPU. Case `L 50` is B = 512 histories of 50 items, 12,101 items, four
+blocks, dropout 0.3, bf16; case `Beauty` the full batches of an epoch of its log, the network the same. A step is
+everything from the windows' places on the host to changed weights; times are wall-clock over many steps, the device
+waited for at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fave_fast import dual, losses
+from fave_fast.config import Config
+from fave_fast.data import IdMap, Interactions, Windows, load_interactions, split
+from fave_fast.fused import Network, pack
+from fave_fast.model import FAVE, Prediction
+from fave_fast.steps import FusedSteps, ReferenceSteps, Steps
+from fave_fast.train import epoch_batches, make_optimiser
+
+B, L, N = 512, 50, 12_101
+Batch = tuple[np.ndarray, np.ndarray]
+
+
+def full_length(n: int = N) -> tuple[Interactions, Config, list[Batch]]:
+    """Random histories of L items before each target."""
+    generator = np.random.default_rng(0)
+    users = 4 * B
+    items = generator.integers(1, n + 1, users * (L + 1)).astype(np.int32)
+    offsets = np.arange(users + 1) * (L + 1)
+    ids = IdMap(np.arange(1, n + 1))
+    data = Interactions(items, offsets, ids, IdMap(np.arange(users)), None, "random", ())
+    starts = offsets[:-1].reshape(-1, B)
+    return data, Config(), [(part, part + L) for part in starts]
+
+
+def real(path: Path) -> tuple[Interactions, Config, list[Batch]]:
+    """The batches of an epoch of Beauty, four blocks and 50 items as in the paper."""
+    data, config = load_interactions(path), Config()
+    windows = Windows(data.offsets, split(data, config.data).train_end)
+    numbers = epoch_batches(data, windows, config, (0, 1, 0))
+    return data, config, [windows.positions(part) for part in numbers if len(part) == B]
+
+
+def make(kind: str, stage: int, data: Interactions, config: Config) -> Steps:
+    torch.manual_seed(0)
+    model = FAVE(config.model, data.num_items).cuda().train()
+    model.item_embedding.weight.requires_grad_(stage == 1)
+    fused = kind.startswith("fused")
+    dtype = torch.float32 if kind.endswith("fp32") else torch.bfloat16
+    options = data, config, model, make_optimiser(model, 1e-3, 0.0, captured=fused), stage, dtype
+    if fused:
+        return FusedSteps(*options, backend="triton", capture=kind != "fused, no graph")
+    return ReferenceSteps(*options)
+
+
+def jvp(
+    model: FAVE, history: Tensor, x_t: Tensor, t: Tensor, r: Tensor, lam: Tensor, v: Tensor
+) -> tuple[Prediction, Tensor]:
+    embedded = model.embed_history(history)
+
+    def endpoint_of(x_t: Tensor, t: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+        prediction = model.encode(model.modulate(embedded, x_t, t, r, lam), history != 0, forward_mode=True)
+        return prediction.endpoint, prediction.source
+
+    with sdpa_kernel(SDPBackend.MATH):
+        result: Any = torch.func.jvp(
+            endpoint_of, (x_t, t, r), (v, torch.ones_like(t), torch.zeros_like(r)), has_aux=True
+        )
+    return Prediction(result[0], result[2]), result[1]
+
+
+def measure(steps: Steps, batches: list[Batch], seconds: float) -> tuple[float, float | None]:
+    """Samples a second, and GiB at the peak, None of captured steps, whose memory the allocator does not count."""
+    # Twice over what is to be timed: once to compile, once to capture.
+    for _ in range(2):
+        for seed, batch in enumerate(batches):
+            steps.take(*batch, seed)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    started, samples = time.perf_counter(), 0
+    while time.perf_counter() - started < seconds:
+        for seed, batch in enumerate(batches):
+            steps.take(*batch, seed)
+            samples += len(batch[0])
+        torch.cuda.synchronize()
+    speed = samples / (time.perf_counter() - started)
+    captured = isinstance(steps, FusedSteps) and steps.capture
+    return speed, None if captured else torch.cuda.max_memory_allocated() / 2**30
+
+
+def check() -> None:
+    """No time counts unless the fused losses and their gradients equal the reference's in fp64, by twice its error."""
+    config = Config.from_dict({"model": {"dropout": 0, "embedding_dropout": 0}}, "bench")
+    data, _, batches = full_length()
+    starts, ends = (torch.from_numpy(part[:64]).cuda() for part in batches[0])
+    ends = torch.minimum(ends, starts + torch.arange(1, 65, device="cuda").clamp_max(L))
+    torch.manual_seed(0)
+    model = FAVE(config.model, N).cuda().train()
+    items = torch.from_numpy(data.items).cuda()
+    packed = pack(items, starts, ends, L, 4096, 40)
+    x, v = torch.randn(2, 64, 128, device="cuda")
+    t = torch.rand(64, device="cuda")
+    lam = 0.01 * torch.randn(4096, 128, device="cuda")
+    grid = torch.arange(L - 1, -1, -1, device="cuda")
+    rows = packed.offsets[1:65, None] - 1 - grid
+    history = torch.where(grid < (ends - starts)[:, None], packed.ids[rows.clamp_min(0)], 0)
+
+    def everything(kind: str) -> list[Tensor]:
+        wide = torch.float64 if kind == "oracle" else torch.float32
+        model.to(wide)
+        inputs = [one.to(wide) for one in (x, t, (1 + t) / 2)]
+        if kind == "fused":
+            network = Network(model, packed, torch.tensor([1], device="cuda"), torch.bfloat16, lam=lam)
+            prediction, tangent = network.predict_with_tangent(*inputs, v)
+        else:
+            grid_lam = lam[rows.clamp_min(0)].to(wide)
+            with torch.autocast("cuda", torch.bfloat16, enabled=kind != "oracle"):
+                prediction, tangent = dual.predict(model, history, *inputs, grid_lam, v.to(wide))
+        loss = prediction.endpoint.square().sum() + prediction.source.square().sum() + tangent.square().sum()
+        leaves = [one for name, one in model.named_parameters() if not name.startswith("history_decoder")]
+        return [prediction.endpoint, prediction.source, tangent, *torch.autograd.grad(loss, leaves)]
+
+    want = everything("oracle")
+    errors = {
+        kind: [((a.double() - b).norm() / b.norm()).item() for a, b in zip(everything(kind), want, strict=True)]
+        for kind in ("fused", "reference")
+    }
+    print("relative errors against fp64, fused / reference:")
+    print(", ".join(f"{a:.1e}/{b:.1e}" for a, b in zip(*errors.values(), strict=True)))
+    if not max(errors["fused"]) <= 2 * max(errors["reference"]):
+        raise AssertionError("the fused network differs from the reference")
+
+
+def profile(steps: Steps, batch: Batch, times: int = 5) -> str:
+    """The kernels of a step and what each takes."""
+    for _ in range(3):
+        steps.take(*batch, 0)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiled:
+        for _ in range(times):
+            steps.take(*batch, 0)
+        torch.cuda.synchronize()
+    events = [one for one in profiled.key_averages() if one.self_device_time_total > 0]
+    spent = sorted(events, key=lambda event: -event.self_device_time_total)
+    total, count = sum(one.self_device_time_total for one in spent) / times, sum(one.count for one in spent) // times
+    lines = [
+        f"  {one.self_device_time_total / times:8.1f} us x{one.count / times:5.1f}  {one.key[:70]}"
+        for one in spent[:90]
+    ]
+    return "\n".join([f"{count} kernels, {total:.0f} us of the device", *lines])
+
+
+def cases(data: Path | None) -> Iterator[tuple[str, tuple[Interactions, Config, list[Batch]]]]:
+    yield "L 50", full_length()
+    if data is not None:
+        yield "Beauty", real(data)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--data", type=Path, help="Beauty's log")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of each timing")
+    parser.add_argument("--only", help="leave out who is not among these, a / between two")
+    parser.add_argument("--profile", action="store_true", help="also list the kernels of each step")
+    arguments = parser.parse_args()
+    check()
+    rows: list[dict[str, Any]] = []
+
+    def row(case: str, stage: int, who: str, steps: Steps, batches: list[Batch]) -> None:
+        if arguments.only is not None and who not in arguments.only.split("/"):
+            return
+        try:
+            speed, memory = measure(steps, batches, arguments.seconds)
+        except Exception as error:  # a peer that does not run says so
+            print(f"{case}, stage {stage}, {who}: {type(error).__name__}: {str(error)[:300]}", flush=True)
+            return
+        rows.append({"case": case, "stage": stage, "who": who, "samples_per_second": speed, "peak_gib": memory})
+        peak = "" if memory is None else f"{memory:6.2f} GiB"
+        print(f"{case:9} stage {stage} {who:24} {speed:12,.0f} samples/s {1e3 * B / speed:8.3f} ms {peak}", flush=True)
+
+    made = list(cases(arguments.data))
+    for case, (log, config, batches) in made:
+        for stage in (1, 2):
+            for who in ("fused", "fused, no graph", "eager", "fused, fp32", "eager, fp32"):
+                some = batches if who.startswith("fused") and "no" not in who else batches[:8]
+                row(case, stage, who, make(who, stage, log, config), some)
+            if arguments.profile:
+                print(profile(make("fused, no graph", stage, log, config), batches[0]), flush=True)
+                if stage == 1 and arguments.only is None:
+                    print("eager:\n" + profile(make("eager", stage, log, config), batches[0]), flush=True)
+    log, config, batches = full_length(1_000_000)
+    row("1 M items", 1, "fused", make("fused", 1, log, config), batches)
+    log, config, batches = made[0][1]
+    explicit = losses.predict_with_tangent
+    forms: list[tuple[int, str, Callable[..., Any]]] = [(2, "torch.func.jvp", jvp)]
+    forms.append((2, "compiled dual", torch.compile(dual.predict)))
+    for stage, who, form in forms:
+        losses.predict_with_tangent = form
+        row("L 50", stage, who, make("eager", stage, log, config), batches)
+    losses.predict_with_tangent = explicit
+    steps = make("eager", 1, log, config)
+    assert isinstance(steps, ReferenceSteps)
+    steps.model.forward = torch.compile(steps.model.forward)
+    row("L 50", 1, "torch.compile", steps, batches)
+    print(json.dumps({"gpu": torch.cuda.get_device_name(), "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""Which items there are at one time, by number: those of training, those added since, and without those removed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from fave_fast.data import IdMap, canonical_id
+from fave_fast.errors import InputError
+
+ItemId = int | str
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Catalogue:
+    """One version of the catalogue; a change makes another.
+
+    Attributes:
+        trained: the ids of items 1 to N of the checkpoint.
+        names: the ids of the items added since, in the order of their numbers N + 1, N + 2, ...
+        added: the same, to look up.
+        order: int64, the place in `names` of each id of `added`.
+        popularity: int64 [items + 1], how often each was trained on; 0 at the padding and for added items.
+        gone: bool [items + 1]: removed, and the padding.
+        version: how many changes there were.
+    """
+
+    trained: IdMap
+    names: tuple[ItemId, ...]
+    added: IdMap
+    order: Ints
+    popularity: Ints
+    gone: npt.NDArray[np.bool_]
+    version: int
+
+    @classmethod
+    def of(cls, trained: IdMap, popularity: Ints, version: int = 0) -> Catalogue:
+        """The catalogue of a checkpoint; popularity int64 [N + 1]."""
+        gone = np.zeros(len(trained) + 1, dtype=np.bool_)
+        gone[0] = True
+        return cls(trained, (), IdMap.from_ids([]), np.zeros(0, np.int64), popularity, gone, version)
+
+    def __len__(self) -> int:
+        """The highest number given to an item so far."""
+        return len(self.gone) - 1
+
+    def numbers_ever(self, ids: Sequence[object] | npt.NDArray[np.integer]) -> Ints:
+        """Numbers of `ids`, int64; 0 where no item ever had the id.
+
+        Raises:
+            DataError: something that cannot be an id.
+        """
+        numbers = self.trained.index(ids) + 1
+        if self.names:
+            missing = np.flatnonzero(numbers == 0)
+            places = self.added.index([ids[at] for at in missing.tolist()])
+            found = places >= 0
+            numbers[missing[found]] = len(self.trained) + 1 + self.order[places[found]]
+        return numbers
+
+    def numbers(self, ids: Sequence[object] | npt.NDArray[np.integer]) -> Ints:
+        """Numbers of `ids`, int64; 0 where the catalogue does not hold one.
+
+        Raises:
+            DataError: something that cannot be an id.
+        """
+        numbers = self.numbers_ever(ids)
+        numbers[self.gone[numbers]] = 0
+        return numbers
+
+    def ids(self, numbers: npt.NDArray[np.integer]) -> list[ItemId]:
+        """The ids of items `numbers`, flat."""
+        if not self.names:
+            return self.trained.take(numbers - 1)
+        known = len(self.trained)
+        return [
+            self.trained.id_at(number - 1) if number <= known else self.names[number - known - 1]
+            for number in numbers.ravel().tolist()
+        ]
+
+    def with_items(self, ids: Sequence[ItemId]) -> tuple[Catalogue, Ints]:
+        """The next version, which holds `ids` too, and their numbers; an id that had a number gets that one.
+
+        Raises:
+            DataError: something that cannot be an id.
+            InputError: an id stands twice.
+        """
+        ids = _each_once(ids)
+        numbers = self.numbers_ever(ids)
+        new = np.flatnonzero(numbers == 0)
+        numbers[new] = len(self) + 1 + np.arange(len(new))
+        names = (*self.names, *(ids[at] for at in new.tolist()))
+        added = IdMap.from_ids(names)
+        order = np.empty(len(names), dtype=np.int64)
+        order[added.index(list(names))] = np.arange(len(names))
+        popularity = np.concatenate((self.popularity, np.zeros(len(new), np.int64)))
+        gone = np.concatenate((self.gone, np.zeros(len(new), np.bool_)))
+        gone[numbers] = False
+        return replace(
+            self, names=names, added=added, order=order, popularity=popularity, gone=gone, version=self.version + 1
+        ), numbers
+
+    def without_items(self, ids: Sequence[ItemId]) -> tuple[Catalogue, Ints]:
+        """The next version, which lacks `ids`, and their numbers.
+
+        Raises:
+            DataError: something that cannot be an id.
+            InputError: an id that the catalogue does not hold.
+        """
+        numbers = self.numbers(ids)
+        if (numbers == 0).any():
+            raise InputError(f"item {ids[int(np.argmin(numbers))]!r} cannot be removed: the catalogue does not hold it")
+        gone = self.gone.copy()
+        gone[numbers] = True
+        return replace(self, gone=gone, version=self.version + 1), numbers
+
+
+def _each_once(ids: Sequence[ItemId]) -> list[ItemId]:
+    """`ids` in canonical form."""
+    seen: dict[ItemId, None] = {}
+    for item in map(canonical_id, ids):
+        if item in seen:
+            raise InputError(f"item {item!r} stands twice among those to add; expected each once")
+        seen[item] = None
+    return list(seen)

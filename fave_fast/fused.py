@@ -1,0 +1,302 @@
+"""The network of training over packed histories, through the ops: no position is padding, products are in one dtype.
+
+What `FAVE` computes on left-padded histories, with lambda and all dropout from the ops' counter-based generators, whose
+seed lies on the device: a captured step draws anew once the seed is written. Weights stay as the model holds them and
+are narrowed once a pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from fave_fast import dual
+from fave_fast.config import ModelConfig
+from fave_fast.model import FAVE, Block, Prediction, RMSNorm
+from fave_fast.ops.attention import Tables, rotary_by_age
+from fave_fast.ops.block import BlockDropout, BlockWeights, block, block_dual
+from fave_fast.ops.input_modulation import Drawn, Draws, Times, input_modulation, input_modulation_dual
+
+_EIGHT = 8  # elements of 16 bits that a matrix product wants rows to be multiples of
+
+
+@dataclass(frozen=True)
+class Packed:
+    """B histories end to end, oldest item first, then F fillers without items that make up a fixed number of rows."""
+
+    ids: Tensor  # int64 [rows]; 0 in fillers
+    offsets: Tensor  # int64 [B + F + 1], rising from 0 to rows
+    owners: Tensor  # int64 [rows]: which history a row belongs to
+    users: Tensor  # int64 [B + F]: the keys of what is drawn
+    count: int  # B
+
+    @property
+    def newest(self) -> Tensor:
+        """Row [B + F] of each history's newest item."""
+        return self.offsets[1:] - 1
+
+
+def pack(items: Tensor, starts: Tensor, ends: Tensor, max_length: int, rows: int, fillers: int) -> Packed:
+    """The last `max_length` items of items[start:end] for each history; on the tensors' device, without waiting for it.
+
+    Args:
+        items: integers [M].
+        starts: int64 [B].
+        ends: int64 [B], beyond starts.
+        max_length: L.
+        rows: of the result. What the histories leave is shared out among the fillers, 1 to L rows each.
+        fillers: F.
+    """
+    lengths = (ends - starts).clamp_max(max_length)
+    count = len(starts)
+    rest = rows - lengths.sum()
+    place = torch.arange(fillers, device=starts.device)
+    lengths = torch.cat((lengths, (rest + place) // max(fillers, 1)))
+    offsets = F.pad(lengths.cumsum(0), (1, 0))
+    row = torch.arange(rows, device=starts.device)
+    owners = torch.searchsorted(offsets[1:], row, right=True)
+    last = F.pad(ends, (0, fillers))[owners] - offsets[1:][owners]
+    real = owners < count
+    ids = torch.where(real, items[torch.where(real, last + row, 0)], 0).long()
+    return Packed(ids, offsets, owners, torch.arange(count + fillers, device=starts.device), count)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model over one batch of packed histories.
+
+    Attributes:
+        model: whose weights.
+        packed: the histories.
+        seed: int64 [1] on the device: of lambda and dropout.
+        dtype: of E, the residual stream and the products.
+        backend: of the ops.
+        lam: lambda [rows, D]; drawn by default.
+        tables: of `rotary_of`, which is where they come from by default: a step would compute them again.
+    """
+
+    model: FAVE
+    packed: Packed
+    seed: Tensor
+    dtype: torch.dtype
+    backend: str = "auto"
+    lam: Tensor | None = None
+    tables: Tables | None = None
+
+    def predict(self, x_t: Tensor, t: Tensor, r: Tensor) -> Prediction:
+        """f(x_t, t, r) for x_t [B, D], t and r [B]."""
+        packed, model = self.packed, self.model
+        x, time = self._filled(x_t), self._times(t, r)
+        norm = model.embedding_norm
+        e = input_modulation(
+            packed.ids, model.item_embedding.weight, norm.weight, norm.bias, x, time, self._lambda(),
+            offsets=packed.offsets, draws=self._draws(), dropout=self._p(model.config.embedding_dropout),
+            eps=norm.eps, dtype=self.dtype, backend=self.backend,
+        )  # fmt: skip
+        h, source = self._blocks((e,))
+        return Prediction(_normed(model.final_norm, h[0][: packed.count].to(x_t.dtype)), source)
+
+    def predict_with_tangent(self, x_t: Tensor, t: Tensor, r: Tensor, v: Tensor) -> tuple[Prediction, Tensor]:
+        """`predict`, and the endpoint's derivative [B, D] along [v, 1, 0]."""
+        packed, model = self.packed, self.model
+        x, dx, time = self._filled(x_t), self._filled(v), self._times(t, r)
+        norm = model.embedding_norm
+        e = input_modulation_dual(
+            packed.ids, model.item_embedding.weight, norm.weight, norm.bias, x, dx, time, self._lambda(),
+            offsets=packed.offsets, draws=self._draws(), dropout=self._p(model.config.embedding_dropout),
+            eps=norm.eps, dtype=self.dtype, backend=self.backend,
+        )  # fmt: skip
+        h, source = self._blocks(e)
+        last = cast(dual.Pair, tuple(one[: packed.count].to(x_t.dtype) for one in h))
+        endpoint, tangent = dual.norm(model.final_norm, last)
+        return Prediction(endpoint, source), tangent
+
+    def draw_anchor(self, rho: float, generator: torch.Generator | None) -> Tensor:
+        """x_0 of eq. (14), [B, D]: `flow.draw_anchor` on packed histories."""
+        packed, table = self.packed, self.model.item_embedding.weight
+        uniform = torch.rand(packed.count, device=table.device, generator=generator)
+        keep = torch.rand(packed.count, table.shape[1], device=table.device, generator=generator) < rho
+        lengths = packed.offsets.diff()[: packed.count]
+        oldest_first = (uniform * lengths).long().minimum(lengths - 1)
+        return table[packed.ids[packed.offsets[: packed.count] + oldest_first]] * keep.to(table.dtype)
+
+    def source_loss(
+        self, source: Tensor, kind: Literal["sampled", "dense"], generator: torch.Generator | None
+    ) -> Tensor:
+        """L_src of eq. (13) for E_u [B, D], as `losses.source_loss` has it.
+
+        One product gives the outputs of all N items, of which those that count are read; their gradients go back
+        through one product too, where gathering the items' rows would need a sort.
+        """
+        packed, decoder, items = self.packed, self.model.history_decoder, self.model.num_items
+        with torch.autocast(source.device.type, enabled=False):  # in fp32: casts would be more than the products
+            hidden = decoder.hidden(source)
+        hidden = torch.cat((hidden, torch.ones_like(hidden[:, :1]), torch.zeros_like(hidden[:, : _EIGHT - 1])), 1)
+        weight: Tensor = _Padded.apply(decoder.out.weight, decoder.out.bias, self.dtype)  # type: ignore[no-untyped-call]
+        outputs = F.linear(hidden.to(self.dtype), weight)
+        width = outputs.shape[1]
+        real, first = packed.owners < packed.count, packed.owners * width
+        places = torch.where(real, first + packed.ids, 0)  # column 0 is read by none
+        present = torch.zeros(packed.count * width, dtype=torch.bool, device=source.device)
+        present.index_fill_(0, places, True)
+        if kind == "dense":
+            wanted = present.view(-1, width)
+            return _wide(outputs - wanted.to(outputs.dtype))[:, 1 : items + 1].square().mean()
+        drawn = torch.randint(1, items + 1, packed.ids.shape, device=source.device, generator=generator)
+        others = torch.where(real, first + drawn, 0)
+        counts = torch.cat((real, real & ~present[others]))
+        loss: Tensor = _Picked.apply(outputs, torch.cat((places, others)), counts)  # type: ignore[no-untyped-call]
+        return loss
+
+    def _lambda(self) -> Tensor | Drawn:
+        return Drawn(self.model.config.delta) if self.lam is None else self.lam
+
+    def _p(self, p: float) -> float:
+        return p if self.model.training else 0.0
+
+    def _draws(self) -> Draws:
+        return Draws(self.seed, self.packed.users)
+
+    def _filled(self, x: Tensor) -> Tensor:
+        """X [B, ...] with zeros for the fillers."""
+        fillers = len(self.packed.users) - self.packed.count
+        return F.pad(x, (0, 0) * (x.dim() - 1) + (0, fillers)) if fillers else x
+
+    def _times(self, t: Tensor, r: Tensor) -> Times:
+        time = self.model.time_embedding
+        return Times(
+            self._filled(t), self._filled(r), time.hidden.weight, time.hidden.bias, time.out.weight, time.out.bias,
+            time.scale,
+        )  # fmt: skip
+
+    def _blocks(self, h: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:
+        """(E,) or (E, dE) [rows, D] through all blocks: the newest rows [B + F, D] of each, and E_u [B, D]."""
+        config, packed = self.model.config, self.packed
+        tables = self.tables or rotary_of(config, packed.ids.device)
+        source_index = config.source_block % config.blocks
+        p = self._p(config.dropout)
+        source = h[0]
+        for index, weights in enumerate(block_weights(self.model, self.dtype)):
+            last = index == config.blocks - 1
+            dropout = BlockDropout(p, self.seed, index) if p > 0 else None
+            if len(h) == 1:
+                h = (block(h[0], weights, packed.offsets, config.heads, tables, causal=config.attention == "causal",
+                           last_only=last, dropout=dropout, backend=self.backend),)  # fmt: skip
+            else:
+                h = block_dual(
+                    h[0], h[1], weights, packed.offsets, config.heads, tables, causal=config.attention == "causal",
+                    last_only=last, dropout=dropout, backend=self.backend,
+                )  # fmt: skip
+            if index == source_index:
+                source = h[0] if last else h[0].index_select(0, packed.newest)
+        return h, source[: packed.count].to(self.model.item_embedding.weight.dtype)
+
+
+def rotary_of(config: ModelConfig, device: torch.device) -> Tables | None:
+    """The rotary tables of all ages, or None where the configuration names none."""
+    return None if config.position == "none" else rotary_by_age(config.max_length, config.d // config.heads, device)
+
+
+def _normed(module: nn.Module, x: Tensor) -> Tensor:
+    """The norm of x by PyTorch's op for it: `RMSNorm` of the model is written out for forward mode, in 18 launches."""
+    if isinstance(module, RMSNorm):
+        return F.rms_norm(x, module.weight.shape, module.weight, module.eps)
+    result: Tensor = module(x)
+    return result
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class _Picked(torch.autograd.Function):
+    """The mean over `counts` of (y - 1)^2 at the first half of `places`, and of y^2 at the second, y = outputs[places].
+
+    Equal places have equal gradients, so that atomics add them to the same bits in any order.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, outputs: Tensor, places: Tensor, counts: Tensor) -> Tensor:
+        error = _wide(outputs.flatten().index_select(0, places))
+        error[: len(places) // 2] -= 1
+        error *= counts
+        weight = counts.sum().clamp_min(1).to(error.dtype).reciprocal()
+        ctx.save_for_backward(places, error, weight)
+        ctx.outputs = outputs.shape, outputs.dtype
+        return error.square().sum() * weight
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        places, error, weight = ctx.saved_tensors
+        shape, dtype = ctx.outputs
+        gradient = torch.zeros(shape.numel(), dtype=dtype, device=error.device)
+        gradient.index_add_(0, places, (error * (2 * grads[0] * weight)).to(dtype))
+        return gradient.view(shape), None, None
+
+
+class _Padded(torch.autograd.Function):
+    """Weights [N + 1, D] and, as a column more, biases [N + 1], in `dtype` and with zeros up to multiples of 8.
+
+    N + 1 = 12,102 columns of 16 bits got kernels for rows of whole 4 bytes: 20 us forward, 14 and 12 backward, and the
+    biases' gradient, a sum of its own, 20 (H200, B = 512).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+        rows, d = weight.shape
+        padded = torch.zeros(-(-rows // _EIGHT) * _EIGHT, d + _EIGHT, dtype=dtype, device=weight.device)
+        padded[:rows, :d] = weight
+        padded[:rows, d] = bias
+        ctx.rows, ctx.dtype = rows, weight.dtype
+        return padded
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = grads
+        wide = gradient[: ctx.rows]
+        d = gradient.shape[1] - _EIGHT
+        return wide[:, :d].to(ctx.dtype).contiguous(), wide[:, d].to(ctx.dtype).contiguous(), None
+
+
+class _Narrowed(torch.autograd.Function):
+    """Tensors in another dtype, and their gradients back, in one launch each: casts alone were a launch a tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.dtypes = [one.dtype for one in tensors]
+        narrow = [torch.empty_like(one, dtype=dtype) for one in tensors]
+        torch._foreach_copy_(narrow, list(tensors))
+        return tuple(narrow)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        wide = [torch.empty_like(grad, dtype=dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)]
+        torch._foreach_copy_(wide, list(grads))
+        return None, *wide
+
+
+def block_weights(model: FAVE, dtype: torch.dtype) -> list[BlockWeights]:
+    """The parameters of every block in `dtype`."""
+    given: list[Tensor | None] = []
+    for one in model.blocks:
+        module = cast(Block, one)
+        for norm, first, second in (
+            (module.attention_norm, module.qkv, module.attention_out),
+            (module.ffn_norm, module.ffn_in, module.ffn_out),
+        ):
+            bias = norm.bias if isinstance(norm, nn.LayerNorm) else None
+            given += [cast(Tensor, norm.weight), bias, first.weight, second.weight]
+    held = [one for one in given if one is not None]
+    if held[0].dtype != dtype:
+        held = list(_Narrowed.apply(dtype, *held))  # type: ignore[no-untyped-call]
+    rest = iter(held)
+    every = [None if one is None else next(rest) for one in given]
+    return [BlockWeights(*every[start : start + 8]) for start in range(0, len(every), 8)]  # type: ignore[arg-type]

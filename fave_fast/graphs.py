@@ -1,0 +1,233 @@
+"""The one step on a GPU as CUDA graphs: numbered histories on the host in, lists on the host out, by one launch.
+
+A graph holds everything of a request: the reading of the histories from the host's memory, input path and encoder,
+top-K with exclusions, whose kernel writes the lists into the host's memory, and the word that says so. There is one for
+each batch size of `BATCHES`; a request takes the smallest that holds it, its other users being empty. The kernels are
+those that run uncaptured, so the bits are, too.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fave_fast.ops import Exclusions, score_topk
+from fave_fast.ops.encoder import MAX_PLANNED, EncoderWeights, InputPath, Plan, encode_ids
+from fave_fast.ops.encoder import OP as ENCODER
+from fave_fast.ops.score_topk import workspace_bytes
+from fave_fast.ops.tuning import multiprocessors
+from fave_fast.submit import Completion, Submission
+
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+SMALL_BATCH = 8  # histories; up to here the cluster kernel answers sooner than one program a history
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+
+
+class Histories(NamedTuple):
+    """Numbered histories end to end, oldest first: ids int32 [T] from 1 to N, and where each begins, int64 [B + 1]."""
+
+    ids: npt.NDArray[np.int32]
+    offsets: Ints
+
+
+@dataclass(frozen=True)
+class Step:
+    """From packed item numbers on a device to lists: f of eq. (25), then the top K of the whole catalogue."""
+
+    weights: EncoderWeights
+    path: InputPath
+    backend: str
+
+    @property
+    def table(self) -> Tensor:
+        """The catalogue [N + 1, D]."""
+        return self.weights.model.item_embedding.weight.detach()
+
+    def encoder_backend(self, users: int) -> str:
+        """`backend`; where that is auto, the cluster kernel for small batches on a GPU that has it.
+
+        Each kernel gives a history the same bits in any batch, but the two differ in the last ones: who wants them
+        equal between batches of any size names `triton`.
+        """
+        small = self.backend == "auto" and self.table.device.type == "cuda" and users <= SMALL_BATCH
+        return "cpp" if small and "cpp" in self._encoders else self.backend
+
+    @cached_property
+    def _encoders(self) -> frozenset[str]:
+        """The encoder's backends that run here."""
+        refusals = ENCODER.refusals(self.table.device, self.table.dtype)
+        return frozenset(backend for backend, reason in refusals.items() if reason is None)
+
+    def plan(self, users: int) -> Plan | None:
+        """Memory for which of so many histories share a program of the encoder, or None where each has its own.
+
+        With a multiprocessor for each they may as well run alone.
+        """
+        device = self.table.device
+        by_triton = device.type == "cuda" and self.backend in ("auto", "triton") and "triton" in self._encoders
+        if not by_triton or not multiprocessors(device) < users <= MAX_PLANNED:
+            return None
+        return Plan.empty(users, 64 if self.weights.model.config.max_length <= 64 else 128, device)
+
+    def __call__(
+        self,
+        ids: Tensor,
+        offsets: Tensor,
+        exclude: Exclusions | None,
+        k: int,
+        deny: Tensor | None = None,
+        *,
+        plan: Plan | None = None,
+        endpoint: Tensor | None = None,
+        out: tuple[Tensor, Tensor] | None = None,
+        workspace: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Scores float32 [B, K] and ids int64 [B, K], as `score_topk`; arguments as there and in `encode_ids`.
+
+        `plan` is memory for the plan of these histories, from `plan(B)`; without it the step takes its own.
+        """
+        plan = plan or self.plan(len(offsets) - 1)
+        if plan is not None:
+            plan.refill(offsets)
+        endpoint = encode_ids(
+            self.weights, self.path, ids, offsets, plan=plan, out=endpoint,
+            backend=self.encoder_backend(len(offsets) - 1),
+        )  # fmt: skip
+        return score_topk(endpoint, self.table, k, exclude, deny, out=out, workspace=workspace, backend=self.backend)
+
+
+class _Request:
+    """A graph's part of the buffers, on host or device: where histories begin, where exclusions begin, ids of both."""
+
+    def __init__(self, words: Tensor, batch: int, items: int) -> None:
+        ids = 2 * (batch + 1)
+        self.words = words[: ids + items]
+        self.offsets, self.exclude_offsets = self.words[: batch + 1], self.words[batch + 1 : ids]
+        self.ids = self.words[ids:]
+
+
+class _Response:
+    """Ids int64 [B, K], then scores float32 [B, K], in one piece of memory, on host or device."""
+
+    def __init__(self, words: Tensor, batch: int, k: int) -> None:
+        ids = 2 * batch * k
+        self.words = words[: ids + batch * k]
+        self.ids = self.words[:ids].view(torch.int64).view(batch, k)
+        self.scores = self.words[ids:].view(torch.float32).view(batch, k)
+
+
+class CapturedStep:
+    """One batch size: its graph, and NumPy's views of what it reads and writes on the host."""
+
+    def __init__(self, submission: Submission, request: _Request, response: _Response, lock: threading.Lock) -> None:
+        self._submission, self._lock = submission, lock
+        self._offsets = request.offsets.numpy()
+        self._exclude_offsets = request.exclude_offsets.numpy()
+        self._ids = request.ids.numpy()
+        self._best = response.ids.numpy()
+        self._scores = response.scores.numpy()
+
+    def run(self, histories: Histories, exclude: bool) -> tuple[Floats, Ints]:
+        """Scores float32 [B, K] and item numbers int64 [B, K], 0 where a list ends early.
+
+        Args:
+            histories: what `StepGraphs.fitting` was asked for.
+            exclude: leave each history's own items out.
+
+        Raises:
+            RuntimeError: CUDA failed.
+            TimeoutError: it did not answer.
+        """
+        ids, offsets = histories
+        users, total = len(offsets) - 1, len(ids)
+        with self._lock:
+            self._ids[:total] = ids
+            self._offsets[: users + 1] = offsets
+            self._offsets[users + 1 :] = total
+            self._exclude_offsets[:] = self._offsets if exclude else 0
+            self._submission.run()
+            return self._scores[:users].copy(), self._best[:users].copy()
+
+
+class StepGraphs:
+    """Captured graphs of one step for every batch size of `batches`, and the buffers that they share.
+
+    Several threads may run them; one runs at a time.
+
+    Attributes:
+        k: K of the lists.
+        batches: the batch sizes, ascending.
+        items_each: items that a graph holds for each user of its batch; they may be spread unevenly.
+    """
+
+    def __init__(self, step: Step, k: int, batches: Sequence[int] = BATCHES, items_each: int = 64) -> None:
+        """Capture, the largest first; waits for the device.
+
+        Raises:
+            BackendError: the step's backend cannot run here.
+        """
+        self.k, self.batches, self.items_each = k, tuple(sorted(batches)), items_each
+        self._step = step
+        self._lock = threading.Lock()
+        table = step.table
+        device, most = table.device, self.batches[-1]
+        words = (2 * (most + 1) + most * items_each, 3 * most * k)
+        self._request_host, self._response_host = (torch.zeros(n, dtype=torch.int32).pin_memory() for n in words)
+        self._request, self._response = (torch.zeros(n, dtype=torch.int32, device=device) for n in words)
+        self._endpoint = torch.zeros(most, table.shape[1], dtype=table.dtype, device=device)
+        sizes = [workspace_bytes(self._endpoint[:b], table, k, b * items_each) for b in self.batches]
+        self._workspace = torch.empty(max(sizes), dtype=torch.uint8, device=device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._completion = Completion(self._stream)
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+        self._pool = torch.cuda.graph_pool_handle()
+        self._captured = {batch: self._capture(batch) for batch in reversed(self.batches)}
+
+    def fitting(self, histories: Histories) -> CapturedStep | None:
+        """The smallest graph that takes these histories."""
+        users, items = len(histories.offsets) - 1, len(histories.ids)
+        for batch in self.batches:
+            if batch >= users and batch * self.items_each >= items:
+                return self._captured[batch]
+        return None
+
+    def _capture(self, batch: int) -> CapturedStep:
+        from fave_fast.kernels.submit import carry
+
+        items = batch * self.items_each
+        host, request = (_Request(words, batch, items) for words in (self._request_host, self._request))
+        response_host = _Response(self._response_host, batch, self.k)
+        # A list is written eight bytes at a time, in no order: a few lists may go to the host's memory so.
+        response = response_host if batch <= SMALL_BATCH else _Response(self._response, batch, self.k)
+        exclude = Exclusions(request.ids, request.exclude_offsets)
+        plan, endpoint = self._step.plan(batch), self._endpoint[:batch]
+
+        def work() -> None:
+            self._step(
+                request.ids, request.offsets, exclude, self.k,
+                plan=plan, endpoint=endpoint, out=(response.scores, response.ids), workspace=self._workspace,
+            )  # fmt: skip
+
+        with torch.cuda.stream(self._stream), torch.no_grad():
+            carry(host.words, request.words)
+            work()  # compiles what is not compiled yet, on the histories of no request
+            self._stream.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            # Other threads may allocate or synchronize meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                carry(host.words, request.words)
+                work()
+                if response is not response_host:
+                    carry(response.words, response_host.words)
+                self._completion.signal()
+        return CapturedStep(Submission(graph, self._completion), host, response_host, self._lock)

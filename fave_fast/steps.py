@@ -1,0 +1,187 @@
+"""One step of training, from a batch of windows to changed weights, as each device runs it best.
+
+`ReferenceSteps` gathers left-padded histories on the host and runs the reference network. `FusedSteps` keeps the log on
+the GPU, packs histories there, runs the network through the ops and replays the whole step (pack, losses, backward,
+clip, Adam) from a CUDA graph: one for each rounded number of rows that comes up more than once. The host only says
+where the batch's windows lie, and never waits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fave_fast import losses
+from fave_fast.config import Config
+from fave_fast.data import Interactions, gather_histories
+from fave_fast.fused import Network, pack, rotary_of
+from fave_fast.model import FAVE
+from fave_fast.ops.adam import ClippedAdam
+from fave_fast.ops.registry import Implementation, Op, triton_kernels
+
+Positions = npt.NDArray[np.int64]
+
+_Captured = tuple[torch.cuda.CUDAGraph, Tensor, Tensor | None]  # its loss, and what Adam reads at each replay
+_LEAST_STEP = 256  # rows between two graphs, at least
+
+
+class Steps(Protocol):
+    """What the trainer asks of a way to take steps."""
+
+    def take(self, starts: Positions, targets: Positions, seed: int) -> Tensor:
+        """One step on the windows items[start:target] -> items[target]; the loss, a scalar on the device.
+
+        Its value is good until the next step. `seed` decides what the fused path draws by its own generators.
+        """
+
+
+@dataclass
+class ReferenceSteps:
+    """Steps of the reference network, on any device."""
+
+    data: Interactions
+    config: Config
+    model: FAVE
+    optimiser: torch.optim.Adam
+    stage: int
+    dtype: torch.dtype
+    backend: str = "auto"  # of nothing here
+
+    def take(self, starts: Positions, targets: Positions, seed: int) -> Tensor:
+        """As `Steps`; all draws come from PyTorch's global generator."""
+        device = self.model.item_embedding.weight.device
+        history = gather_histories(self.data.items, starts, targets, self.config.model.max_length)
+        ids = torch.from_numpy(history).to(device)
+        wanted = torch.from_numpy(self.data.items[targets].astype(np.int64)).to(device)
+        objective = losses.stage1_losses if self.stage == 1 else losses.stage2_losses
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            total = objective(self.model, self.config, ids, wanted).total
+        total.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        return total.detach()
+
+
+@dataclass
+class FusedSteps:
+    """Steps through the ops, on a CUDA device from graphs. Elsewhere each is launched as it comes: for tests."""
+
+    data: Interactions
+    config: Config
+    model: FAVE
+    optimiser: torch.optim.Adam
+    stage: int
+    dtype: torch.dtype
+    backend: str = "auto"
+    capture: bool = True
+    _graphs: dict[tuple[int, int], _Captured | None] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        device = self.model.item_embedding.weight.device
+        self._adam = ClippedAdam(self.optimiser, self.config.train.clip, self.backend)
+        self._items = torch.from_numpy(self.data.items).to(device)
+        self._tables = rotary_of(self.config.model, device)
+        self._capturing = self.capture and device.type == "cuda"
+        if self._capturing:
+            # Where each window starts and ends, and the seed: what the graphs read.
+            self._input = torch.zeros(2 * self.config.train.batch_size + 1, dtype=torch.int64, device=device)
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self._pool = torch.cuda.graph_pool_handle()
+
+    def take(self, starts: Positions, targets: Positions, seed: int) -> Tensor:
+        """As `Steps`. Lambda and dropout come from `seed`, the rest from PyTorch's generator of the device."""
+        device = self._items.device
+        total = int(np.minimum(targets - starts, self.config.model.max_length).sum())
+        rows, fillers = rounded_rows(total, self.config.model.max_length)
+        host = torch.from_numpy(np.concatenate((starts, targets, [seed])))
+        if not self._capturing or len(starts) != self.config.train.batch_size:
+            return self._step(host.to(device), rows, fillers)[0]
+        self._input.copy_(host.pin_memory(), non_blocking=True)
+        key = rows, fillers
+        if key not in self._graphs:
+            self._graphs[key] = None
+            return self._aside(rows, fillers)
+        held = self._graphs[key]
+        if held is None:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, self._pool):
+                loss, table, gradients = self._step(self._input, rows, fillers)
+            self._adam.bind(table, gradients)
+            held = self._graphs[key] = graph, loss, table
+        held[0].replay()
+        return held[1]
+
+    def _aside(self, rows: int, fillers: int) -> Tensor:
+        """A step launched as it comes, on a stream of its own as capturing wants it."""
+        here = torch.cuda.current_stream()
+        self._stream.wait_stream(here)
+        with torch.cuda.stream(self._stream):
+            loss = self._step(self._input, rows, fillers)[0]
+        here.wait_stream(self._stream)
+        return loss
+
+    def _step(self, given: Tensor, rows: int, fillers: int) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
+        """The loss, Adam's table and the gradients that it names."""
+        count = len(given) // 2
+        starts, targets, seed = given[:count], given[count:-1], given[-1:]
+        packed = pack(self._items, starts, targets, self.config.model.max_length, rows, fillers)
+        network = Network(self.model, packed, seed, self.dtype, self.backend, tables=self._tables)
+        objective = losses.stage1_objective if self.stage == 1 else losses.stage2_objective
+        wanted = self._items[targets].long()
+        with torch.autocast(given.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            total = objective(network, self.model, self.config, wanted).total
+        total.backward()  # type: ignore[no-untyped-call]
+        gradients = [one.grad for one in self._adam.parameters]
+        table = self._adam.take()
+        self.optimiser.zero_grad(set_to_none=True)
+        return total.detach(), table, gradients
+
+
+def rounded_rows(total: int, max_length: int) -> tuple[int, int]:
+    """Rows of a batch whose histories have `total` items, and its fillers, of 1 to `max_length` rows each.
+
+    Steps of a sixteenth of a power of two: at most an eighth of the rows are fillers', and few graphs are needed.
+    """
+    if max_length == 1:
+        return total, 0
+    step = max(_LEAST_STEP, 2 ** (total.bit_length() - 5))
+    if total % step == 0:
+        return total, 0
+    fillers = -(-step // (max_length - 1))
+    return -(-(total + fillers) // step) * step, fillers
+
+
+def _on_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cuda":
+        return f"its steps are captured in CUDA graphs, and the model is on {device.type}"
+    return triton_kernels(device, dtype)
+
+
+def _by_name_only(device: torch.device, dtype: torch.dtype) -> str | None:
+    return "no whole training by captured steps has been compared on a GPU with the reference's yet"
+
+
+OP: Op[type[ReferenceSteps] | type[FusedSteps]] = Op(
+    "training_step",
+    (
+        Implementation("triton", FusedSteps, _on_cuda, _by_name_only),
+        Implementation("reference", ReferenceSteps),
+    ),
+)
+
+
+def steps_for(device: torch.device, dtype: torch.dtype, backend: str) -> type[ReferenceSteps] | type[FusedSteps]:
+    """How steps are taken on `device`: by the reference network, or fused where `backend` or FAVE_FAST_BACKEND asks.
+
+    Raises:
+        BackendError: the backend cannot run here.
+    """
+    if device.type != "cuda" or not OP.offers(backend):  # backends of the catalogue's operations alone
+        return ReferenceSteps
+    return OP.resolve(backend, device, dtype)
