@@ -4,6 +4,10 @@
 of the graph counts the request into pinned memory, and C++ launches the graph and spins on that word, without the GIL.
 Where the extension or Triton is missing, the same calls replay and synchronize.
 
+Host to host on an H200, median of 10,000 requests: a kernel that reads and writes pinned memory 7.1 to 7.2 us, against
+8.6 to 8.7 with `replay` and `synchronize`. Behind a copy node the signal loses (copy, kernel, copy: 19 to 25 us,
+against 13 to 19): a graph to be submitted has none. That the signal starts early (PDL) changes nothing (7.0).
+
     completion = Completion(stream)
     with torch.cuda.graph(graph, stream=stream):
         work()
@@ -64,7 +68,7 @@ class Completion:
     def signal(self) -> None:
         """Launch the kernel that counts, on the current stream: the last work of a request, under capture."""
         if self._extension is not None:
-            self._raise_flag(self._counter, self._flag, pdl=False)
+            self._raise_flag(self._counter, self._flag)
 
     def run(self, graph: CUDAGraph, graph_exec: int, timeout: float) -> None:
         """One run of `graph`, as in `Submission.run`."""

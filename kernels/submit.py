@@ -10,14 +10,12 @@ import triton.language as tl
 
 
 @triton.jit
-def _raise_flag(counter_ptr, flag_ptr, PDL: tl.constexpr):
+def _raise_flag(counter_ptr, flag_ptr):
     """Count one more in `counter_ptr`, on the device, and write the count to `flag_ptr`, in the host's memory.
 
     Everything that came before on the stream is visible to the host when the count is: the store follows a fence of
     system scope. (An exchange would need atomics over PCIe.)
     """
-    if PDL:
-        tl.extra.cuda.gdc_wait()
     count = tl.load(counter_ptr) + 1
     tl.store(counter_ptr, count)
     tl.inline_asm_elementwise(
@@ -42,6 +40,6 @@ def carry(source, target):
     _carry[(triton.cdiv(n, 1024),)](source, target, n, BLOCK=1024, num_warps=4)
 
 
-def raise_flag(counter, flag, *, pdl):
+def raise_flag(counter, flag):
     """Launch it: `counter` int32 [1] on the device, `flag` int32 [1] in pinned memory."""
-    _raise_flag[(1,)](counter, flag, PDL=pdl, num_warps=1, **({"launch_pdl": True} if pdl else {}))
+    _raise_flag[(1,)](counter, flag, num_warps=1)
