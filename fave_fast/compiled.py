@@ -1,0 +1,136 @@
+"""`OneStep` under `torch.compile`: the rung between plain PyTorch and the engine's kernels.
+
+The compiler writes its own kernels and captures them in CUDA graphs of its own; none of ours takes part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fave_fast.one_step import OneStep
+
+Mode = Literal["max-autotune", "reduce-overhead"]
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    """Memory of one batch size, at addresses that stay: a captured graph reads and writes them."""
+
+    inputs: Tensor  # int64 [B (L + E)], on the host: histories, then what they exclude, for one copy
+    history: Tensor  # [B, L] of `inputs`
+    exclude: Tensor  # [B, E] of `inputs`
+    device_inputs: Tensor
+    device_history: Tensor
+    device_exclude: Tensor
+    scores: Tensor  # float32 [B, K], on the host
+    ids: Tensor  # int64 [B, K], on the host
+
+    @classmethod
+    def allocate(cls, size: int, step: OneStep, excluded: int, device: torch.device) -> _Bucket:
+        pinned = device.type == "cuda"
+        halves = [size * step.length, size * excluded]
+        inputs = torch.zeros(sum(halves), dtype=torch.int64, pin_memory=pinned)
+        device_inputs = torch.zeros_like(inputs, device=device)
+        views = [
+            part.view(size, -1) if part.numel() else part.view(size, 0)
+            for whole in (inputs, device_inputs)
+            for part in whole.split(halves)
+        ]
+        for view in views[2:]:
+            torch._dynamo.mark_static_address(view)
+        scores = torch.empty(size, step.k, pin_memory=pinned)
+        ids = torch.empty(size, step.k, dtype=torch.int64, pin_memory=pinned)
+        return cls(inputs, *views[:2], device_inputs, *views[2:], scores, ids)
+
+
+class CompiledOneStep:
+    """`OneStep`, compiled for a few batch sizes; one caller at a time."""
+
+    def __init__(self, step: OneStep, excluded: int, mode: Mode = "max-autotune", *, backend: str = "inductor") -> None:
+        """Nothing is compiled yet.
+
+        Args:
+            step: what to compile, on its device.
+            excluded: E, the most exclusions that a row may have.
+            mode: of `torch.compile`.
+            backend: of `torch.compile`; another than inductor takes no mode.
+        """
+        self.step, self.excluded = step, excluded
+        self._device = step.table.device
+        self._deny = torch.zeros(step.num_items + 1, dtype=torch.bool, device=self._device)
+        torch._dynamo.mark_static_address(self._deny)
+        options = {"mode": mode} if backend == "inductor" else {}
+        self._run = torch.compile(step, dynamic=False, fullgraph=True, backend=backend, **options)
+        self._buckets: dict[int, _Bucket] = {}
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """The batch sizes that are compiled, ascending."""
+        return tuple(self._buckets)
+
+    def deny(self, denied: Tensor) -> None:
+        """Take bool [N + 1], True for items that nobody gets from now on.
+
+        Raises:
+            ValueError: another shape or dtype.
+        """
+        if denied.shape != self._deny.shape or denied.dtype != torch.bool:
+            raise ValueError(f"denied is {denied.dtype} {list(denied.shape)}; expected bool {list(self._deny.shape)}")
+        self._deny.copy_(denied)
+
+    def warmup(self, buckets: Iterable[int]) -> None:
+        """Compile for batches of these sizes, the largest first; it takes from seconds to minutes.
+
+        Raises:
+            ValueError: a size below 1.
+        """
+        sizes = {*self._buckets, *buckets}
+        if min(sizes, default=1) < 1:
+            raise ValueError(f"a bucket is {min(sizes)}; expected at least 1")
+        # Dynamo keeps 8 versions of a function by default, and runs it uncompiled from then on.
+        with torch._dynamo.config.patch(recompile_limit=max(8, len(sizes))):
+            for size in sorted(sizes - set(self._buckets), reverse=True):
+                bucket = _Bucket.allocate(size, self.step, self.excluded, self._device)
+                for _ in range(3):  # one compiles, one warms up, one captures
+                    self._answer(bucket)
+                self._buckets[size] = bucket
+        self._buckets = dict(sorted(self._buckets.items()))
+
+    def __call__(self, history: Tensor, exclude: Tensor) -> tuple[Tensor, Tensor]:
+        """Lists for int64 [B, L] and [B, E] on the CPU, both padded with 0; see `OneStep.forward`.
+
+        Returns:
+            Scores [B, K] float32 and ids [B, K] int64 on the CPU, in memory that the next call writes to.
+
+        Raises:
+            ValueError: a shape that does not fit, or a batch above all buckets.
+        """
+        count = len(history)
+        expected = ((count, self.step.length), (count, self.excluded))
+        if (history.shape, exclude.shape) != expected:
+            raise ValueError(
+                f"history is {list(history.shape)} and exclude {list(exclude.shape)}; expected {list(expected[0])} "
+                f"and {list(expected[1])}"
+            )
+        bucket = next((bucket for size, bucket in self._buckets.items() if size >= count), None)
+        if bucket is None:
+            raise ValueError(f"the batch is {count}; expected at most {max(self._buckets, default=0)}, as warmed up")
+        bucket.history[:count].copy_(history)
+        bucket.exclude[:count].copy_(exclude)
+        self._answer(bucket)
+        return bucket.scores[:count], bucket.ids[:count]
+
+    @torch.no_grad()
+    def _answer(self, bucket: _Bucket) -> None:
+        bucket.device_inputs.copy_(bucket.inputs, non_blocking=True)
+        torch.compiler.cudagraph_mark_step_begin()
+        scores, ids = self._run(bucket.device_history, bucket.device_exclude, self._deny)
+        bucket.scores.copy_(scores, non_blocking=True)
+        bucket.ids.copy_(ids, non_blocking=True)
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
