@@ -33,19 +33,19 @@ class _Bucket:
     @classmethod
     def allocate(cls, size: int, step: OneStep, excluded: int, device: torch.device) -> _Bucket:
         pinned = device.type == "cuda"
-        halves = [size * step.length, size * excluded]
-        inputs = torch.zeros(sum(halves), dtype=torch.int64, pin_memory=pinned)
-        device_inputs = torch.zeros_like(inputs, device=device)
+        split = size * step.length
+        inputs = torch.zeros(split + size * excluded, dtype=torch.int64, pin_memory=pinned)
+        device_inputs = inputs.to(device, copy=True)
         views = [
-            part.view(size, -1) if part.numel() else part.view(size, 0)
+            part.view(size, width)
             for whole in (inputs, device_inputs)
-            for part in whole.split(halves)
+            for part, width in ((whole[:split], step.length), (whole[split:], excluded))
         ]
         for view in views[2:]:
             torch._dynamo.mark_static_address(view)
         scores = torch.empty(size, step.k, pin_memory=pinned)
         ids = torch.empty(size, step.k, dtype=torch.int64, pin_memory=pinned)
-        return cls(inputs, *views[:2], device_inputs, *views[2:], scores, ids)
+        return cls(inputs, views[0], views[1], device_inputs, views[2], views[3], scores, ids)
 
 
 class CompiledOneStep:
@@ -64,8 +64,9 @@ class CompiledOneStep:
         self._device = step.table.device
         self._deny = torch.zeros(step.num_items + 1, dtype=torch.bool, device=self._device)
         torch._dynamo.mark_static_address(self._deny)
-        options = {"mode": mode} if backend == "inductor" else {}
-        self._run = torch.compile(step, dynamic=False, fullgraph=True, backend=backend, **options)
+        self._run = torch.compile(
+            step, dynamic=False, fullgraph=True, backend=backend, mode=mode if backend == "inductor" else None
+        )
         self._buckets: dict[int, _Bucket] = {}
 
     @property
@@ -92,8 +93,8 @@ class CompiledOneStep:
         sizes = {*self._buckets, *buckets}
         if min(sizes, default=1) < 1:
             raise ValueError(f"a bucket is {min(sizes)}; expected at least 1")
-        # Dynamo keeps 8 versions of a function by default, and runs it uncompiled from then on.
-        with torch._dynamo.config.patch(recompile_limit=max(8, len(sizes))):
+        # Dynamo refuses a ninth version of one function by default, whichever module asks for it.
+        with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.accumulated_recompile_limit):
             for size in sorted(sizes - set(self._buckets), reverse=True):
                 bucket = _Bucket.allocate(size, self.step, self.excluded, self._device)
                 for _ in range(3):  # one compiles, one warms up, one captures
@@ -128,7 +129,7 @@ class CompiledOneStep:
     @torch.no_grad()
     def _answer(self, bucket: _Bucket) -> None:
         bucket.device_inputs.copy_(bucket.inputs, non_blocking=True)
-        torch.compiler.cudagraph_mark_step_begin()
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         scores, ids = self._run(bucket.device_history, bucket.device_exclude, self._deny)
         bucket.scores.copy_(scores, non_blocking=True)
         bucket.ids.copy_(ids, non_blocking=True)

@@ -210,6 +210,13 @@ class FAVE(nn.Module):
         """E of eq. (9): e_s [B, L, D] + lambda [B, L, D] * (x_t [B, D] + z), z from t and r [B]."""
         return embedded + lam * (x_t + self.time_features(t, r))[:, None, :]
 
+    def rotary(self, length: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """`rotary_tables` of left-padded histories of `length`; None where positions have no rotation."""
+        if self.config.position != "rotary":
+            return None
+        ages = torch.arange(length - 1, -1, -1, device=device)
+        return rotary_tables(ages, self.config.d // self.config.heads)
+
     def encode(self, modulated: Tensor, present: Tensor, forward_mode: bool = False) -> Prediction:
         """E [B, L, D] and `present` bool [B, L] (False at padding) through all blocks.
 
@@ -218,8 +225,7 @@ class FAVE(nn.Module):
         """
         length = modulated.shape[1]
         mask = present[:, None, None, :] | ~present.any(1)[:, None, None, None]
-        ages = torch.arange(length - 1, -1, -1, device=modulated.device)
-        rotary = rotary_tables(ages, self.config.d // self.config.heads) if self.config.position == "rotary" else None
+        rotary = self.rotary(length, modulated.device)
         if self.config.attention == "causal":
             # Every query keeps itself, or a padded query would have nothing to attend to.
             itself = torch.eye(length, dtype=torch.bool, device=modulated.device)

@@ -53,7 +53,7 @@ class OneStep(nn.Module):
             raise ValueError(f"length is {length}; expected 1 to {model.config.max_length}")
         self.num_items, self.k, self.length = model.num_items, k, length
         self.embedding_norm = copy.deepcopy(model.embedding_norm)
-        self.network = _encoder(model)
+        self.network = _Encoder(model, length)
         # cuBLAS has a slower kernel for rows of scores that start anywhere.
         width = -(-(model.num_items + 1) // _WIDTH_UNIT) * _WIDTH_UNIT
         table = model.item_embedding.weight
@@ -110,14 +110,26 @@ class OneStep(nn.Module):
         return F.pad(scores, (0, missing), value=-torch.inf), F.pad(ids, (0, missing))
 
 
-def _encoder(model: FAVE) -> FAVE:
-    """A copy of `model` that holds what `FAVE.encode` reads, and nothing as long as the catalogue."""
-    with torch.device("meta"):
-        encoder = FAVE(model.config, 0)
-    encoder.blocks = copy.deepcopy(model.blocks)
-    encoder.final_norm = copy.deepcopy(model.final_norm)
-    del encoder.item_embedding, encoder.embedding_norm, encoder.time_embedding, encoder.history_decoder
-    return encoder
+class _Encoder(FAVE):
+    """A copy of what `FAVE.encode` reads for histories of one length; nothing in it is as long as the catalogue."""
+
+    cos: Tensor | None
+    sin: Tensor | None
+
+    def __init__(self, model: FAVE, length: int) -> None:
+        with torch.device("meta"):
+            super().__init__(model.config, 0)
+        del self.item_embedding, self.embedding_norm, self.time_embedding, self.history_decoder
+        self.blocks = copy.deepcopy(model.blocks)
+        self.final_norm = copy.deepcopy(model.final_norm)
+        # A compiler would write the cosines and sines into every kernel that rotates, and round them in its own way.
+        tables = model.rotary(length, model.item_embedding.weight.device)
+        for name, table in zip(("cos", "sin"), tables or (None, None), strict=True):
+            self.register_buffer(name, table)
+
+    def rotary(self, length: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """The tables of the one length."""
+        return None if self.cos is None or self.sin is None else (self.cos, self.sin)
 
 
 def _input_constants(model: FAVE, flow: FlowConfig, noise: InferenceNoise, length: int) -> tuple[Tensor, Tensor | None]:
