@@ -6,6 +6,7 @@ import copy
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
 from fave_fast.config import FlowConfig
@@ -151,6 +152,9 @@ def _product(queries: Tensor, table: Tensor) -> Tensor:
     """Inner products [B, W] in float32, never rounded to a 16-bit format on the way."""
     if queries.dtype in (torch.bfloat16, torch.float16):
         if queries.device.type == "cuda":
+            # max-autotune makes one row's product a sum over D, whose result is 16 bits whatever out_dtype says (2.11)
+            if torch.compiler.is_compiling() and statically_known_true(queries.shape[0] == 1):
+                return (queries.float()[:, None] * table.float()).sum(-1)
             return torch.mm(queries, table.T, out_dtype=torch.float32)
         return queries.float() @ table.float().T
     return (queries @ table.T).float()
