@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
 from torch import Tensor, nn
@@ -13,15 +14,16 @@ from fave_fast.config import FlowConfig
 from fave_fast.flow import InferenceNoise, anchor_positions
 from fave_fast.model import FAVE
 
-_WIDTH_UNIT = 8  # rows of float32 scores start at multiples of 32 bytes
+_MIN_GROUP = 8
+_MAX_GROUP = 256
 _LOW = (1 << 32) - 1
 
 
 class OneStep(nn.Module):
     """Histories to lists: `flow.encode`, then `ops.score_topk`, with nothing that depends on the data's values.
 
-    It holds [B, N] scores and keys, 12 bytes each: N times B should stay below some 10^9. Frozen: weights and noise are
-    copied when it is made, and later changes of the model do not reach it.
+    It holds all scores [B, N], float32. Frozen: weights and noise are copied when it is made, and later changes of the
+    model do not reach it.
     """
 
     table: Tensor
@@ -55,8 +57,9 @@ class OneStep(nn.Module):
         self.num_items, self.k, self.length = model.num_items, k, length
         self.embedding_norm = copy.deepcopy(model.embedding_norm)
         self.network = _Encoder(model, length)
-        # cuBLAS has a slower kernel for rows of scores that start anywhere.
-        width = -(-(model.num_items + 1) // _WIDTH_UNIT) * _WIDTH_UNIT
+        self.group = _group_size(model.num_items, k)
+        # Whole groups; and cuBLAS has a slower kernel for rows of scores that start anywhere.
+        width = -(-(model.num_items + 1) // self.group) * self.group
         table = model.item_embedding.weight
         ids = torch.arange(width, device=table.device)
         self.register_buffer("table", F.pad(table, (0, 0, 0, width - len(table))))
@@ -101,12 +104,14 @@ class OneStep(nn.Module):
         scores = torch.where(left_out | scores.isnan(), -torch.inf, scores)
         inside = (exclude > 0) & (exclude <= self.num_items)
         scores = scores.scatter(1, torch.where(inside, exclude, 0), -torch.inf)
-        # topk leaves the order of equal scores open, so it ranks (score, id) pairs, no two of which are equal.
-        descending = torch.arange(width - 1, -1, -1, device=scores.device)
-        keys = (_ordered(scores).long() << 32) | descending
-        keys = keys.topk(most, dim=1).values
-        scores = _unordered((keys >> 32).int())
-        ids = torch.where(scores == -torch.inf, 0, width - 1 - (keys & _LOW))
+        scores = scores.view(scores.shape[0], -1, self.group)
+        # The K first groups, by (maximum, place), hold the K first items: each group before an item's own, by that
+        # order, has an item before it. Ranking all items at once would take a 64-bit key for each.
+        groups = _first(scores.amax(2), None, min(most, scores.shape[1]))[1]
+        ids = groups[:, :, None] * self.group + torch.arange(self.group, device=groups.device)
+        scores = scores.gather(1, groups[:, :, None].expand(-1, -1, self.group))
+        scores, ids = _first(scores.flatten(1), ids.flatten(1), most)
+        ids = torch.where(scores == -torch.inf, 0, ids)
         missing = self.k - most
         return F.pad(scores, (0, missing), value=-torch.inf), F.pad(ids, (0, missing))
 
@@ -158,6 +163,24 @@ def _product(queries: Tensor, table: Tensor) -> Tensor:
             return torch.mm(queries, table.T, out_dtype=torch.float32)
         return queries.float() @ table.float().T
     return (queries @ table.T).float()
+
+
+def _group_size(items: int, k: int) -> int:
+    """The power of two that makes the groups and the chosen groups' items about equally many."""
+    return min(max(1 << round(math.log2(max(1, items // k)) / 2), _MIN_GROUP), _MAX_GROUP)
+
+
+def _first(scores: Tensor, ids: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    """The first k of each row of float32 scores [B, C] by (score descending, id ascending), and their ids [B, k].
+
+    Ids are int64 [B, C] from 0 to 2^32 - 1 and differ within a row; None stands for the columns.
+    """
+    # topk leaves the order of equal scores open, so it ranks pairs of which no two are equal.
+    if ids is None:
+        ids = torch.arange(scores.shape[1], device=scores.device)
+    keys = (_ordered(scores).long() << 32) | (_LOW - ids)
+    keys = keys.topk(k, dim=1).values
+    return _unordered((keys >> 32).int()), _LOW - (keys & _LOW)
 
 
 def _ordered(scores: Tensor) -> Tensor:

@@ -134,22 +134,22 @@ def test_scores_of_16_bits_are_not_rounded_to_16_bits() -> None:
     assert scores.tolist() == [[257.0]]
 
 
-@pytest.mark.parametrize("k", [1, 20, ITEMS, ITEMS + 5])
+@pytest.mark.parametrize(("items", "k"), [(70, 1), (70, 20), (70, 70), (70, 75), (1, 3), (2000, 3), (5000, 20)])
 @pytest.mark.parametrize("special", [False, True], ids=["ties", "nan and infinities"])
-def test_ties_by_id(k: int, special: bool) -> None:
-    """Whole numbers: products are exact, and most scores have equals."""
-    case = Case(dtype=torch.float32, k=k)
+def test_ties_by_id(items: int, k: int, special: bool) -> None:
+    """Whole numbers: products are exact, and most scores have equals, in other groups too."""
+    case = Case(dtype=torch.float32, k=k, items=items)
     generator = torch.Generator().manual_seed(k)
-    table = torch.randint(-1, 2, (ITEMS + 1, 16), generator=generator).float()
+    table = torch.randint(-1, 2, (items + 1, 16), generator=generator).float()
     queries = torch.randint(-1, 2, (6, 16), generator=generator).float()
     queries[0] = 0
     if special:
-        places = torch.randint(1, ITEMS + 1, (4, 9), generator=generator)
+        places = torch.randint(1, items + 1, (4, items // 8), generator=generator)
         for value, rows in zip(SPECIAL, places, strict=True):
             table[rows, 0] = value
     table[0] = 100
-    case.step.table[: ITEMS + 1] = table
-    case.step.table[ITEMS + 1 :] = 100  # nobody may read what fills the last rows
+    case.step.table[: items + 1] = table
+    case.step.table[items + 1 :] = 100  # nobody may read what fills the last rows
     _, exclude, deny = case.inputs(6, 30, 0.3, seed=k)
     found = case.step.best(queries, exclude, deny)
     expected = score_topk(queries, table, k, Exclusions.from_lists(exclude.tolist()), deny, backend="reference")
