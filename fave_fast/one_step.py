@@ -58,7 +58,7 @@ class OneStep(nn.Module):
         self.embedding_norm = copy.deepcopy(model.embedding_norm)
         self.network = _Encoder(model, length)
         self.group = _group_size(model.num_items, k)
-        # Whole groups; and cuBLAS has a slower kernel for rows of scores that start anywhere.
+        # Whole groups; and torch.mm of 512 queries takes 579 us for 1,000,003 items, 406 for 1,000,000 (H200, bf16).
         width = -(-(model.num_items + 1) // self.group) * self.group
         table = model.item_embedding.weight
         ids = torch.arange(width, device=table.device)
@@ -157,7 +157,7 @@ def _product(queries: Tensor, table: Tensor) -> Tensor:
     """Inner products [B, W] in float32, never rounded to a 16-bit format on the way."""
     if queries.dtype in (torch.bfloat16, torch.float16):
         if queries.device.type == "cuda":
-            # max-autotune makes one row's product a sum over D, whose result is 16 bits whatever out_dtype says (2.11)
+            # max-autotune makes one row's product a sum over D, whose result has 16 bits in spite of out_dtype (2.11).
             if torch.compiler.is_compiling() and statically_known_true(queries.shape[0] == 1):
                 return (queries.float()[:, None] * table.float()).sum(-1)
             return torch.mm(queries, table.T, out_dtype=torch.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -237,6 +238,13 @@ def test_compiled_refuses(compiled: tuple[Case, CompiledOneStep]) -> None:
         step.warmup([0, 1])
     with pytest.raises(ValueError, match="expected at most 0"):
         CompiledOneStep(case.step, 5, backend="eager")(history, exclude)
+
+
+def test_compiled_belongs_to_its_thread(compiled: tuple[Case, CompiledOneStep]) -> None:
+    case, step = compiled
+    inputs = case.inputs(2, 5)
+    with ThreadPoolExecutor(1) as pool, pytest.raises(RuntimeError, match=r"expected \d+, which warmed up"):
+        pool.submit(step, *inputs[:2]).result()
 
 
 @pytest.mark.gpu
