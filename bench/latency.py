@@ -11,7 +11,7 @@ import argparse
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +20,14 @@ import torch
 from torch import nn
 
 from fave_fast.checkpoint import Checkpoint
+from fave_fast.compiled import CompiledOneStep, Mode
 from fave_fast.config import Config
-from fave_fast.data import IdMap, load_interactions
+from fave_fast.data import IdMap, gather_histories, load_interactions
 from fave_fast.engine import Recommender
 from fave_fast.flow import InferenceNoise
 from fave_fast.graphs import Floats, Histories, Ints, Step, StepGraphs
 from fave_fast.model import FAVE
+from fave_fast.one_step import OneStep
 from fave_fast.ops import Exclusions, score_topk
 from fave_fast.ops.encoder import EncoderWeights, InputPath, encode_ids
 
@@ -46,6 +48,7 @@ def model_of(items: int) -> FAVE:
     for part in table.split(1 << 20):
         part.normal_()
     model.item_embedding.weight = nn.Parameter(table, requires_grad=False)
+    model.num_items = items
     return model
 
 
@@ -160,9 +163,29 @@ def breakdown(step: Step, request: Histories) -> dict[str, float]:
     }
 
 
-def measure(items: int, data: dict[str, Histories], requests: int, backend: str) -> list[Row]:
+def padded(request: Histories, length: int) -> torch.Tensor:
+    """The last `length` items of each history, padded on the left with 0: what a compiled program takes."""
+    starts, ends = request.offsets[:-1], request.offsets[1:]
+    return torch.from_numpy(gather_histories(request.ids, starts, ends, length)).long()
+
+
+def compiled_row(model: FAVE, mode: Mode, items: int, batch: int, requests: int) -> Row:
+    """The same step by `torch.compile`, its own CUDA graphs included; compile time is not counted."""
+    flow = Config().flow
+    peer = CompiledOneStep(OneStep(model, flow, InferenceNoise.draw(model, flow), K), LENGTH, mode)
+    started = time.perf_counter()
+    peer.warmup([batch])
+    seconds = time.perf_counter() - started
+    asked = [padded(request, LENGTH) for request in full_length(batch, items)]
+    found = percentiles(lambda at: peer(asked[at % len(asked)], asked[at % len(asked)]), requests)
+    who = f"torch.compile {mode}, compiled in {seconds:.0f} s"
+    return {"N": items, "B": batch, "histories": "50 items", "who": who, "requests": requests, **found}
+
+
+def measure(items: int, data: dict[str, Histories], requests: int, backend: str, compiled: Sequence[Mode]) -> list[Row]:
     rows: list[Row] = []
-    step = step_of(model_of(items), backend)
+    model = model_of(items)
+    step = step_of(model, backend)
     started = time.perf_counter()
     graphs = StepGraphs(step, K)
     print(f"N {items:,}: {len(graphs.batches)} graphs captured in {time.perf_counter() - started:.2f} s", flush=True)
@@ -177,6 +200,9 @@ def measure(items: int, data: dict[str, Histories], requests: int, backend: str)
             row: Row = {"N": items, "B": batch, "histories": name, "requests": count, **found, "device": parts}
             print(json.dumps(row), flush=True)
             rows.append(row)
+        for mode in compiled:
+            rows.append(compiled_row(model, mode, items, batch, min(requests, 2000)))
+            print(json.dumps(rows[-1]), flush=True)
     if items == SIZES[0]:
         for batch in (1, 64, 512):
             for callers in CALLERS:
@@ -220,13 +246,14 @@ def main() -> None:
     parser.add_argument("--data", type=Path, action="append", default=[], help="log of real histories; may repeat")
     parser.add_argument("--requests", type=int, default=10_000, help="timed requests of a case")
     parser.add_argument("--backend", default="auto", choices=("auto", "triton"))
+    parser.add_argument("--compiled", choices=("reduce-overhead", "max-autotune"), action="append", default=[])
     parser.add_argument("--items", type=int, action="append", help=f"sizes of the catalogue (default: {SIZES})")
     args = parser.parse_args()
     logs = {path.stem: load_interactions(path) for path in args.data}
     data = {name: Histories(log.items, log.offsets) for name, log in logs.items()}
     rows: list[Row] = []
     for items in args.items or SIZES:
-        rows += measure(items, data, args.requests, args.backend)
+        rows += measure(items, data, args.requests, args.backend, args.compiled)
     rows += through_ids(args.requests)
     print(json.dumps({"gpu": torch.cuda.get_device_name(), "backend": args.backend, "rows": rows}))
 

@@ -72,10 +72,15 @@ def load_log(arguments: argparse.Namespace, config: DataConfig) -> Interactions:
     return data
 
 
-def add_run_options(parser: argparse.ArgumentParser, dtype_help: str) -> None:
-    """Options of every command that runs the network."""
+def add_device_options(parser: argparse.ArgumentParser, dtype_help: str) -> None:
+    """Where the network is, and in what numbers."""
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--dtype", default="fp32", choices=sorted(DTYPES), help=dtype_help)
+
+
+def add_run_options(parser: argparse.ArgumentParser, dtype_help: str) -> None:
+    """Options of every command that runs the network."""
+    add_device_options(parser, dtype_help)
     parser.add_argument("--backend", default="auto", choices=BACKENDS, help="who computes the catalogue operations")
 
 

@@ -1,9 +1,10 @@
-"""Files that are either whole or not there."""
+"""Files and folders that are either whole or not there."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,6 +59,49 @@ def replacing(path: str | Path) -> Iterator[Path]:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """A temporary folder beside `path` that becomes `path` when the block ends, and vanishes when it raises.
+
+    Raises:
+        InputError: `path` is there already and no empty folder, or cannot be written.
+    """
+    path = check_new_folder(path)
+    try:
+        part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+    except OSError as error:
+        raise InputError(f"{path}: cannot write: {error.strerror}") from None
+    try:
+        yield part
+        part.chmod(0o777 & ~_umask())
+        part.replace(path)  # takes the place of nothing, or of an empty folder
+    except OSError as error:
+        raise InputError(f"{path}: cannot write: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def check_new_folder(path: str | Path) -> Path:
+    """`path`, if `new_folder` can make it; to be asked before the work whose result goes there.
+
+    Raises:
+        InputError: it is there already and no empty folder, or its parent is missing or read-only.
+    """
+    path = Path(path).absolute()
+    try:
+        if path.is_dir() and any(path.iterdir()):
+            raise InputError(f"{path}: is not empty; expected a new folder")
+        if path.exists() and not path.is_dir():
+            raise InputError(f"{path}: is a file; expected a new folder")
+        if not path.parent.is_dir():
+            raise InputError(f"{path}: the folder {path.parent} does not exist")
+        if not os.access(path.parent, os.W_OK):
+            raise InputError(f"{path}: cannot write into the folder {path.parent}")
+    except OSError as error:
+        raise InputError(f"{path}: cannot write: {error.strerror}") from None
+    return path
 
 
 def _umask() -> int:

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from fave_fast import checkpoint as checkpoints
-from fave_fast import cli, evaluate, infer, train
+from fave_fast import cli, evaluate, export, infer, train
 from fave_fast.config import Config, dump_yaml
 
-COMMANDS = {"train": train.main, "evaluate": evaluate.main, "infer": infer.main}
+COMMANDS = {"train": train.main, "evaluate": evaluate.main, "infer": infer.main, "export": export.main}
 HEADER = "user_id,item_id,timestamp\n"
 
 
@@ -98,6 +98,7 @@ def place(tiny_checkpoint: Path, tiny_log: Path, tiny_config: Config, tmp_path_f
 TRAIN = "train --data log.csv --out new.pt"
 EVALUATE = "evaluate --ckpt model.pt --data log.csv"
 INFER = "infer --ckpt model.pt --input h.jsonl --output out.jsonl"
+EXPORT = "export --ckpt model.pt --output new"
 
 CASES = [
     # checkpoints
@@ -211,6 +212,19 @@ CASES = [
     (f"{INFER} --deny none.txt", r"none\.txt: cannot read the denied items: No such file"),
     (f"{INFER} --deny folder", r"folder: cannot read the denied items"),
     (f"{INFER} --deny bytes.txt", r"bytes\.txt: not UTF-8; expected"),
+    # exports
+    ("export --ckpt model.pt", r"required: --output"),
+    ("export --ckpt none.pt --output new", r"none\.pt: cannot read the checkpoint: No such file"),
+    ("export --ckpt model.pt --output .", r"is not empty; expected a new folder"),
+    ("export --ckpt model.pt --output log.csv", r"log\.csv: is a file; expected a new folder"),
+    ("export --ckpt model.pt --output none/new", r"none/new: the folder .*none does not exist"),
+    (f"{EXPORT} --format onnx", r"--format: invalid choice: 'onnx'"),
+    (f"{EXPORT} --batch-size 0", r"--batch-size: '0' given; expected a whole number of at least 1"),
+    (f"{EXPORT} --batch-size all", r"--batch-size: 'all' given; expected"),
+    (f"{EXPORT} --exclusions -1", r"--exclusions: '-1' given; expected a whole number of at least 0"),
+    (f"{EXPORT} --length 9", r"length is 9; expected 1 to 8, the longest history that the model reads"),
+    (f"{EXPORT} --topk 0", r"--topk: '0' given; expected"),
+    (f"{EXPORT} --device cuda:99", r"--device is 'cuda:99'; this machine has \d+ CUDA devices"),
 ]
 
 
