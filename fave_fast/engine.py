@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import Counter
@@ -33,6 +34,7 @@ __all__ = ["ItemId", "Recommendation", "Recommender"]
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
+_logger = logging.getLogger(__name__)
 History = Sequence[ItemId] | npt.NDArray[np.integer]
 
 
@@ -130,20 +132,15 @@ class Recommender:
             Seconds that it took; 0 where nothing is captured.
         """
         started = time.perf_counter()
-        if self._why_no_graphs(k) is not None:
-            return 0.0
         with self._gate.alone:
+            k, step = min(k, self._room), self._step(self.config.flow.seed)
+            reason = step.why_not_captured(k)
+            if reason is not None:
+                _logger.info("no CUDA graphs: %s", reason)
+                return 0.0
             self._graphs = None  # gives its memory back before the next takes its own
-            self._graphs = StepGraphs(self._step(self.config.flow.seed), min(k, self._room), batches)
+            self._graphs = StepGraphs(step, k, batches)
         return time.perf_counter() - started
-
-    def _why_no_graphs(self, k: int) -> str | None:
-        table = self._table
-        if table.device.type != "cuda":
-            return "graphs are for CUDA devices"
-        if self.backend not in ("auto", "triton"):
-            return f"backend {self.backend} cannot be captured"
-        return SCORE_TOPK.refusals(table.device, table.dtype)["triton"]
 
     def recommend(
         self,

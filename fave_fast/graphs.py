@@ -8,6 +8,7 @@ those that run uncaptured, so the bits are, too.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ from torch import Tensor
 from fave_fast.ops import Exclusions, score_topk
 from fave_fast.ops.encoder import MAX_PLANNED, EncoderWeights, InputPath, Plan, encode_ids
 from fave_fast.ops.encoder import OP as ENCODER
+from fave_fast.ops.encoder import beyond_kernels as encoder_beyond
+from fave_fast.ops.score_topk import OP as SCORE_TOPK
+from fave_fast.ops.score_topk import beyond_kernels as score_topk_beyond
 from fave_fast.ops.score_topk import workspace_bytes
 from fave_fast.ops.tuning import multiprocessors
 from fave_fast.submit import Completion, Submission
@@ -59,14 +63,30 @@ class Step:
         Each kernel gives a history the same bits in any batch, but the two differ in the last ones: who wants them
         equal between batches of any size names `triton`.
         """
-        small = self.backend == "auto" and self.table.device.type == "cuda" and users <= SMALL_BATCH
-        return "cpp" if small and "cpp" in self._encoders else self.backend
+        free = self.backend == "auto" and not os.environ.get("FAVE_FAST_BACKEND")
+        small = self.table.device.type == "cuda" and users <= SMALL_BATCH
+        return "cpp" if free and small and "cpp" in self._encoders else self.backend
 
     @cached_property
     def _encoders(self) -> frozenset[str]:
-        """The encoder's backends that run here."""
-        refusals = ENCODER.refusals(self.table.device, self.table.dtype)
+        """The encoder's backends that run this model here."""
+        refusals = ENCODER.refusals(self.table.device, self.table.dtype) | encoder_beyond(self.weights)
         return frozenset(backend for backend, reason in refusals.items() if reason is None)
+
+    def why_not_captured(self, k: int) -> str | None:
+        """Why no CUDA graph can hold this step with lists of `k`, or None.
+
+        Raises:
+            BackendError: the step's backend cannot run here.
+        """
+        table = self.table
+        if table.device.type != "cuda":
+            return "the model is not on a CUDA device"
+        beyond = score_topk_beyond(table.shape[1], k, len(table))
+        for op, reasons in ((ENCODER, encoder_beyond(self.weights)), (SCORE_TOPK, beyond)):
+            if op.resolve(self.backend, table.device, table.dtype, reasons) is op.implementations[-1].run:
+                return f"{op.name} runs by its reference, which waits for the device"
+        return None
 
     def plan(self, users: int) -> Plan | None:
         """Memory for which of so many histories share a program of the encoder, or None where each has its own.

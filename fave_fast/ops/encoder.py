@@ -302,7 +302,7 @@ def _run(
         raise ValueError("out is not contiguous")
     if plan is not None and len(plan.order) != users:
         raise ValueError(f"the plan is for {len(plan.order)} histories; expected {users}")
-    run = OP.resolve(backend, matrices.device, matrices.dtype, _beyond_kernel(weights))
+    run = OP.resolve(backend, matrices.device, matrices.dtype, beyond_kernels(weights))
     if users > 0:
         run(_Call(weights, path, rows.contiguous(), bounds, padded_length, plan, out))
     return out
@@ -328,7 +328,7 @@ def _check_bounds(bounds: Tensor, rows: Tensor, padded_length: int | None) -> No
         raise ValueError(f"a history's length is not within 0 to {most}")
 
 
-def _beyond_kernel(weights: EncoderWeights) -> dict[str, str]:
+def beyond_kernels(weights: EncoderWeights) -> dict[str, str]:
     """Why a model of these sizes is not for a backend's kernel."""
     config = weights.model.config
     channels, hidden = config.d // config.heads, config.ffn_mult * config.d

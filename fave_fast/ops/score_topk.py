@@ -87,7 +87,7 @@ def score_topk(
                 f"out's {name} are {given.dtype} {list(given.shape)} on {given.device}; expected contiguous {dtype} "
                 f"{list(shape)} on {queries.device}, or pinned"
             )
-    run = OP.resolve(backend, queries.device, queries.dtype, _beyond_the_kernels(queries.shape[1], k, len(table)))
+    run = OP.resolve(backend, queries.device, queries.dtype, beyond_kernels(queries.shape[1], k, len(table)))
     return run(tiles, k, deny, out, workspace)
 
 
@@ -277,7 +277,7 @@ def _group_size(batch: int, items: int) -> int:
     return 64 if items <= 1 << 25 else 128
 
 
-def _beyond_the_kernels(d: int, k: int, length: int) -> dict[str, str]:
+def beyond_kernels(d: int, k: int, length: int) -> dict[str, str]:
     """Why a call is not for the kernels, by backend."""
     for name, value, limit in (("K", k, MAX_K), ("D", d, MAX_WIDTH), ("N", length - 1, MAX_ITEMS)):
         if value > limit:
