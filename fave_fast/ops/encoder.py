@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fave_fast.ops import encoder_cpu, native
 from fave_fast.ops.attention import rotary_by_age
 from fave_fast.ops.registry import Implementation, Op, interpreting, not_interpreted, triton_kernels
 from fave_fast.ops.tuning import tile_shapes
@@ -46,6 +47,7 @@ class EncoderWeights:
             kernel's GELU is gelu(4 y) / 2. Powers of two change no bit.
         cos: float32 [max_length, C / 2], row a for age a, C = D / heads.
         sin: likewise.
+        native: the weights once more, as the C++ encoder reads them; None where it cannot run.
     """
 
     model: FAVE
@@ -53,6 +55,7 @@ class EncoderWeights:
     norms: Tensor
     cos: Tensor
     sin: Tensor
+    native: encoder_cpu.NativeWeights | None
 
     @classmethod
     @torch.no_grad()
@@ -61,13 +64,15 @@ class EncoderWeights:
         config = model.config
         device = model.item_embedding.weight.device
         cos, sin = rotary_by_age(config.max_length, config.d // config.heads, device)
-        return cls(model, _matrices(model), _norms(model), cos, sin)
+        return cls(model, _matrices(model), _norms(model), cos, sin, encoder_cpu.NativeWeights.pack(model))
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Take the model's weights again, into the same memory."""
         self.matrices.copy_(_matrices(self.model))
         self.norms.copy_(_norms(self.model))
+        if self.native is not None:
+            self.native.refresh(self.model)
 
 
 @dataclass(frozen=True)
@@ -190,7 +195,7 @@ def encode(
         plan: for the triton backend: which histories share a program; by default neighbours do, in slots for the
             model's longest history.
         out: [B, D] in the weights' dtype, contiguous: where the result goes, and what is returned.
-        backend: auto, reference or triton.
+        backend: auto, reference, triton or cpp (CPU; float32 and bfloat16).
 
     Returns:
         [B, D] in the weights' dtype.
@@ -228,7 +233,7 @@ def encode_ids(
         offsets: int32 or int64 [B + 1] from 0 to total, for packed ids.
         plan: as in `encode`.
         out: as in `encode`.
-        backend: auto, reference or triton.
+        backend: as in `encode`.
 
     Returns:
         [B, D] in the weights' dtype.
@@ -445,10 +450,19 @@ def _input_constants(model: FAVE, flow: FlowConfig, noise: InferenceNoise) -> tu
     return norm, (lam * z).float(), (lam * noise.keep.double()).float()
 
 
+def _run_cpp(call: _Call) -> None:
+    encoder_cpu.run(call)
+
+
+def _why_not_cpp(device: torch.device, dtype: torch.dtype) -> str | None:
+    return native.why_not(device, dtype)
+
+
 OP: Op[Callable[[_Call], None]] = Op(
     "encoder",
     (
         Implementation("triton", _run_triton, triton_kernels, not_interpreted),
+        Implementation("cpp", _run_cpp, _why_not_cpp),
         Implementation("reference", _run_reference),
     ),
 )
