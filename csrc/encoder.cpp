@@ -158,15 +158,26 @@ void Encoder::load_rotary(const float* cos, const float* sin) {
   std::copy_n(sin, size, sin_.data());
 }
 
+Histories Encoder::newest_of(Histories histories) const {
+  for (std::size_t b = 0; b < histories.lengths.size(); ++b) {
+    const int over = histories.lengths[b] - config_.max_length;
+    if (over <= 0) continue;
+    histories.starts[b] += over;
+    histories.lengths[b] -= over;
+  }
+  return histories;
+}
+
 void Encoder::encode(const Histories& histories, const void* rows, Format format, void* out, Format out_format,
                      int threads) const {
   const std::vector<std::uint8_t> none;
-  run(Call{histories, rows, nullptr, nullptr, &none, format, out, out_format, nullptr, nullptr, 0, 0, 0, 0}, threads);
+  const Histories used = newest_of(histories);
+  run(Call{used, rows, nullptr, nullptr, &none, format, out, out_format, nullptr, nullptr, 0, 0, 0, 0}, threads);
 }
 
 void Encoder::encode_ids(const Histories& histories, const std::int64_t* ids, const InputPath& path, void* out,
                          Format out_format, int threads) const {
-  Histories used = histories;
+  Histories used = newest_of(histories);
   std::vector<std::uint8_t> present;
   bool gaps = false;
   for (std::size_t b = 0; b < used.lengths.size(); ++b) {
@@ -199,13 +210,7 @@ void Encoder::run(const Call& given, int threads) const {
   const std::vector<int>& lengths = given.histories.lengths;
   const auto count = static_cast<std::int64_t>(lengths.size());
   std::int64_t total = 0;
-  for (const int n : lengths) {
-    if (n < 0 || n > config_.max_length) {
-      throw std::invalid_argument("a history has " + std::to_string(n) + " items; expected 0 to " +
-                                  std::to_string(config_.max_length));
-    }
-    total += n;
-  }
+  for (const int n : lengths) total += n;
   Call call = given;
   const std::int64_t unit_size = pairs_ ? 2 : 1, columns = std::max(kernels_.panel, kVector);
   call.wide = round_up(config_.d, columns);

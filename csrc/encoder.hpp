@@ -63,7 +63,8 @@ class Encoder {
   void load_final_norm(const float* gain_and_bias);
   void load_rotary(const float* cos, const float* sin);  // [max_length, d / heads / 2] by age
 
-  // out [B, d] from rows of E [*, d]. A history without items gets zeros.
+  // out [B, d] from rows of E [*, d]. Of a history longer than max_length the newest items count; one without items gets
+  // zeros.
   void encode(const Histories& histories, const void* rows, Format format, void* out, Format out_format,
               int threads) const;
 
@@ -83,6 +84,7 @@ class Encoder {
 
   Packed pack(const float* weights, int out, int in) const;
   Norm norm_of(const Buffer<float>& padded) const;
+  Histories newest_of(Histories histories) const;
   void run(const Call& call, int threads) const;
   static std::vector<Group> groups_of(const std::vector<int>& lengths, std::int64_t total, int members);
   void run_group(const Call& call, const Group& group, Scratch& shared, Scratch& own, Team& team, int member) const;

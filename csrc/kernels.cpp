@@ -13,10 +13,14 @@ namespace {
 constexpr int kPanel = W * kColumns;
 
 struct Floats {
+  // Units summed one after another. Over 24 models of 32 channels the mean error of encode was 1.3 x PyTorch's with one
+  // chain, 0.93 with chains of 16, which are then added up.
+  static constexpr int kChain = 16;
   static FAVE_FAST_INLINE F multiply_add(F sums, F row, F columns) { return fma(row, columns, sums); }
 };
 #if defined(__AVX512BF16__)
 struct Pairs {
+  static constexpr int kChain = 1 << 30;
   static FAVE_FAST_INLINE F multiply_add(F sums, F row, F columns) { return add_pair_products(sums, row, columns); }
 };
 #endif
@@ -25,20 +29,34 @@ struct Pairs {
 template <typename Unit, int R, int C>
 FAVE_FAST_INLINE void product(const float* a, std::int64_t a_stride, const float* w, std::int64_t w_stride, int units,
                               F (&sums)[R][C]) {
+  F chain[R][C];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) sums[r][c] = all(0.0f);
   }
-  for (int k = 0; k < units; ++k) {
-    F columns[C];
-#pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) columns[c] = load(w + k * w_stride + c * W);
+  for (int first = 0; first < units; first += Unit::kChain) {
+    const int last = units - first < Unit::kChain ? units : first + Unit::kChain;
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const F row = all(a[r * a_stride + k]);
 #pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) sums[r][c] = Unit::multiply_add(sums[r][c], row, columns[c]);
+      for (int c = 0; c < C; ++c) chain[r][c] = all(0.0f);
+    }
+    for (int k = first; k < last; ++k) {
+      F columns[C];
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) columns[c] = load(w + k * w_stride + c * W);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const F row = all(a[r * a_stride + k]);
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) chain[r][c] = Unit::multiply_add(chain[r][c], row, columns[c]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) sums[r][c] = add(sums[r][c], chain[r][c]);
     }
   }
 }
@@ -264,13 +282,16 @@ FAVE_FAST_INLINE void put_columns(const float* rows, std::int64_t stride, int co
 
 // In place the softmax of a row of scores, up to the factor that is returned.
 template <bool kExact>
-FAVE_FAST_INLINE float weigh(float* scores, int vectors, float scale_log2) {
+FAVE_FAST_INLINE float weigh(float* scores, int vectors, double scale_log2) {
   F top = load(scores);
   for (int v = 1; v < vectors; ++v) top = max(top, load(scores + v * W));
-  const F most = all(largest(top)), factor = all(scale_log2);
+  const F most = all(largest(top)), factor = all(static_cast<float>(scale_log2));
+  // The factor's rounding error would bend all weights together.
+  const F rest = all(static_cast<float>(scale_log2 - static_cast<float>(scale_log2)));
   F total = all(0.0f);
   for (int v = 0; v < vectors; ++v) {
-    const F p = exp2<kExact>(mul(sub(load(scores + v * W), most), factor));
+    const F below = max(all(-1e30f), sub(load(scores + v * W), most));  // finite: its parts are added
+    const F p = exp2<kExact>(kExact ? fma(below, factor, mul(below, rest)) : mul(below, factor));
     total = add(total, p);
     store(scores + v * W, p);
   }
@@ -340,7 +361,7 @@ void attend_of(const Attention& at, float* scratch, float* out, std::int64_t out
     past[keys + j] = minus_infinity;
   }
 
-  const auto scale_log2 = static_cast<float>(1.4426950408889634 / __builtin_sqrt(static_cast<double>(channels)));
+  const double scale_log2 = 1.4426950408889634 / __builtin_sqrt(static_cast<double>(channels));
   const Tiles tiles(n - at.first_query);
   for (int t = 0; t < tiles.count; ++t) {
     const int first = at.first_query + tiles.begin(t), rows = tiles.begin(t + 1) - tiles.begin(t);
@@ -355,7 +376,7 @@ void attend_of(const Attention& at, float* scratch, float* out, std::int64_t out
         if (at.causal) s = add(s, load(later + j));
         store(scores + j, s);
       }
-      if (at.causal && bias[first + r] != 0.0f) scores[first + r] = itself;
+      if (at.causal && at.first_query == 0 && bias[first + r] != 0.0f) scores[first + r] = itself;
       inverse[r] = weigh<!kPairs>(scores, key_vectors, scale_log2);
       if (kPairs) put(scores, keys, weight_units + r * keys, true);
     }
@@ -449,6 +470,19 @@ template <typename Rows, int Q>
 FAVE_FAST_INLINE F dots_of(const typename Rows::Element* const (&queries)[Q],
                            const typename Rows::Element* const (&rows)[W / Q], int d) {
   F sums[W];
+  if (Q == 1) {  // one query waits for memory, which is fastest read in its own order
+#pragma GCC unroll 16
+    for (int j = 0; j < W; ++j) {
+      F row = all(0.0f);
+      int k = 0;
+      for (; k + Rows::kStep <= d; k += Rows::kStep) {
+        row = Rows::multiply_add(row, Rows::get(queries[0] + k), Rows::get(rows[j % (W / Q)] + k));
+      }
+      if (k < d) row = Rows::multiply_add(row, Rows::get(queries[0] + k, d - k), Rows::get(rows[j % (W / Q)] + k, d - k));
+      sums[j] = row;
+    }
+    return lane_sums(sums);
+  }
 #pragma GCC unroll 16
   for (int i = 0; i < W; ++i) sums[i] = all(0.0f);
   int k = 0;

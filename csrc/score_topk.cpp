@@ -169,6 +169,7 @@ struct Bytes {
   std::vector<std::int8_t> bytes;
   float scale = 0;
   double norm = 0, error = 0, norm_of_bytes = 0;
+  bool is_nan = false;  // an element is, and so is every score
 
   bool of(const char* row, int d, Format format) {
     values.resize(d);
@@ -176,6 +177,7 @@ struct Bytes {
     bytes.assign(d, 0);
     double most = 0;
     bool finite = true;
+    is_nan = false;
     for (int i = 0; i < d; ++i) {
       float x;
       if (format == Format::fp32) {
@@ -186,6 +188,7 @@ struct Bytes {
         x = widen(half);
       }
       finite = finite && std::isfinite(x);
+      is_nan = is_nan || std::isnan(x);
       values[i] = x;
       most = std::max(most, std::abs(values[i]));
     }
@@ -314,12 +317,13 @@ void ByteTable::quantise(const void* table, std::int64_t row_stride, Format form
     const std::int64_t id = 1 + panel * width + column, place = panel * width + column;
     const bool there = id <= items_;
     const bool bounded = there && item.of(row_at(table, row_stride, id, format), d_, format);
-    scales_.data()[place] = there ? item.scale : 0.0f;
+    const bool candidate = there && !item.is_nan;
+    scales_.data()[place] = candidate ? item.scale : std::numeric_limits<float>::quiet_NaN();
     for (int i = 0; i < 4 * units_; ++i) {
       const int value = there && i < d_ ? item.bytes[i] : 0;
       to[(static_cast<std::int64_t>(i / 4) * width + column) * 4 + i % 4] = static_cast<unsigned char>(128 + value);
     }
-    if (!there) continue;
+    if (!candidate) continue;
     float& error = errors_.data()[place / lanes];
     float& norm = norms_.data()[place / lanes];
     error = std::max(error, bounded ? not_less(item.error) : kInfinity);
@@ -364,8 +368,8 @@ void ByteTable::score_topk(const TopkCall& call, int threads) {
                                  candidates.level, margins.data(), places.data());
           for (int i = 0; i < found && !candidates.full; ++i) {
             const std::int64_t id = 1 + p * width + places[i];
-            if (id > items_ || left_out[queries.rows[first + q]].has(id)) continue;
             const float score = row[places[i]], margin = margins[places[i] / kernels_.lanes];
+            if (std::isnan(score) || left_out[queries.rows[first + q]].has(id)) continue;
             candidates.add({score - margin, score + margin, static_cast<std::int32_t>(id)}, call.k);
           }
         }

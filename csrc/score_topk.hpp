@@ -42,7 +42,7 @@ void score_topk(const Kernels& kernels, const TopkCall& call, int threads);
 // The K-th largest a - m is a bound that K scores reach; only an item with a + m not below it can be among the K best.
 // Those items' scores are then computed as `score_topk` does, to the same bits. Items and queries with NaN, infinities or
 // a scale beyond 2^+-40 (where products would be rounded as subnormal numbers, or overflow) have no such bound: the items
-// are always looked at, the queries take the whole scan.
+// are always looked at, the queries take the whole scan. Items with a NaN are never looked at: their scale is NaN.
 class ByteTable {
  public:
   // Of rows 1 to N of a table. Throws std::invalid_argument where d is too large for sums in 32 bits.

@@ -110,6 +110,9 @@ FAVE_FAST_INLINE F lane_sums(F (&r)[W]) {
   return add(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
 }
 
+FAVE_FAST_INLINE float sum(F x) { return _mm512_reduce_add_ps(x); }
+FAVE_FAST_INLINE float largest(F x) { return _mm512_reduce_max_ps(x); }
+
 FAVE_FAST_INLINE I zero_counts() { return _mm512_setzero_si512(); }
 FAVE_FAST_INLINE F floats(I x) { return _mm512_cvtepi32_ps(x); }
 FAVE_FAST_INLINE I sub(I a, std::int32_t b) { return _mm512_sub_epi32(a, _mm512_set1_epi32(b)); }
@@ -221,6 +224,17 @@ FAVE_FAST_INLINE F lane_sums(F (&r)[W]) {
   return add(_mm256_permute2f128_ps(r[0], r[1], 0x20), _mm256_permute2f128_ps(r[0], r[1], 0x31));
 }
 
+FAVE_FAST_INLINE float sum(F x) {
+  __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  y = _mm_add_ps(y, _mm_movehl_ps(y, y));
+  return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
+}
+FAVE_FAST_INLINE float largest(F x) {
+  __m128 y = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  y = _mm_max_ps(y, _mm_movehl_ps(y, y));
+  return _mm_cvtss_f32(_mm_max_ss(y, _mm_movehdup_ps(y)));
+}
+
 FAVE_FAST_INLINE I zero_counts() { return _mm256_setzero_si256(); }
 FAVE_FAST_INLINE F floats(I x) { return _mm256_cvtepi32_ps(x); }
 FAVE_FAST_INLINE I sub(I a, std::int32_t b) { return _mm256_sub_epi32(a, _mm256_set1_epi32(b)); }
@@ -321,6 +335,12 @@ FAVE_FAST_INLINE F lane_sums(F (&r)[W]) {
   return each([&](int i) { return (r[i].lane[0] + r[i].lane[2]) + (r[i].lane[1] + r[i].lane[3]); });
 }
 
+FAVE_FAST_INLINE float sum(F x) { return (x.lane[0] + x.lane[2]) + (x.lane[1] + x.lane[3]); }
+FAVE_FAST_INLINE float largest(F x) {
+  const F y = max(x, each([&](int i) { return x.lane[i ^ 2]; }));
+  return y.lane[0] > y.lane[1] ? y.lane[0] : y.lane[1];
+}
+
 FAVE_FAST_INLINE I zero_counts() { return I{}; }
 FAVE_FAST_INLINE F floats(I x) { return each([&](int i) { return static_cast<float>(x.lane[i]); }); }
 FAVE_FAST_INLINE I sub(I a, std::int32_t b) {
@@ -339,23 +359,6 @@ FAVE_FAST_INLINE I add_byte_products(I sums, F items, F query) {
 }
 
 #endif
-
-FAVE_FAST_INLINE float sum(F x) {
-  float lanes[W];
-  store(lanes, x);
-  for (int half = W / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  }
-  return lanes[0];
-}
-
-FAVE_FAST_INLINE float largest(F x) {
-  float lanes[W];
-  store(lanes, x);
-  float best = lanes[0];
-  for (int i = 1; i < W; ++i) best = lanes[i] > best ? lanes[i] : best;
-  return best;
-}
 
 // The first n lanes of x, zeros after them.
 FAVE_FAST_INLINE F only(F x, int n) {

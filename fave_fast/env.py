@@ -24,7 +24,7 @@ from fave_fast.ops.registry import why_no_extension
 # Every environment variable that the project reads, and what it does.
 ENVIRONMENT: dict[str, str] = {
     "FAVE_FAST_BACKEND": "the backend of every op that is called with backend='auto': reference, triton or cpp",
-    "FAVE_FAST_ISA": "the instruction set of the C++ encoder and top K, one of those listed above (default: the fastest)",
+    "FAVE_FAST_ISA": "the instruction set of the C++ encoder and top K, one that is listed (default: the fastest)",
     "FAVE_FAST_PURE": "1 while installing: build no C++ extension",
     "FAVE_FAST_DATA": "the tests: folder of the benchmark data sets (default: shared/data beside the checkout)",
 }
@@ -34,9 +34,9 @@ _PACKAGES = ("torch", "numpy", "polars", "triton", "safetensors", "tensorboard",
 def report() -> dict[str, Any]:
     """What is here, as plain values ready for JSON.
 
-    Keys: `versions` (name to version, or None), `devices`, `threads`, `extension` (`available`, `reason`, `compiler`, `instruction_sets`: what
-    runs here, the fastest first), `backends` (device type, then op, then backend to the reason why it is refused, or None), and `environment`
-    (variable to `value` and `meaning`).
+    Keys: `versions` (name to version, or None), `devices`, `threads`, `extension` (`available`, `reason`, `compiler`,
+    and `instruction_sets`, which run here, the fastest first), `backends` (device type, then op, then backend to the
+    reason why it is refused, or None), and `environment` (variable to `value` and `meaning`).
     """
     return {
         "versions": _versions(),
@@ -62,7 +62,7 @@ def _versions() -> dict[str, str | None]:
 
 def _extension() -> dict[str, Any]:
     reason = why_no_extension()
-    facts = {"available": reason is None, "reason": reason, "compiler": None, "instruction_sets": []}
+    facts: dict[str, Any] = {"available": reason is None, "reason": reason, "compiler": None, "instruction_sets": []}
     if reason is None:
         module = importlib.import_module("fave_fast._C")
         facts |= {"compiler": module.compiler, "instruction_sets": module.instruction_sets()}
