@@ -134,12 +134,10 @@ CONFIGS: list[tuple[dict[str, Any], dict[str, Any]]] = [
 ]
 
 
-@each_backend
+@needs_triton
 @pytest.mark.parametrize(("model", "flow"), CONFIGS)
-def test_every_kind_of_model(model: dict[str, Any], flow: dict[str, Any], backend: str) -> None:
-    flow_config = FlowConfig(**{"rho": 0.5, "lambda_at_inference": "sample", **flow})
-    lengths = LENGTHS * 8 if backend == "cpp" else LENGTHS  # the worst of few numbers is chance
-    check(Case(small(**model), lengths, flow=flow_config), backend=backend)
+def test_every_kind_of_model(model: dict[str, Any], flow: dict[str, Any]) -> None:
+    check(Case(small(**model), flow=FlowConfig(**{"rho": 0.5, "lambda_at_inference": "sample", **flow})))
 
 
 @needs_triton

@@ -6,6 +6,7 @@ import dataclasses
 import multiprocessing
 import threading
 from collections.abc import Sequence
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -40,7 +41,13 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 class Network:
     """A model with weights large enough for peaked attention, and its packed forms."""
 
-    def __init__(self, dtype: torch.dtype, isa: str | None = None, **config: object) -> None:
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        isa: str | None = None,
+        prior: Literal["anchor", "gaussian"] = "anchor",
+        **config: object,
+    ) -> None:
         values: dict[str, object] = {
             "d": 32,
             "heads": 2,
@@ -57,7 +64,7 @@ class Network:
             for name, weight in self.model.named_parameters():
                 weight.mul_(20 if "embedding.weight" in name else 2.5)
         self.model.to(dtype)
-        flow = FlowConfig(rho=0.5, anchor_at_inference="uniform", lambda_at_inference="sample")
+        flow = FlowConfig(prior=prior, rho=0.5, anchor_at_inference="uniform", lambda_at_inference="sample")
         self.path = InputPath.pack(self.model, flow, InferenceNoise.draw(self.model, flow, 3))
         weights = EncoderWeights.pack(self.model)
         self.weights = dataclasses.replace(weights, native=NativeWeights.pack(self.model, isa))
@@ -106,11 +113,12 @@ def two_threads() -> object:
         {},
         {"norm": "layer", "attention": "causal"},
         {"position": "none", "d": 20, "max_length": 70},  # heads of 10 channels, more keys than a tile has columns
+        {"prior": "gaussian", "heads": 1, "blocks": 1, "ffn_mult": 1},
         {"d": 136, "heads": 4, "blocks": 1, "max_length": 40},  # heads of 34
     ],
     ids=str,
 )
-def test_error_against_float64(isa: str, dtype: torch.dtype, config: dict[str, object]) -> None:
+def test_error_against_float64(isa: str, dtype: torch.dtype, config: dict[str, Any]) -> None:
     network = Network(dtype, isa, **config)
     longest = network.model.config.max_length
     network.check(drawn_histories([longest, 1, 7, 0, 8, 9, 2, 11, longest - 1, 13, 5, 12] * 2))
