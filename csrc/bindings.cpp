@@ -1,12 +1,18 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
+#include <optional>
 #include <string>
 
 #include "cluster_encoder.hpp"
 #include "rank_count.hpp"
 #include "submit.hpp"
+#include "encoder.hpp"
+#include "isa.hpp"
+#include "rank_count.hpp"
+#include "score_topk.hpp"
 
 namespace py = pybind11;
 
@@ -127,6 +133,180 @@ constexpr bool kHasCuda = false;
 
 void bind_cluster_encoder(py::module_&) {}
 #endif
+using Halves = py::array_t<std::uint16_t>;  // the bits of bfloat16
+
+// A matrix of floats or of bfloat16, its rows contiguous.
+struct Matrix {
+  void* data;
+  py::ssize_t rows, columns, stride;
+  fave_fast::Format format;
+};
+
+Matrix matrix_of(const py::array& array, const char* name, bool writable = false) {
+  const bool floats = py::isinstance<Floats>(array);
+  if (!floats && !py::isinstance<Halves>(array)) {
+    throw py::type_error(std::string(name) + " must be float32, or uint16 with the bits of bfloat16");
+  }
+  if (array.ndim() != 2) throw py::value_error(std::string(name) + " must have two dimensions");
+  const py::ssize_t itemsize = array.itemsize();
+  if (array.shape(1) > 1 && array.shape(0) > 0 && array.strides(1) != itemsize) {
+    throw py::value_error("a row of " + std::string(name) + " must be contiguous");
+  }
+  if (array.strides(0) % itemsize != 0) {
+    throw py::value_error("the row stride of " + std::string(name) + " must be whole elements");
+  }
+  if (writable && !array.writeable()) throw py::value_error(std::string(name) + " must be writable");
+  return {const_cast<void*>(array.data()), array.shape(0), array.shape(1), array.strides(0) / itemsize,
+          floats ? fave_fast::Format::fp32 : fave_fast::Format::bf16};
+}
+
+// A contiguous array of that shape; -1 stands for any size.
+template <typename Array>
+void require_shape(const Array& array, const char* name, std::initializer_list<py::ssize_t> shape) {
+  bool fits = array.ndim() == static_cast<py::ssize_t>(shape.size());
+  std::string expected;
+  py::ssize_t i = 0;
+  for (const py::ssize_t size : shape) {
+    fits = fits && (size < 0 || array.shape(i) == size);
+    expected += (i++ == 0 ? "" : ", ") + (size < 0 ? "*" : std::to_string(size));
+  }
+  if (!fits) throw py::value_error(std::string(name) + " must have shape [" + expected + "]");
+  if (!(array.flags() & py::array::c_style)) throw py::value_error(std::string(name) + " must be contiguous");
+}
+
+// Packed rows with offsets [B + 1]; or padded on the left to `padded_length` with lengths [B].
+fave_fast::Histories histories_of(const Ints& bounds, py::ssize_t padded_length, py::ssize_t rows) {
+  require_shape(bounds, "bounds", {-1});
+  const std::int64_t* values = bounds.data();
+  const py::ssize_t count = bounds.shape(0) - (padded_length == 0 ? 1 : 0);
+  fave_fast::Histories histories;
+  for (py::ssize_t b = 0; b < count; ++b) {
+    const std::int64_t length = padded_length == 0 ? values[b + 1] - values[b] : values[b];
+    const std::int64_t start = padded_length == 0 ? values[b] : (b + 1) * padded_length - length;
+    if (length < 0 || start < 0 || start + length > rows || (padded_length != 0 && length > padded_length)) {
+      throw py::value_error("history " + std::to_string(b) + " is not within the rows");
+    }
+    if (length > INT32_MAX) throw py::value_error("history " + std::to_string(b) + " is too long");
+    histories.starts.push_back(start);
+    histories.lengths.push_back(static_cast<int>(length));
+  }
+  return histories;
+}
+
+Matrix output_of(py::array& out, std::size_t batch, int d) {
+  const Matrix matrix = matrix_of(out, "out", true);
+  require_shape(out, "out", {static_cast<py::ssize_t>(batch), d});
+  return matrix;
+}
+
+void load_block(fave_fast::Encoder& encoder, int block, const Floats& qkv, const Floats& attention_out,
+                const Floats& ffn_in, const Floats& ffn_out, const Floats& attention_norm, const Floats& ffn_norm) {
+  const int d = encoder.config().d, hidden = encoder.config().hidden;
+  if (block < 0 || block >= encoder.config().blocks) throw py::value_error("there is no such block");
+  require_shape(qkv, "qkv", {3 * d, d});
+  require_shape(attention_out, "attention_out", {d, d});
+  require_shape(ffn_in, "ffn_in", {hidden, d});
+  require_shape(ffn_out, "ffn_out", {d, hidden});
+  require_shape(attention_norm, "attention_norm", {2, d});
+  require_shape(ffn_norm, "ffn_norm", {2, d});
+  encoder.load(block, {qkv.data(), attention_out.data(), ffn_in.data(), ffn_out.data(), attention_norm.data(),
+                       ffn_norm.data()});
+}
+
+void load_ends(fave_fast::Encoder& encoder, const Floats& final_norm, const Floats& cos, const Floats& sin) {
+  const fave_fast::EncoderConfig& config = encoder.config();
+  require_shape(final_norm, "final_norm", {2, config.d});
+  require_shape(cos, "cos", {config.max_length, config.d / config.heads / 2});
+  require_shape(sin, "sin", {config.max_length, config.d / config.heads / 2});
+  encoder.load_final_norm(final_norm.data());
+  encoder.load_rotary(cos.data(), sin.data());
+}
+
+void encode(const fave_fast::Encoder& encoder, const py::array& rows, const Ints& bounds, py::ssize_t padded_length,
+            py::array& out, int threads) {
+  const Matrix from = matrix_of(rows, "rows");
+  require_shape(rows, "rows", {-1, encoder.config().d});
+  const fave_fast::Histories histories = histories_of(bounds, padded_length, from.rows);
+  const Matrix to = output_of(out, histories.lengths.size(), encoder.config().d);
+  py::gil_scoped_release release;
+  encoder.encode(histories, from.data, from.format, to.data, to.format, threads);
+}
+
+void encode_ids(const fave_fast::Encoder& encoder, const Ints& ids, const Ints& bounds, py::ssize_t padded_length,
+                const py::array& table, const Floats& norm, const Floats& shift, const std::optional<Floats>& scale,
+                float anchor, py::array& out, int threads) {
+  const fave_fast::EncoderConfig& config = encoder.config();
+  require_shape(ids, "ids", {-1});
+  const Matrix items = matrix_of(table, "table");
+  require_shape(table, "table", {-1, config.d});
+  require_shape(norm, "norm", {2, config.d});
+  require_shape(shift, "shift", {config.max_length, config.d});
+  if (scale) require_shape(*scale, "scale", {config.max_length, config.d});
+  if (items.rows == 0 || !(anchor >= 0 && anchor <= 1)) {
+    throw py::value_error("table must have a row 0, and anchor be from 0 to 1");
+  }
+  const fave_fast::Histories histories = histories_of(bounds, padded_length, ids.shape(0));
+  const Matrix to = output_of(out, histories.lengths.size(), config.d);
+  const fave_fast::InputPath path{items.data,   items.format, items.rows - 1,
+                                  norm.data(),  shift.data(), scale ? scale->data() : nullptr,
+                                  anchor};
+  const std::int64_t* ids_data = ids.data();
+  py::gil_scoped_release release;
+  encoder.encode_ids(histories, ids_data, path, to.data, to.format, threads);
+}
+
+using Bools = py::array_t<bool>;
+
+fave_fast::TopkCall topk_call(const py::array& queries, const py::array& table, py::ssize_t k,
+                              const std::optional<Ints>& excluded, const std::optional<Ints>& offsets,
+                              const std::optional<Bools>& deny, Floats& scores, Ints& ids) {
+  const Matrix from = matrix_of(queries, "queries"), items = matrix_of(table, "table");
+  if (from.columns != items.columns || from.format != items.format) {
+    throw py::value_error("queries and table must have one width and one dtype");
+  }
+  if (items.rows == 0 || items.rows - 1 > INT32_MAX || items.columns > INT32_MAX || k < 1) {
+    throw py::value_error("table must have 1 to 2^31 rows, and k be at least 1");
+  }
+  if (excluded.has_value() != offsets.has_value()) throw py::value_error("excluded and offsets go together");
+  if (excluded) {
+    require_shape(*excluded, "excluded", {-1});
+    require_shape(*offsets, "offsets", {from.rows + 1});
+    const std::int64_t* at = offsets->data();
+    for (py::ssize_t b = 0; b < from.rows; ++b) {
+      if (at[b] < 0 || at[b + 1] < at[b] || at[b + 1] > excluded->shape(0)) {
+        throw py::value_error("offsets do not rise from 0 to the number of excluded ids");
+      }
+    }
+  }
+  if (deny) require_shape(*deny, "deny", {items.rows});
+  require_shape(scores, "scores", {from.rows, k});
+  require_shape(ids, "ids", {from.rows, k});
+  return {from.data,
+          from.stride,
+          from.rows,
+          items.data,
+          items.stride,
+          items.rows - 1,
+          static_cast<int>(items.columns),
+          from.format,
+          k,
+          excluded ? excluded->data() : nullptr,
+          offsets ? offsets->data() : nullptr,
+          deny ? deny->data() : nullptr,
+          scores.mutable_data(),
+          ids.mutable_data()};
+}
+
+std::unique_ptr<fave_fast::ByteTable> byte_table(const py::array& table, const std::string& isa, int threads) {
+  const Matrix items = matrix_of(table, "table");
+  if (items.rows == 0 || items.rows - 1 > INT32_MAX || items.columns > INT32_MAX) {
+    throw py::value_error("table must have 1 to 2^31 rows");
+  }
+  const fave_fast::Kernels& kernels = fave_fast::kernels_for(isa);
+  py::gil_scoped_release release;
+  return std::make_unique<fave_fast::ByteTable>(kernels, items.data, items.stride, items.rows - 1,
+                                                static_cast<int>(items.columns), items.format, threads);
+}
 
 std::string compiler() {
 #if defined(__clang__)
@@ -157,4 +337,73 @@ PYBIND11_MODULE(_C, m) {
         "Raises TypeError for a wrong dtype and ValueError for a wrong shape or stride.");
   bind_submit(m);
   bind_cluster_encoder(m);
+  m.def("instruction_sets", &fave_fast::instruction_sets,
+        "Names of the instruction sets that can run here, the fastest first. `isa` of what follows is one of them, or\n"
+        "empty for the first.");
+
+  using fave_fast::Encoder;
+  py::class_<Encoder>(m, "Encoder", "The packed weights of a network, and its forward pass. Its calls release the GIL.")
+      .def(py::init([](int d, int heads, int hidden, int blocks, int max_length, bool layer_norm, bool rotary,
+                       bool causal, float eps, float input_eps, bool half, const std::string& isa) {
+             return std::make_unique<Encoder>(
+                 fave_fast::EncoderConfig{d, heads, hidden, blocks, max_length, layer_norm, rotary, causal, eps,
+                                          input_eps, half},
+                 fave_fast::kernels_for(isa));
+           }),
+           py::kw_only(), py::arg("d"), py::arg("heads"), py::arg("hidden"), py::arg("blocks"), py::arg("max_length"),
+           py::arg("layer_norm"), py::arg("rotary"), py::arg("causal"), py::arg("eps"), py::arg("input_eps"),
+           py::arg("half"), py::arg("isa") = "")
+      .def("load_block", &load_block, py::arg("block"), py::arg("qkv").noconvert(), py::arg("attention_out").noconvert(),
+           py::arg("ffn_in").noconvert(), py::arg("ffn_out").noconvert(), py::arg("attention_norm").noconvert(),
+           py::arg("ffn_norm").noconvert(), "Copies a block's matrices [out, in] and norms (gain and bias, [2, d]).")
+      .def("load_ends", &load_ends, py::arg("final_norm").noconvert(), py::arg("cos").noconvert(),
+           py::arg("sin").noconvert(), "Copies the last norm [2, d] and the rotary tables by age.")
+      .def("encode", &encode, py::arg("rows").noconvert(), py::arg("bounds").noconvert(), py::arg("padded_length"),
+           py::arg("out").noconvert(), py::arg("threads"),
+           "Endpoints [B, d] from rows of E [*, d]. `bounds` are offsets [B + 1] of packed rows, padded_length 0; or\n"
+           "lengths [B] of rows padded on the left to padded_length. bfloat16 is given as uint16.")
+      .def("encode_ids", &encode_ids, py::arg("ids").noconvert(), py::arg("bounds").noconvert(),
+           py::arg("padded_length"), py::arg("table").noconvert(), py::arg("norm").noconvert(),
+           py::arg("shift").noconvert(), py::arg("scale").noconvert(), py::arg("anchor"), py::arg("out").noconvert(),
+           py::arg("threads"), "Endpoints [B, d] from item ids. Raises ValueError for an id outside the table.")
+      .def_property_readonly("isa", [](const Encoder& encoder) { return encoder.kernels().name; });
+
+  m.def(
+      "score_topk",
+      [](const py::array& queries, const py::array& table, py::ssize_t k, const std::optional<Ints>& excluded,
+         const std::optional<Ints>& offsets, const std::optional<Bools>& deny, Floats& scores, Ints& ids, int threads,
+         const std::string& isa) {
+        const fave_fast::TopkCall call = topk_call(queries, table, k, excluded, offsets, deny, scores, ids);
+        const fave_fast::Kernels& kernels = fave_fast::kernels_for(isa);
+        py::gil_scoped_release release;
+        fave_fast::score_topk(kernels, call, threads);
+      },
+      py::arg("queries").noconvert(), py::arg("table").noconvert(), py::arg("k"), py::arg("excluded").noconvert(),
+      py::arg("offsets").noconvert(), py::arg("deny").noconvert(), py::arg("scores").noconvert(),
+      py::arg("ids").noconvert(), py::arg("threads"), py::arg("isa") = "",
+      "The k best of items 1 to N of table [N + 1, d] for queries [B, d], into scores and ids [B, k]; what is neither\n"
+      "excluded [E] (by offsets [B + 1]) nor denied [N + 1]. Releases the GIL.");
+
+  using fave_fast::ByteTable;
+  py::class_<ByteTable>(m, "ByteTable", "A table in 8 bits an element, for lists that equal score_topk's to the bit.")
+      .def(py::init(&byte_table), py::arg("table").noconvert(), py::arg("isa") = "", py::arg("threads") = 1)
+      .def(
+          "score_topk",
+          [](ByteTable& bytes, const py::array& queries, const py::array& table, py::ssize_t k,
+             const std::optional<Ints>& excluded, const std::optional<Ints>& offsets, const std::optional<Bools>& deny,
+             Floats& scores, Ints& ids, int threads) {
+            const fave_fast::TopkCall call = topk_call(queries, table, k, excluded, offsets, deny, scores, ids);
+            if (call.items != bytes.items() || call.d != bytes.d()) {
+              throw py::value_error("table has another shape than the one in bytes");
+            }
+            py::gil_scoped_release release;
+            bytes.score_topk(call, threads);
+          },
+          py::arg("queries").noconvert(), py::arg("table").noconvert(), py::arg("k"), py::arg("excluded").noconvert(),
+          py::arg("offsets").noconvert(), py::arg("deny").noconvert(), py::arg("scores").noconvert(),
+          py::arg("ids").noconvert(), py::arg("threads"))
+      .def_property_readonly("isa", [](const ByteTable& bytes) { return bytes.kernels().name; })
+      .def_property_readonly("nbytes", &ByteTable::bytes)
+      .def_property_readonly("asked", &ByteTable::asked)
+      .def_property_readonly("fallen_back", &ByteTable::fallen_back);
 }

@@ -1,15 +1,21 @@
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 compiler: str
 has_cuda: bool
 
+_Floats = NDArray[np.float32]
+_Ints = NDArray[np.int64]
+_Rows = NDArray[Any]  # float32, or uint16 with the bits of bfloat16
+
 def rank_count(
-    scores: NDArray[np.float32],
+    scores: _Floats,
     first_id: int,
-    target_scores: NDArray[np.float32],
-    target_ids: NDArray[np.int64],
-    counts: NDArray[np.int64],
+    target_scores: _Floats,
+    target_ids: _Ints,
+    counts: _Ints,
     threads: int = 1,
 ) -> None: ...
 def launch_graph(graph: int, stream: int) -> None: ...
@@ -44,3 +50,85 @@ def encode_cluster(
     device: int,
     stream: int,
 ) -> None: ...
+def instruction_sets() -> list[str]: ...
+
+class Encoder:
+    def __init__(
+        self,
+        *,
+        d: int,
+        heads: int,
+        hidden: int,
+        blocks: int,
+        max_length: int,
+        layer_norm: bool,
+        rotary: bool,
+        causal: bool,
+        eps: float,
+        input_eps: float,
+        half: bool,
+        isa: str = "",
+    ) -> None: ...
+    @property
+    def isa(self) -> str: ...
+    def load_block(
+        self,
+        block: int,
+        qkv: _Floats,
+        attention_out: _Floats,
+        ffn_in: _Floats,
+        ffn_out: _Floats,
+        attention_norm: _Floats,
+        ffn_norm: _Floats,
+    ) -> None: ...
+    def load_ends(self, final_norm: _Floats, cos: _Floats, sin: _Floats) -> None: ...
+    def encode(self, rows: _Rows, bounds: _Ints, padded_length: int, out: _Rows, threads: int) -> None: ...
+    def encode_ids(
+        self,
+        ids: _Ints,
+        bounds: _Ints,
+        padded_length: int,
+        table: _Rows,
+        norm: _Floats,
+        shift: _Floats,
+        scale: _Floats | None,
+        anchor: float,
+        out: _Rows,
+        threads: int,
+    ) -> None: ...
+
+def score_topk(
+    queries: _Rows,
+    table: _Rows,
+    k: int,
+    excluded: _Ints | None,
+    offsets: _Ints | None,
+    deny: NDArray[np.bool_] | None,
+    scores: _Floats,
+    ids: _Ints,
+    threads: int,
+    isa: str = "",
+) -> None: ...
+
+class ByteTable:
+    def __init__(self, table: _Rows, isa: str = "", threads: int = 1) -> None: ...
+    @property
+    def isa(self) -> str: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def asked(self) -> int: ...
+    @property
+    def fallen_back(self) -> int: ...
+    def score_topk(
+        self,
+        queries: _Rows,
+        table: _Rows,
+        k: int,
+        excluded: _Ints | None,
+        offsets: _Ints | None,
+        deny: NDArray[np.bool_] | None,
+        scores: _Floats,
+        ids: _Ints,
+        threads: int,
+    ) -> None: ...

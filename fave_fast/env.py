@@ -24,6 +24,7 @@ from fave_fast.ops.registry import why_no_extension
 # Every environment variable that the project reads, and what it does.
 ENVIRONMENT: dict[str, str] = {
     "FAVE_FAST_BACKEND": "the backend of every op that is called with backend='auto': reference, triton or cpp",
+    "FAVE_FAST_ISA": "the instruction set of the C++ encoder and top K, one that is listed (default: the fastest)",
     "FAVE_FAST_PURE": "1 while installing: build no C++ extension",
     "FAVE_FAST_DATA": "the tests: folder of the benchmark data sets (default: shared/data beside the checkout)",
 }
@@ -33,9 +34,9 @@ _PACKAGES = ("torch", "numpy", "polars", "triton", "safetensors", "tensorboard",
 def report() -> dict[str, Any]:
     """What is here, as plain values ready for JSON.
 
-    Keys: `versions` (name to version, or None), `devices`, `threads`, `extension` (`available`, `reason`, `compiler`),
-    `backends` (device type, then op, then backend to the reason why it is refused, or None), and `environment`
-    (variable to `value` and `meaning`).
+    Keys: `versions` (name to version, or None), `devices`, `threads`, `extension` (`available`, `reason`, `compiler`,
+    and `instruction_sets`, which run here, the fastest first), `backends` (device type, then op, then backend to the
+    reason why it is refused, or None), and `environment` (variable to `value` and `meaning`).
     """
     return {
         "versions": _versions(),
@@ -61,8 +62,11 @@ def _versions() -> dict[str, str | None]:
 
 def _extension() -> dict[str, Any]:
     reason = why_no_extension()
-    compiler = None if reason else importlib.import_module("fave_fast._C").compiler
-    return {"available": reason is None, "reason": reason, "compiler": compiler}
+    facts: dict[str, Any] = {"available": reason is None, "reason": reason, "compiler": None, "instruction_sets": []}
+    if reason is None:
+        module = importlib.import_module("fave_fast._C")
+        facts |= {"compiler": module.compiler, "instruction_sets": module.instruction_sets()}
+    return facts
 
 
 def _backends() -> dict[str, dict[str, dict[str, str | None]]]:
@@ -77,6 +81,8 @@ def _lines(facts: dict[str, Any]) -> list[str]:
     lines += ["devices", f"  cpu          {facts['threads']} threads"]
     lines += [f"  cuda:{i}       {name}" for i, name in enumerate(facts["devices"])]
     lines += ["C++ extension", f"  {extension['reason'] or 'built by ' + extension['compiler']}"]
+    if extension["available"]:
+        lines.append(f"  instruction sets: {', '.join(extension['instruction_sets'])}")
     for device, ops in facts["backends"].items():
         lines.append(f"backends on {device}, the preferred first")
         for op, refusals in ops.items():

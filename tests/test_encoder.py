@@ -1,4 +1,4 @@
-"""The encoder's kernel against the network in float64, beside the network in its own dtype; and against itself."""
+"""The encoder's kernels against the network in float64, beside the network in its own dtype; and against themselves."""
 
 from __future__ import annotations
 
@@ -24,14 +24,18 @@ from fave_fast.model import FAVE
 from fave_fast.ops import encoder as ops
 from fave_fast.ops import encoder_cluster
 from fave_fast.ops.encoder import EncoderWeights, InputPath, Plan, encode, encode_ids
-from fave_fast.ops.registry import Implementation, Op, why_no_triton
+from fave_fast.ops.registry import Implementation, Op, why_no_extension, why_no_triton
 from fave_fast.ops.tuning import tile_shapes
 
-pytestmark = pytest.mark.skipif(why_no_triton() is not None, reason=str(why_no_triton()))
+needs_triton = pytest.mark.skipif(why_no_triton() is not None, reason=str(why_no_triton()))
+needs_extension = pytest.mark.skipif(why_no_extension() is not None, reason=str(why_no_extension()))
 
 ROOT = Path(__file__).resolve().parent.parent
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
+triton = pytest.param("triton", marks=needs_triton)
+cpp = pytest.param("cpp", marks=needs_extension)
+each_backend = pytest.mark.parametrize("backend", [triton] if GPU else [triton, cpp])
 # The interpreter's product of bf16 is garbage.
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if GPU else [])
 ITEMS = 60
@@ -120,9 +124,14 @@ def small(**change: Any) -> ModelConfig:
     return ModelConfig(**{**SMALL, **change})
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_error_against_float64(dtype: torch.dtype) -> None:
-    check(Case(dtype=dtype))
+KINDS = [pytest.param("triton", dtype, marks=needs_triton) for dtype in DTYPES]
+if not GPU:
+    KINDS += [pytest.param("cpp", dtype, marks=needs_extension) for dtype in (torch.float32, torch.bfloat16)]
+
+
+@pytest.mark.parametrize(("backend", "dtype"), KINDS)
+def test_error_against_float64(backend: str, dtype: torch.dtype) -> None:
+    check(Case(dtype=dtype), backend=backend)
 
 
 CONFIGS: list[tuple[dict[str, Any], dict[str, Any]]] = [
@@ -132,11 +141,13 @@ CONFIGS: list[tuple[dict[str, Any], dict[str, Any]]] = [
 ]
 
 
+@needs_triton
 @pytest.mark.parametrize(("model", "flow"), CONFIGS)
 def test_every_kind_of_model(model: dict[str, Any], flow: dict[str, Any]) -> None:
     check(Case(small(**model), flow=FlowConfig(**{"rho": 0.5, "lambda_at_inference": "sample", **flow})))
 
 
+@needs_triton
 @pytest.mark.parametrize("rows", [16, 32])
 def test_a_plan_changes_nothing(rows: int) -> None:
     case = Case(small(blocks=1))
@@ -145,29 +156,32 @@ def test_a_plan_changes_nothing(rows: int) -> None:
     assert int(plan.programs[:, 1].sum()) == len(LENGTHS)
 
 
-def test_padded_is_packed() -> None:
+@each_backend
+def test_padded_is_packed(backend: str) -> None:
     case = Case(small(blocks=1))
     lengths = case.offsets.diff()
-    for backend in ("triton", "reference"):
-        from_ids, from_e = case.run(backend)
+    for name in (backend, "reference"):
+        from_ids, from_e = case.run(name)
         ids, e = case.padded(case.ids), case.padded(case.e)
-        got = encode_ids(case.weights, case.path, ids.int(), backend=backend)
+        got = encode_ids(case.weights, case.path, ids.int(), backend=name)
         torch.testing.assert_close(got, from_ids, atol=1e-5, rtol=1e-5)
         ages = torch.arange(e.shape[1] - 1, -1, -1, device=e.device)
         e[ages >= lengths[:, None]] = torch.nan  # what lies in padding is not read
-        got = encode(case.weights, e, lengths, backend=backend)
+        got = encode(case.weights, e, lengths, backend=name)
         torch.testing.assert_close(got, from_e, atol=1e-5, rtol=1e-5)
 
 
-def test_a_history_without_items_gets_zeros() -> None:
-    for result in (*Case().run(), *Case().run("reference")):
+@each_backend
+def test_a_history_without_items_gets_zeros(backend: str) -> None:
+    for result in (*Case().run(backend), *Case().run("reference")):
         assert not result[LENGTHS.index(0)].any()
         assert result[0].any()
 
 
-def test_refresh_takes_new_weights_in_place() -> None:
+@each_backend
+def test_refresh_takes_new_weights_in_place(backend: str) -> None:
     case = Case(small(blocks=1))
-    before = case.run()
+    before = case.run(backend)
     addresses = case.weights.matrices.data_ptr(), case.path.shift.data_ptr()
     with torch.no_grad():
         for weight in case.model.parameters():
@@ -175,11 +189,12 @@ def test_refresh_takes_new_weights_in_place() -> None:
     case.weights.refresh()
     case.path.refresh(case.model)
     assert addresses == (case.weights.matrices.data_ptr(), case.path.shift.data_ptr())
-    for old, new in zip(before, case.run(), strict=True):
+    for old, new in zip(before, case.run(backend), strict=True):
         assert not torch.equal(old, new)
-    check(case)
+    check(case, backend=backend)
 
 
+@needs_triton
 def test_sizes_that_the_kernel_lacks_fall_back_or_refuse() -> None:
     for change, reason in (
         ({"max_length": 129}, "up to 128 items"),
@@ -224,7 +239,7 @@ def test_bounds_are_checked_on_the_cpu() -> None:
         encode(case.weights, case.e[:14], torch.tensor([0, 16, 14]))
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", ["reference", triton, *([] if GPU else [cpp])])
 def test_of_a_long_history_the_newest_items_count(backend: str) -> None:
     case = Case(small(blocks=1))
     both, longest = torch.tensor([0, 5, 35], device=DEVICE), case.config.max_length
@@ -236,7 +251,7 @@ def test_of_a_long_history_the_newest_items_count(backend: str) -> None:
     assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", ["reference", triton, *([] if GPU else [cpp])])
 def test_no_histories(backend: str) -> None:
     case = Case(small(blocks=1))
     assert encode(case.weights, case.e[:0], case.offsets[:1], backend=backend).shape == (0, 32)
@@ -323,19 +338,13 @@ def test_what_the_cluster_kernel_does_not_take_is_named() -> None:
         model = FAVE(ModelConfig(**change), ITEMS).to(DEVICE, dtype).eval()
         weights = EncoderWeights.pack(model)
         assert weights.fragments is None
-        refused = encoder_cluster.beyond(model) or ops.OP.refusals(torch.device(DEVICE), dtype)["cpp"]
+        refused = encoder_cluster.beyond(model) or encoder_cluster.why_not(torch.device("cuda"), dtype)
         assert refused is not None
         assert re.search(reason, refused)
-        e = torch.zeros(1, model.config.d, dtype=dtype, device=DEVICE)
-        with pytest.raises(BackendError, match="backend 'cpp' cannot run"):
-            encode(weights, e, torch.tensor([0, 1], device=DEVICE), backend="cpp")
-
-
-@pytest.mark.skipif(GPU, reason="there is a GPU")
-def test_the_cluster_kernel_is_not_for_the_cpu() -> None:
-    case = Case(BASE, dtype=torch.bfloat16, lengths=[1])
-    with pytest.raises(BackendError, match="runs on CUDA devices, and the tensors are on cpu"):
-        case.run("cpp")
+        if GPU:
+            e = torch.zeros(1, model.config.d, dtype=dtype, device=DEVICE)
+            with pytest.raises(BackendError, match="backend 'cpp' cannot run"):
+                encode(weights, e, torch.tensor([0, 1], device=DEVICE), backend="cpp")
 
 
 Emulated = Callable[[int], None]

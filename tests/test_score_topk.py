@@ -1,4 +1,4 @@
-"""The Triton kernels of the exact top K against the reference.
+"""The kernels of the exact top K, in Triton and in C++, against the reference.
 
 Whole numbers unless a test says otherwise: their inner products are exact in every dtype and order of summation, so
 lists are compared for equality, ties included.
@@ -16,10 +16,16 @@ from torch import Tensor
 
 from fave_fast.errors import BackendError
 from fave_fast.ops import Exclusions, score_topk
-from fave_fast.ops.registry import why_no_triton
+from fave_fast.ops.registry import why_no_extension, why_no_triton
 from fave_fast.ops.score_topk import workspace_bytes
+from fave_fast.ops.score_topk_cpu import ByteTable
 
-pytestmark = pytest.mark.skipif(why_no_triton() is not None, reason=str(why_no_triton()))
+needs_triton = pytest.mark.skipif(why_no_triton() is not None, reason=str(why_no_triton()))
+needs_extension = pytest.mark.skipif(why_no_extension() is not None, reason=str(why_no_extension()))
+KINDS = [pytest.param("triton", marks=needs_triton)]
+if not torch.cuda.is_available():
+    KINDS += [pytest.param(name, marks=needs_extension) for name in ("cpp", "bytes")]
+each_kind = pytest.mark.parametrize("kind", KINDS)
 
 OP_MODULE = import_module("fave_fast.ops.score_topk")  # the package's attribute of this name is the function
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -81,11 +87,35 @@ def poisoned(
     return out, torch.randint(0, 256, (size,), dtype=torch.uint8, device=DEVICE)
 
 
+def fast(
+    kind: str,
+    queries: Tensor,
+    table: Tensor,
+    k: int,
+    exclude: Exclusions | None = None,
+    deny: Tensor | None = None,
+    *,
+    out: tuple[Tensor, Tensor] | None = None,
+    workspace: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """By the kernels in Triton, those in C++, or the latter by the table in bytes."""
+    table_bytes = ByteTable.pack(table) if kind == "bytes" else None
+    backend = "triton" if kind == "triton" else "cpp"
+    return score_topk(
+        queries, table, k, exclude, deny, out=out, workspace=workspace, table_bytes=table_bytes, backend=backend
+    )
+
+
 def assert_equals_the_reference(
-    queries: Tensor, table: Tensor, k: int, exclude: Exclusions | None = None, deny: Tensor | None = None
+    queries: Tensor,
+    table: Tensor,
+    k: int,
+    exclude: Exclusions | None = None,
+    deny: Tensor | None = None,
+    kind: str = "triton",
 ) -> None:
     out, workspace = poisoned(queries, table, k, exclude)
-    scores, ids = score_topk(queries, table, k, exclude, deny, out=out, workspace=workspace, backend="triton")
+    scores, ids = fast(kind, queries, table, k, exclude, deny, out=out, workspace=workspace)
     assert (scores.data_ptr(), ids.data_ptr()) == (out[0].data_ptr(), out[1].data_ptr())
     expected_scores, expected_ids = score_topk(queries, table, k, exclude, deny, backend="reference")
     assert torch.equal(ids, expected_ids)
@@ -103,77 +133,91 @@ def assert_equals_the_reference(
         (1, 60, 33, 100, 3),
     ],
 )
-def test_lists_equal_the_reference(narrow: None, batch: int, items: int, d: int, k: int, spread: int) -> None:
-    assert_equals_the_reference(*whole_numbers(batch, items, d, spread=spread), k)
+@each_kind
+def test_lists_equal_the_reference(
+    kind: str, narrow: None, batch: int, items: int, d: int, k: int, spread: int
+) -> None:
+    assert_equals_the_reference(*whole_numbers(batch, items, d, spread=spread), k, kind=kind)
 
 
 @pytest.mark.parametrize(("lengths", "share", "spread"), [((0, 3, 150), None, 3), ((400,), 0.3, 1), ((0,), 1.0, 3)])
-def test_exclusions_and_a_deny_list(narrow: None, lengths: tuple[int, ...], share: float | None, spread: int) -> None:
+@each_kind
+def test_exclusions_and_a_deny_list(
+    kind: str, narrow: None, lengths: tuple[int, ...], share: float | None, spread: int
+) -> None:
     queries, table = whole_numbers(2, 700, 8, spread=spread)
     deny = None if share is None else denied(700, share)
-    assert_equals_the_reference(queries, table, 20, exclusions(2, 700, lengths), deny)
+    assert_equals_the_reference(queries, table, 20, exclusions(2, 700, lengths), deny, kind=kind)
 
 
+@needs_triton
 def test_spans_of_three_tiles(narrow: None) -> None:
     queries, table = whole_numbers(1, 2000, 4)
     assert OP_MODULE._Plan.make(1, 2000, queries, 20, 0).tiles_of_span == 3 or DEVICE.type == "cuda"
     assert_equals_the_reference(queries, table, 20, exclusions(1, 2000, (90,)))
 
 
-def test_excluding_the_best_items_of_every_group(narrow: None) -> None:
+@each_kind
+def test_excluding_the_best_items_of_every_group(kind: str, narrow: None) -> None:
     """All groups but one are upper bounds only, and the best of what is left stands behind excluded items."""
     queries, table = whole_numbers(1, 640, 8)
     _, order = score_topk(queries, table, 640, backend="reference")
     exclude = Exclusions(order[0, :300].contiguous(), torch.tensor([0, 300], device=DEVICE))
-    assert_equals_the_reference(queries, table, 30, exclude)
+    assert_equals_the_reference(queries, table, 30, exclude, kind=kind)
 
 
-def test_every_item_excluded(narrow: None) -> None:
+@each_kind
+def test_every_item_excluded(kind: str, narrow: None) -> None:
     queries, table = whole_numbers(2, 97, 8)
     exclude = Exclusions.from_lists([range(1, 98), [5]]).to(DEVICE)
-    scores, ids = score_topk(queries, table, 4, exclude, backend="triton")
+    scores, ids = fast(kind, queries, table, 4, exclude)
     assert scores[0].eq(-torch.inf).all()
     assert ids[0].eq(0).all()
     assert ids[1].gt(0).all()
 
 
-def test_all_scores_equal(narrow: None) -> None:
+@each_kind
+def test_all_scores_equal(kind: str, narrow: None) -> None:
     queries, table = whole_numbers(2, 700, 4, spread=0)
-    _, ids = score_topk(queries, table, 50, backend="triton")
+    _, ids = fast(kind, queries, table, 50)
     assert torch.equal(ids, torch.arange(1, 51, device=DEVICE).expand(2, 50))
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_nan_and_infinite_scores(narrow: None, seed: int) -> None:
+@each_kind
+def test_nan_and_infinite_scores(kind: str, narrow: None, seed: int) -> None:
     rng = np.random.default_rng(seed)
     queries, table = whole_numbers(2, 300, 4, seed)
     queries[1] = 0  # half of its products are 0, half are -0
     for row in rng.choice(301, 200, replace=False):
         table[row, 0] = rng.choice(SPECIAL)
-    assert_equals_the_reference(queries, table, 40, exclusions(2, 300, (0, 20), seed))
-    assert_equals_the_reference(queries, table, 301)
+    assert_equals_the_reference(queries, table, 40, exclusions(2, 300, (0, 20), seed), kind=kind)
+    assert_equals_the_reference(queries, table, 301, kind=kind)
     table[:] = torch.nan
-    assert_equals_the_reference(queries, table, 3)
+    assert_equals_the_reference(queries, table, 3, kind=kind)
 
 
-def test_minus_zero_ties_with_zero(narrow: None) -> None:
+@each_kind
+def test_minus_zero_ties_with_zero(kind: str, narrow: None) -> None:
     table = torch.tensor([[9.0], [-0.0], [0.0], [-0.0]], device=DEVICE).repeat_interleave(4, 1)
-    assert score_topk(torch.ones(1, 4, device=DEVICE), table, 3, backend="triton")[1].tolist() == [[1, 2, 3]]
+    assert fast(kind, torch.ones(1, 4, device=DEVICE), table, 3)[1].tolist() == [[1, 2, 3]]
 
 
+@needs_triton
 def test_half_precision_and_the_shipped_shapes() -> None:
     queries, table = whole_numbers(2, 300, 24, dtype=torch.float16)
     assert_equals_the_reference(queries, table, 20, exclusions(2, 300, (40,)), denied(300, 0.1))
 
 
-def test_scores_are_as_close_as_pytorchs_and_lists_complete(narrow: None) -> None:
+@each_kind
+def test_scores_are_as_close_as_pytorchs_and_lists_complete(kind: str, narrow: None) -> None:
     generator = torch.Generator().manual_seed(0)
     queries, table = torch.randn(3, 32, generator=generator), torch.randn(701, 32, generator=generator)
-    check_floats(queries.to(DEVICE), table.to(DEVICE), 20)
+    check_floats(kind, queries.to(DEVICE), table.to(DEVICE), 20)
 
 
-def check_floats(queries: Tensor, table: Tensor, k: int) -> None:
-    scores, ids = score_topk(queries, table, k, backend="triton")
+def check_floats(kind: str, queries: Tensor, table: Tensor, k: int) -> None:
+    scores, ids = fast(kind, queries, table, k)
     exact = queries.double() @ table[1:].double().T
     if queries.dtype != torch.float32 and queries.is_cuda:
         plain = torch.mm(queries, table[1:].T, out_dtype=torch.float32)
@@ -187,29 +231,34 @@ def check_floats(queries: Tensor, table: Tensor, k: int) -> None:
     assert all(len(set(row)) == k for row in ids.tolist())
 
 
-def test_a_list_does_not_depend_on_the_batch(narrow: None) -> None:
+@each_kind
+def test_a_list_does_not_depend_on_the_batch(kind: str, narrow: None) -> None:
     generator = torch.Generator().manual_seed(1)
     queries, table = torch.randn(6, 32, generator=generator), torch.randn(101, 32, generator=generator)
-    check_batch_invariance(queries.to(DEVICE), table.to(DEVICE), exclusions(6, 100, (0, 10)), (0, 5))
+    check_batch_invariance(kind, queries.to(DEVICE), table.to(DEVICE), exclusions(6, 100, (0, 10)), (0, 5))
 
 
-def check_batch_invariance(queries: Tensor, table: Tensor, exclude: Exclusions, rows: tuple[int, ...]) -> None:
-    scores, ids = score_topk(queries, table, 10, exclude, backend="triton")
-    again = score_topk(queries, table, 10, exclude, backend="triton")
+def check_batch_invariance(
+    kind: str, queries: Tensor, table: Tensor, exclude: Exclusions, rows: tuple[int, ...]
+) -> None:
+    scores, ids = fast(kind, queries, table, 10, exclude)
+    again = fast(kind, queries, table, 10, exclude)
     assert torch.equal(again[0], scores)
     assert torch.equal(again[1], ids)
     for row in rows:
-        alone = score_topk(queries[row : row + 1], table, 10, exclude.rows(row, row + 1), backend="triton")
+        alone = fast(kind, queries[row : row + 1], table, 10, exclude.rows(row, row + 1))
         assert torch.equal(alone[0], scores[row : row + 1])
         assert torch.equal(alone[1], ids[row : row + 1])
 
 
+@needs_triton
 def test_a_batch_that_needs_more_workspace_goes_in_parts(narrow: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(OP_MODULE, "MAX_WORKSPACE", 0)
     monkeypatch.setattr(OP_MODULE, "ROWS_AT_LEAST", 8)
     assert_equals_the_reference(*whole_numbers(19, 40, 4), 3, exclusions(19, 40, (0, 5)))
 
 
+@needs_triton
 def test_tensors_that_are_not_contiguous_or_aligned() -> None:
     queries, table = whole_numbers(2, 200, 8, dtype=torch.float16)
     deny = denied(401, 0.3)[::2]
@@ -220,13 +269,15 @@ def test_tensors_that_are_not_contiguous_or_aligned() -> None:
     assert_equals_the_reference(queries, shifted, 20)
 
 
-def test_no_rows_and_no_items() -> None:
+@each_kind
+def test_no_rows_and_no_items(kind: str) -> None:
     queries, table = whole_numbers(2, 5, 4)
-    assert score_topk(queries[:0], table, 3, backend="triton")[1].shape == (0, 3)
-    assert score_topk(queries, table[:1], 3, backend="triton")[1].tolist() == [[0, 0, 0]] * 2
+    assert fast(kind, queries[:0], table, 3)[1].shape == (0, 3)
+    assert fast(kind, queries, table[:1], 3)[1].tolist() == [[0, 0, 0]] * 2
 
 
 @pytest.mark.parametrize(("k", "d", "what"), [(1025, 4, "K up to 1024, not 1025"), (3, 300, "D up to 256, not 300")])
+@needs_triton
 def test_what_is_beyond_the_kernels_is_refused_by_name_only(k: int, d: int, what: str) -> None:
     queries, table = whole_numbers(1, 5, d)
     with pytest.raises(BackendError, match=what):
@@ -234,6 +285,7 @@ def test_what_is_beyond_the_kernels_is_refused_by_name_only(k: int, d: int, what
     assert score_topk(queries, table, k)[1].shape == (1, k)
 
 
+@needs_triton
 def test_buffers_that_do_not_fit_are_refused() -> None:
     queries, table = whole_numbers(2, 5, 4)
     scores, ids = torch.empty(2, 3, device=DEVICE), torch.empty(2, 3, dtype=torch.int64, device=DEVICE)
@@ -244,6 +296,7 @@ def test_buffers_that_do_not_fit_are_refused() -> None:
         score_topk(queries, table, 3, workspace=ids.new_empty(8, dtype=torch.uint8), backend="triton")
 
 
+@needs_triton
 def test_the_reference_writes_where_it_is_told() -> None:
     queries, table = whole_numbers(2, 50, 4)
     out, _ = poisoned(queries, table, 3)
@@ -259,8 +312,8 @@ def test_random_floats(batch: int, items: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     queries, table = torch.randn(batch, 128, generator=generator), torch.randn(items + 1, 128, generator=generator)
     queries, table = queries.to(DEVICE, dtype), table.to(DEVICE, dtype)
-    check_floats(queries, table, 20)
-    check_batch_invariance(queries, table, exclusions(batch, items, (0, 50)), (0, batch - 1))
+    check_floats("triton", queries, table, 20)
+    check_batch_invariance("triton", queries, table, exclusions(batch, items, (0, 50)), (0, batch - 1))
 
 
 @pytest.mark.gpu

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fave_fast.ops import encoder_cluster
+from fave_fast.ops import encoder_cluster, encoder_cpu, native
 from fave_fast.ops.attention import rotary_by_age
 from fave_fast.ops.registry import Implementation, Op, interpreting, not_interpreted, triton_kernels
 from fave_fast.ops.tuning import tile_shapes
@@ -50,6 +50,7 @@ class EncoderWeights:
         sin: likewise.
         fragments: the matrices again, as the cpp backend reads them on a GPU (`encoder_cluster.fragments`); None where
             it does not take the model.
+        native: the weights once more, as the cpp backend reads them on a CPU; None where it cannot run.
     """
 
     model: FAVE
@@ -58,6 +59,7 @@ class EncoderWeights:
     cos: Tensor
     sin: Tensor
     fragments: Tensor | None
+    native: encoder_cpu.NativeWeights | None
 
     @classmethod
     @torch.no_grad()
@@ -66,7 +68,8 @@ class EncoderWeights:
         config = model.config
         device = model.item_embedding.weight.device
         cos, sin = rotary_by_age(config.max_length, config.d // config.heads, device)
-        return cls(model, _matrices(model), _norms(model), cos, sin, _fragments(model))
+        native_weights = encoder_cpu.NativeWeights.pack(model)
+        return cls(model, _matrices(model), _norms(model), cos, sin, _fragments(model), native_weights)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -75,6 +78,8 @@ class EncoderWeights:
         self.norms.copy_(_norms(self.model))
         if self.fragments is not None:
             self.fragments.copy_(encoder_cluster.fragments(self.model))
+        if self.native is not None:
+            self.native.refresh(self.model)
 
 
 @dataclass(frozen=True)
@@ -213,7 +218,7 @@ def encode(
         plan: for the triton backend: which histories share a program; by default neighbours do, in slots for the
             model's longest history.
         out: [B, D] in the weights' dtype, contiguous: where the result goes, and what is returned.
-        backend: auto, reference, triton or cpp, which is for up to 8 histories on a GPU (`encoder_cluster`).
+        backend: auto, reference, triton or cpp: on a CPU in float32 and bfloat16, on a GPU `encoder_cluster`.
 
     Returns:
         [B, D] in the weights' dtype.
@@ -251,7 +256,7 @@ def encode_ids(
         offsets: int32 or int64 [B + 1] from 0 to total, for packed ids.
         plan: as in `encode`.
         out: as in `encode`.
-        backend: auto, reference, triton or cpp, which is for up to 8 histories on a GPU (`encoder_cluster`).
+        backend: as in `encode`.
 
     Returns:
         [B, D] in the weights' dtype.
@@ -320,11 +325,12 @@ def _check_bounds(bounds: Tensor, rows: Tensor, padded_length: int | None) -> No
         raise ValueError(f"there are {len(bounds)} lengths; expected {len(rows) // max(1, padded_length)}")
     if bounds.device.type != "cpu":  # a look at the values would make the host wait
         return
-    lengths = bounds if padded_length is not None else bounds.diff()
-    if padded_length is None and (int(bounds[0]) != 0 or int(bounds[-1]) != len(rows)):
+    values = bounds.numpy()  # one request's three numbers: NumPy's calls take a quarter of PyTorch's time
+    lengths = values if padded_length is not None else values[1:] - values[:-1]
+    if padded_length is None and (values[0] != 0 or values[-1] != len(rows)):
         raise ValueError(f"offsets do not go from 0 to the number of rows, {len(rows)}")
     most = len(rows) if padded_length is None else padded_length
-    if bool(((lengths < 0) | (lengths > most)).any()):
+    if len(lengths) > 0 and (lengths.min() < 0 or lengths.max() > most):
         raise ValueError(f"a history's length is not within 0 to {most}")
 
 
@@ -341,7 +347,8 @@ def beyond_kernels(weights: EncoderWeights) -> dict[str, str]:
         reason = f"its kernel takes heads of a power of two from 16 channels, and the model's have {channels}"
     elif hidden % min(64, hidden) != 0:
         reason = f"its kernel takes a feed-forward of whole 64 channels, and the model's has {hidden}"
-    reasons = {"triton": reason, "cpp": encoder_cluster.beyond(weights.model)}
+    on_gpu = weights.matrices.device.type == "cuda"
+    reasons = {"triton": reason, "cpp": encoder_cluster.beyond(weights.model) if on_gpu else None}
     return {backend: why for backend, why in reasons.items() if why is not None}
 
 
@@ -421,13 +428,16 @@ def _run_triton(call: _Call) -> None:
 
 
 def _run_cpp(call: _Call) -> None:
-    encoder_cluster.run(call)
+    run = encoder_cluster.run if call.out.device.type == "cuda" else encoder_cpu.run
+    run(call)
 
 
 def _why_not_cpp(device: torch.device, dtype: torch.dtype) -> str | None:
-    if device.type == "cuda":
-        return encoder_cluster.why_not(device, dtype)
-    return f"its kernel runs on CUDA devices, and the tensors are on {device.type}"
+    return encoder_cluster.why_not(device, dtype) if device.type == "cuda" else native.why_not(device, dtype)
+
+
+def _why_not_auto_cpp(device: torch.device, dtype: torch.dtype) -> str | None:
+    return encoder_cluster.why_not_auto(device, dtype) if device.type == "cuda" else None
 
 
 def _variant(call: _Call, slot_rows: int) -> str:
@@ -490,7 +500,7 @@ OP: Op[Callable[[_Call], None]] = Op(
     "encoder",
     (
         Implementation("triton", _run_triton, triton_kernels, not_interpreted),
-        Implementation("cpp", _run_cpp, _why_not_cpp, encoder_cluster.why_not_auto),
+        Implementation("cpp", _run_cpp, _why_not_cpp, _why_not_auto_cpp),
         Implementation("reference", _run_reference),
     ),
 )

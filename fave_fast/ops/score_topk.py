@@ -17,13 +17,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fave_fast.ops import native, score_topk_cpu
 from fave_fast.ops.exclusions import Exclusions
 from fave_fast.ops.registry import Implementation, Op, not_interpreted, triton_kernels
+from fave_fast.ops.score_topk_cpu import ByteTable
 from fave_fast.ops.tiles import Tiles
 from fave_fast.ops.tuning import Shapes, multiprocessors, tile_shapes
 
-# (tiles; K; deny; where scores [B, K] and ids [B, K] go, or None; workspace or None)
-_Run = Callable[[Tiles, int, Tensor | None, tuple[Tensor, Tensor] | None, Tensor | None], tuple[Tensor, Tensor]]
+_Out = tuple[Tensor, Tensor]
+# (tiles; K; deny; where scores [B, K] and ids [B, K] go, or None; workspace or None; the table in 8 bits or None)
+_Run = Callable[[Tiles, int, Tensor | None, _Out | None, Tensor | None, ByteTable | None], _Out]
 
 MAX_K = 1024  # of the kernels
 MAX_WIDTH = 256  # D of the kernels
@@ -43,6 +46,7 @@ def score_topk(
     tile: int | None = None,
     out: tuple[Tensor, Tensor] | None = None,
     workspace: Tensor | None = None,
+    table_bytes: ByteTable | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The K best items of each row, out of the items 1 to N.
@@ -50,7 +54,7 @@ def score_topk(
     An item that is excluded or denied, or whose score is -inf or NaN, never appears.
 
     The triton backend never makes the host wait, and with contiguous tensors, `out` and `workspace` it allocates
-    nothing: a CUDA graph can hold the call. A row's list is, bit for bit, the same in any batch.
+    nothing: a CUDA graph can hold the call. With triton and cpp, a row's list is, bit for bit, the same in any batch.
 
     Args:
         queries: [B, D] floating point.
@@ -62,7 +66,10 @@ def score_topk(
         out: scores [B, K] float32 and ids [B, K] int64, contiguous: written and returned. May lie in pinned memory of
             the host: the kernels write each list once, and the host sees it when they are done.
         workspace: at least `workspace_bytes` of uint8 for the triton backend; its contents do not matter and change.
-        backend: auto, reference, or triton (K up to 1,024, D up to 256, N up to 2^31 - 2^12).
+        table_bytes: of this table, made after its last change, for the cpp backend: the same lists, to the bit, by a
+            scan of a quarter of the bytes. Other backends do without.
+        backend: auto, reference, triton (K up to 1,024, D up to 256, N up to 2^31 - 2^12), or cpp (CPU; float32 and
+            bfloat16, K up to 65,536, D up to 65,536, N up to 2^31 - 2).
 
     Returns:
         Scores [B, K] float32, and ids [B, K] int64; where fewer than K candidates remain, -inf and 0.
@@ -87,8 +94,10 @@ def score_topk(
                 f"out's {name} are {given.dtype} {list(given.shape)} on {given.device}; expected contiguous {dtype} "
                 f"{list(shape)} on {queries.device}, or pinned"
             )
+    if table_bytes is not None:
+        table_bytes.require(table)
     run = OP.resolve(backend, queries.device, queries.dtype, beyond_kernels(queries.shape[1], k, len(table)))
-    return run(tiles, k, deny, out, workspace)
+    return run(tiles, k, deny, out, workspace, table_bytes)
 
 
 def workspace_bytes(queries: Tensor, table: Tensor, k: int, excluded: int = 0) -> int:
@@ -104,7 +113,12 @@ def workspace_bytes(queries: Tensor, table: Tensor, k: int, excluded: int = 0) -
 
 
 def _run(
-    tiles: Tiles, k: int, deny: Tensor | None, out: tuple[Tensor, Tensor] | None, workspace: Tensor | None
+    tiles: Tiles,
+    k: int,
+    deny: Tensor | None,
+    out: tuple[Tensor, Tensor] | None,
+    workspace: Tensor | None,
+    table_bytes: ByteTable | None,
 ) -> tuple[Tensor, Tensor]:
     scores, ids = _lists(tiles, k, deny)
     return (scores, ids) if out is None else (out[0].copy_(scores), out[1].copy_(ids))
@@ -279,14 +293,25 @@ def _group_size(batch: int, items: int) -> int:
 
 def beyond_kernels(d: int, k: int, length: int) -> dict[str, str]:
     """Why a call is not for the kernels, by backend."""
-    for name, value, limit in (("K", k, MAX_K), ("D", d, MAX_WIDTH), ("N", length - 1, MAX_ITEMS)):
-        if value > limit:
-            return {"triton": f"its kernels take {name} up to {limit}, not {value}"}
-    return {}
+    limits = {
+        "triton": (MAX_K, MAX_WIDTH, MAX_ITEMS),
+        "cpp": (score_topk_cpu.MAX_K, score_topk_cpu.MAX_WIDTH, score_topk_cpu.MAX_ITEMS),
+    }
+    reasons = {}
+    for backend, most in limits.items():
+        for name, value, limit in zip("KDN", (k, d, length - 1), most, strict=True):
+            if value > limit:
+                reasons[backend] = f"its kernels take {name} up to {limit}, not {value}"
+    return reasons
 
 
 def _run_triton(
-    tiles: Tiles, k: int, deny: Tensor | None, out: tuple[Tensor, Tensor] | None, workspace: Tensor | None
+    tiles: Tiles,
+    k: int,
+    deny: Tensor | None,
+    out: tuple[Tensor, Tensor] | None,
+    workspace: Tensor | None,
+    table_bytes: ByteTable | None,
 ) -> tuple[Tensor, Tensor]:
     from fave_fast.kernels import score_topk as kernels
 
@@ -342,10 +367,25 @@ def _run_triton(
     return out
 
 
+def _run_cpp(
+    tiles: Tiles,
+    k: int,
+    deny: Tensor | None,
+    out: tuple[Tensor, Tensor] | None,
+    workspace: Tensor | None,
+    table_bytes: ByteTable | None,
+) -> tuple[Tensor, Tensor]:
+    if out is None:
+        out = torch.empty(len(tiles.queries), k), torch.empty(len(tiles.queries), k, dtype=torch.int64)
+    score_topk_cpu.run(tiles, k, deny, out, table_bytes)
+    return out
+
+
 OP: Op[_Run] = Op(
     "score_topk",
     (
         Implementation("triton", _run_triton, triton_kernels, not_interpreted),
+        Implementation("cpp", _run_cpp, native.why_not),
         Implementation("reference", _run),
     ),
 )

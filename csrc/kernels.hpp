@@ -1,0 +1,96 @@
+// What is compiled once for each instruction set: loops over rows, without threads, memory or choices of their own.
+#pragma once
+
+#include <cstdint>
+
+namespace fave_fast {
+
+// How rows of a matrix that came from outside are stored.
+enum class Format { fp32, bf16 };
+
+// Gain and bias [d], both followed by zeros up to a multiple of kVector.
+struct Norm {
+  const float* gain;
+  const float* bias;
+  float eps;
+  bool layer;  // LayerNorm; else RMSNorm, and the bias is zero
+};
+
+// One head of one history.
+struct Attention {
+  const float* qkv;  // [length, stride]: queries, keys and values side by side, each [heads, channels]
+  std::int64_t stride;
+  int d;
+  int channels;
+  int head;
+  int length;
+  int first_query;  // answered are the queries from here on
+  bool causal;
+  const float* cos;  // [longest, channels / 2] by age, or null
+  const float* sin;
+  const std::uint8_t* present;  // [length], 0 for a place that nothing looks at (but itself, if causal); null: all are
+};
+
+// One history's input E by eq. (9), row by row.
+struct Input {
+  Format format;
+  const float* norm;  // [2, d]: gain and bias of the embeddings' LayerNorm
+  float eps;
+  int d;
+};
+
+enum class Epilogue { store, add, gelu };
+
+constexpr int kVector = 16;  // rows of floats end at multiples of this, with zeros: the longest vector there is
+
+// Operands of products are units: floats, or where `pairs` two bfloat16 neighbours in the place of one float.
+struct Kernels {
+  const char* name;
+  int lanes;   // of a vector: W
+  int panel;   // columns of a panel of packed weights, a multiple of W
+  bool pairs;  // whether there are products of bfloat16 pairs
+
+  // Units [rows, out_stride] of the norm of h [rows, stride].
+  void (*norm)(const Norm& norm, const float* h, int rows, std::int64_t stride, int d, float* out,
+               std::int64_t out_stride, bool pairs);
+  // Floats out [rows, panels * panel] = or += a w, or units of gelu(a w), for units a [rows, units] and packed w.
+  void (*dense)(const float* a, std::int64_t a_stride, int rows, const float* w, int units, int panels, Epilogue epilogue,
+                float* out, std::int64_t out_stride, bool pairs);
+  // Units [length - first_query, out_stride], this head's channels of them.
+  void (*attend)(const Attention& attention, float* scratch, float* out, std::int64_t out_stride, bool pairs);
+  // h [d] = LayerNorm(item) + shift (+ scale * anchor)
+  void (*input)(const Input& input, const void* item, const void* anchor, const float* shift, const float* scale,
+                float* h);
+
+  // Inner products of a query [d] and `count` rows, whose addresses are given.
+  void (*dots)(const void* query, const void* const* rows, int count, int d, Format format, float* scores);
+  // scores [queries, score_stride]: inner products of neighbouring queries and neighbouring rows, strides in elements.
+  // The same bits as from `dots`.
+  void (*block_dots)(const void* queries, std::int64_t query_stride, int query_count, const void* rows,
+                     std::int64_t row_stride, int row_count, int d, Format format, float* scores,
+                     std::int64_t score_stride);
+  // Places of the scores above `threshold`; how many. NaN is not above.
+  int (*above)(const float* scores, int count, float threshold, std::int32_t* places);
+  // scores [queries, panel] of one panel of bytes: (products - offset of the query) * scale of the query * scale of the
+  // item. `queries` are units [queries, units] of signed bytes, `w` units [units, panel] of unsigned ones.
+  void (*byte_dots)(const float* queries, int query_count, const float* w, int units, const std::int32_t* offsets,
+                    const float* query_scales, const float* scales, float* scores);
+  // Places of a panel where score + margin is not below `threshold`, NaN among them; how many. A margin belongs to the
+  // W items of a vector: a * errors[vector] + b * norms[vector]. They are written to `margins`.
+  int (*not_below)(const float* scores, float a, const float* errors, float b, const float* norms, float threshold,
+                   float* margins, std::int32_t* places);
+};
+
+// Floats of scratch that `attend` needs.
+constexpr std::int64_t attention_scratch(std::int64_t length, std::int64_t channels) {
+  const std::int64_t keys = (length + 15) / 16 * 16, wide = (channels + 15) / 16 * 16;
+  return 3 * keys * wide + 16 * keys + 48 * wide;
+}
+
+// The kernels for an instruction set, each in its own copy of kernels.cpp.
+extern const Kernels kKernelsScalar;
+#if defined(FAVE_FAST_X86)
+extern const Kernels kKernelsAvx2, kKernelsAvx512, kKernelsAvx512Vnni, kKernelsAvx512Bf16;
+#endif
+
+}  // namespace fave_fast
