@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -398,3 +403,17 @@ def test_what_does_not_fit_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             encoder.encode(rows, bounds, length, out, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+def test_the_native_code_under_sanitizers(sanitizer: str) -> None:
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
+    if shutil.which("cmake", path=path) is None or shutil.which("g++") is None:
+        pytest.skip("needs cmake and g++")
+    script = Path(__file__).resolve().parent.parent / "csrc" / "tests" / "sanitize.sh"
+    done = subprocess.run(
+        ["bash", str(script), sanitizer], env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout == f"{sanitizer}: 0 failures\n"
