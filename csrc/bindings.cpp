@@ -267,7 +267,8 @@ PYBIND11_MODULE(_C, m) {
            py::arg("half"), py::arg("isa") = "")
       .def("load_block", &load_block, py::arg("block"), py::arg("qkv").noconvert(),
            py::arg("attention_out").noconvert(), py::arg("ffn_in").noconvert(), py::arg("ffn_out").noconvert(),
-           py::arg("attention_norm").noconvert(), py::arg("ffn_norm").noconvert(), "Copies a block's matrices [out, in] and norms (gain and bias, [2, d]).")
+           py::arg("attention_norm").noconvert(), py::arg("ffn_norm").noconvert(),
+           "Copies a block's matrices [out, in] and norms (gain and bias, [2, d]).")
       .def("load_ends", &load_ends, py::arg("final_norm").noconvert(), py::arg("cos").noconvert(),
            py::arg("sin").noconvert(), "Copies the last norm [2, d] and the rotary tables by age.")
       .def("encode", &encode, py::arg("rows").noconvert(), py::arg("bounds").noconvert(), py::arg("padded_length"),
