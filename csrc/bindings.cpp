@@ -353,9 +353,10 @@ PYBIND11_MODULE(_C, m) {
            py::kw_only(), py::arg("d"), py::arg("heads"), py::arg("hidden"), py::arg("blocks"), py::arg("max_length"),
            py::arg("layer_norm"), py::arg("rotary"), py::arg("causal"), py::arg("eps"), py::arg("input_eps"),
            py::arg("half"), py::arg("isa") = "")
-      .def("load_block", &load_block, py::arg("block"), py::arg("qkv").noconvert(), py::arg("attention_out").noconvert(),
-           py::arg("ffn_in").noconvert(), py::arg("ffn_out").noconvert(), py::arg("attention_norm").noconvert(),
-           py::arg("ffn_norm").noconvert(), "Copies a block's matrices [out, in] and norms (gain and bias, [2, d]).")
+      .def("load_block", &load_block, py::arg("block"), py::arg("qkv").noconvert(),
+           py::arg("attention_out").noconvert(), py::arg("ffn_in").noconvert(), py::arg("ffn_out").noconvert(),
+           py::arg("attention_norm").noconvert(), py::arg("ffn_norm").noconvert(),
+           "Copies a block's matrices [out, in] and norms (gain and bias, [2, d]).")
       .def("load_ends", &load_ends, py::arg("final_norm").noconvert(), py::arg("cos").noconvert(),
            py::arg("sin").noconvert(), "Copies the last norm [2, d] and the rotary tables by age.")
       .def("encode", &encode, py::arg("rows").noconvert(), py::arg("bounds").noconvert(), py::arg("padded_length"),

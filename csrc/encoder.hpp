@@ -63,8 +63,8 @@ class Encoder {
   void load_final_norm(const float* gain_and_bias);
   void load_rotary(const float* cos, const float* sin);  // [max_length, d / heads / 2] by age
 
-  // out [B, d] from rows of E [*, d]. Of a history longer than max_length the newest items count; one without items gets
-  // zeros.
+  // out [B, d] from rows of E [*, d]. Of a history longer than max_length the newest items count; one without items
+  // gets zeros.
   void encode(const Histories& histories, const void* rows, Format format, void* out, Format out_format,
               int threads) const;
 

@@ -1,8 +1,8 @@
 // Compiled once for each instruction set, under the name FAVE_FAST_KERNELS. No function here has external linkage and
 // nothing of the standard library's is instantiated (vec.hpp says why).
 //
-// Sums run in an order that depends on the sizes of the model alone: a row's result has the same bits in any tile, and a
-// history's in any batch.
+// Sums run in an order that depends on the sizes of the model alone: a row's result has the same bits in any tile, and
+// a history's in any batch.
 #include "kernels.hpp"
 
 #include "vec.hpp"
@@ -89,7 +89,9 @@ FAVE_FAST_INLINE void dense_tile(const float* a, std::int64_t a_stride, const fl
     float* row = out + r * out_stride;
 #if defined(__AVX512BF16__)
     if (kPairs && kEpilogue == Epilogue::gelu) {
-      for (int c = 0; c < kColumns; c += 2) store(row + c / 2 * W, pairs(gelu<false>(sums[r][c]), gelu<false>(sums[r][c + 1])));
+      for (int c = 0; c < kColumns; c += 2) {
+        store(row + c / 2 * W, pairs(gelu<false>(sums[r][c]), gelu<false>(sums[r][c + 1])));
+      }
       continue;
     }
 #endif
@@ -129,9 +131,12 @@ template <bool kPairs>
 void dense_of(const float* a, std::int64_t a_stride, int rows, const float* w, int units, int panels, Epilogue epilogue,
               float* out, std::int64_t out_stride) {
   switch (epilogue) {
-    case Epilogue::store: return dense_rows<kPairs, Epilogue::store>(a, a_stride, rows, w, units, panels, out, out_stride);
-    case Epilogue::add: return dense_rows<kPairs, Epilogue::add>(a, a_stride, rows, w, units, panels, out, out_stride);
-    case Epilogue::gelu: return dense_rows<kPairs, Epilogue::gelu>(a, a_stride, rows, w, units, panels, out, out_stride);
+    case Epilogue::store:
+      return dense_rows<kPairs, Epilogue::store>(a, a_stride, rows, w, units, panels, out, out_stride);
+    case Epilogue::add:
+      return dense_rows<kPairs, Epilogue::add>(a, a_stride, rows, w, units, panels, out, out_stride);
+    case Epilogue::gelu:
+      return dense_rows<kPairs, Epilogue::gelu>(a, a_stride, rows, w, units, panels, out, out_stride);
   }
 }
 
@@ -254,7 +259,8 @@ void small_product(const float* a, std::int64_t a_stride, int rows, const float*
     case 2: return tile_columns<kPairs, 2>(a, a_stride, w, w_stride, units, vectors, out, out_stride);
     case 3: return tile_columns<kPairs, 3>(a, a_stride, w, w_stride, units, vectors, out, out_stride);
     case 4: return tile_columns<kPairs, 4>(a, a_stride, w, w_stride, units, vectors, out, out_stride);
-    case 5: return tile_columns<kPairs, 5 <= kRows ? 5 : kRows>(a, a_stride, w, w_stride, units, vectors, out, out_stride);
+    case 5:
+      return tile_columns<kPairs, 5 <= kRows ? 5 : kRows>(a, a_stride, w, w_stride, units, vectors, out, out_stride);
     default: return tile_columns<kPairs, kRows>(a, a_stride, w, w_stride, units, vectors, out, out_stride);
   }
 }
@@ -380,7 +386,8 @@ void attend_of(const Attention& at, float* scratch, float* out, std::int64_t out
       inverse[r] = weigh<!kPairs>(scores, key_vectors, scale_log2);
       if (kPairs) put(scores, keys, weight_units + r * keys, true);
     }
-    small_product<kPairs>(kPairs ? weight_units : weights, keys, rows, values, wide, key_units, wide_vectors, summed, wide);
+    small_product<kPairs>(kPairs ? weight_units : weights, keys, rows, values, wide, key_units, wide_vectors, summed,
+                          wide);
     for (int r = 0; r < rows; ++r) {
       float* result = summed + r * wide;
       const F factor = all(inverse[r]);
@@ -475,10 +482,11 @@ FAVE_FAST_INLINE F dots_of(const typename Rows::Element* const (&queries)[Q],
     for (int j = 0; j < W; ++j) {
       F row = all(0.0f);
       int k = 0;
+      const typename Rows::Element* at = rows[j % (W / Q)];
       for (; k + Rows::kStep <= d; k += Rows::kStep) {
-        row = Rows::multiply_add(row, Rows::get(queries[0] + k), Rows::get(rows[j % (W / Q)] + k));
+        row = Rows::multiply_add(row, Rows::get(queries[0] + k), Rows::get(at + k));
       }
-      if (k < d) row = Rows::multiply_add(row, Rows::get(queries[0] + k, d - k), Rows::get(rows[j % (W / Q)] + k, d - k));
+      if (k < d) row = Rows::multiply_add(row, Rows::get(queries[0] + k, d - k), Rows::get(at + k, d - k));
       sums[j] = row;
     }
     return lane_sums(sums);
@@ -578,9 +586,11 @@ void block_dots_rows(const void* queries_at, std::int64_t query_stride, int quer
 }
 
 void block_dots(const void* queries, std::int64_t query_stride, int query_count, const void* rows,
-                std::int64_t row_stride, int row_count, int d, Format format, float* scores, std::int64_t score_stride) {
+                std::int64_t row_stride, int row_count, int d, Format format, float* scores,
+                std::int64_t score_stride) {
   if (format == Format::fp32) {
-    block_dots_rows<FloatRows>(queries, query_stride, query_count, rows, row_stride, row_count, d, scores, score_stride);
+    block_dots_rows<FloatRows>(queries, query_stride, query_count, rows, row_stride, row_count, d, scores,
+                               score_stride);
   } else {
     block_dots_rows<HalfRows>(queries, query_stride, query_count, rows, row_stride, row_count, d, scores, score_stride);
   }

@@ -54,8 +54,8 @@ struct Kernels {
   void (*norm)(const Norm& norm, const float* h, int rows, std::int64_t stride, int d, float* out,
                std::int64_t out_stride, bool pairs);
   // Floats out [rows, panels * panel] = or += a w, or units of gelu(a w), for units a [rows, units] and packed w.
-  void (*dense)(const float* a, std::int64_t a_stride, int rows, const float* w, int units, int panels, Epilogue epilogue,
-                float* out, std::int64_t out_stride, bool pairs);
+  void (*dense)(const float* a, std::int64_t a_stride, int rows, const float* w, int units, int panels,
+                Epilogue epilogue, float* out, std::int64_t out_stride, bool pairs);
   // Units [length - first_query, out_stride], this head's channels of them.
   void (*attend)(const Attention& attention, float* scratch, float* out, std::int64_t out_stride, bool pairs);
   // h [d] = LayerNorm(item) + shift (+ scale * anchor)

@@ -24,9 +24,9 @@ void relax() {
 #endif
 }
 
-constexpr auto kSpin = std::chrono::microseconds(100);  // the next step of a request follows within some 20
-constexpr int kLooks = 64;                              // between two looks at the clock
-constexpr int kPatience = 4096;                         // looks before a thread that must wait gives way
+constexpr auto kSpin = std::chrono::microseconds(300);  // a request's next step, or the next request, follows within it
+constexpr int kLooks = 64;      // between two looks at the clock
+constexpr int kPatience = 4096;  // looks before a thread that must wait gives way
 
 class Worker {
  public:

@@ -36,7 +36,7 @@ using Task = std::function<void(Team& team, int member)>;
 
 // Runs `task` on up to `threads` threads, the caller's among them, and returns when all are done. If another caller has
 // the pool, the caller runs it alone: whatever is computed here does not depend on the number of threads. `task` throws
-// nothing. Threads are started when first needed and then wait for work: 100 us spinning, then asleep. A child made by
+// nothing. Threads are started when first needed and then wait for work: 300 us spinning, then asleep. A child made by
 // fork starts its own; the parent's threads hold no lock of its.
 void run_on_team(int threads, const Task& task);
 

@@ -234,7 +234,7 @@ struct ByteQueries {
     offsets.push_back(offset);
     scales.push_back(made.scale);
     of_error.push_back(not_less(made.norm));
-    of_norm.push_back(not_less(made.error + (call.d + 32) * 0x1p-24 * made.norm));
+    of_norm.push_back(not_less(made.error + (2.02 * call.d + 32) * 0x1p-24 * made.norm));
     return true;
   }
 };

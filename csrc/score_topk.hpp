@@ -33,21 +33,23 @@ void score_topk(const Kernels& kernels, const TopkCall& call, int threads);
 
 // A table in 8 bits an element, with a scale for each item.
 //
-// With x the item's embedding, s its scale, X = round(x / s) and likewise q, t, Q for the query, a = s t Q.X is computed
-// (the sum exactly), and
+// With x the item's embedding, s its scale, X = round(x / s) and likewise q, t, Q for the query, a = s t Q.X is
+// computed (the sum exactly), and
 //     |a - q.x| = |q.(sX - x) + (tQ - q).sX| <= |q| |sX - x| + |tQ - q| |sX|.
-// The score that is asked for, c, is q.x computed in floats: |c - q.x| <= (d + 1) 2^-24 |q| |x| whatever the order, and a
-// few more such roundings fall on a itself and on the comparison. So with g = (d + 32) 2^-24, each item has
+// The score that is asked for, c, is q.x computed in floats: |c - q.x| <= 2.02 d 2^-24 |q| |x| whatever the order and
+// even if each product is rounded before it is added (d up to 2^16), and a few more such roundings fall on a itself and
+// on the comparison. So with g = (2.02 d + 32) 2^-24, each item has
 //     |a - c| <= m = |q| |sX - x| + (|tQ - q| + g |q|) max(|x|, |sX|).
 // The K-th largest a - m is a bound that K scores reach; only an item with a + m not below it can be among the K best.
-// Those items' scores are then computed as `score_topk` does, to the same bits. Items and queries with NaN, infinities or
-// a scale beyond 2^+-40 (where products would be rounded as subnormal numbers, or overflow) have no such bound: the items
-// are always looked at, the queries take the whole scan. Items with a NaN are never looked at: their scale is NaN.
+// Those items' scores are then computed as `score_topk` does, to the same bits. Items and queries with infinities, or
+// with a scale beyond 2^+-40 (where products would be rounded as subnormal numbers, or overflow), have no such bound:
+// the items are always looked at, the queries take the whole scan, as those with a NaN do. Items with a NaN are never
+// looked at: their scale is NaN.
 class ByteTable {
  public:
   // Of rows 1 to N of a table. Throws std::invalid_argument where d is too large for sums in 32 bits.
-  ByteTable(const Kernels& kernels, const void* table, std::int64_t row_stride, std::int64_t items, int d, Format format,
-            int threads);
+  ByteTable(const Kernels& kernels, const void* table, std::int64_t row_stride, std::int64_t items, int d,
+            Format format, int threads);
 
   // The same as score_topk for a call with the table that this was made of. Queries for which more than `most(k)` items
   // remain are answered by score_topk.

@@ -1,6 +1,6 @@
-// One vector type under one set of names for every instruction set; included only by kernels.cpp, which is compiled once
-// for each. Everything is in an unnamed namespace: an inline function with external linkage, kept by the linker from the
-// copy that was compiled for AVX-512, would be run on machines without it.
+// One vector type under one set of names for every instruction set; included only by kernels.cpp, which is compiled
+// once for each. Everything is in an unnamed namespace: an inline function with external linkage, kept by the linker
+// from the copy that was compiled for AVX-512, would be run on machines without it.
 #pragma once
 
 #include <cstdint>
@@ -123,7 +123,8 @@ FAVE_FAST_INLINE I add_byte_products(I sums, F items, F query) {
   return _mm512_dpbusd_epi32(sums, b, a);
 #else
   // By 16-bit products of even and of odd bytes: the 8-bit instruction saturates.
-  const I even = _mm512_madd_epi16(_mm512_and_si512(b, _mm512_set1_epi16(0xff)), _mm512_srai_epi16(_mm512_slli_epi16(a, 8), 8));
+  const I even_b = _mm512_and_si512(b, _mm512_set1_epi16(0xff)), even_a = _mm512_srai_epi16(_mm512_slli_epi16(a, 8), 8);
+  const I even = _mm512_madd_epi16(even_b, even_a);
   const I odd = _mm512_madd_epi16(_mm512_srli_epi16(b, 8), _mm512_srai_epi16(a, 8));
   return _mm512_add_epi32(sums, _mm512_add_epi32(even, odd));
 #endif
@@ -241,7 +242,8 @@ FAVE_FAST_INLINE I sub(I a, std::int32_t b) { return _mm256_sub_epi32(a, _mm256_
 FAVE_FAST_INLINE I add_byte_products(I sums, F items, F query) {
   const I b = _mm256_castps_si256(items), a = _mm256_castps_si256(query);
   // By 16-bit products of even and of odd bytes: the 8-bit instruction saturates.
-  const I even = _mm256_madd_epi16(_mm256_and_si256(b, _mm256_set1_epi16(0xff)), _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8));
+  const I even_b = _mm256_and_si256(b, _mm256_set1_epi16(0xff)), even_a = _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8);
+  const I even = _mm256_madd_epi16(even_b, even_a);
   const I odd = _mm256_madd_epi16(_mm256_srli_epi16(b, 8), _mm256_srai_epi16(a, 8));
   return _mm256_add_epi32(sums, _mm256_add_epi32(even, odd));
 }
@@ -298,7 +300,8 @@ FAVE_FAST_INLINE F fma(F a, F b, F c) {
   return each([&](int i) { return __builtin_fmaf(a.lane[i], b.lane[i], c.lane[i]); });
 #else
   return each([&](int i) {
-    return static_cast<float>(static_cast<double>(a.lane[i]) * static_cast<double>(b.lane[i]) + static_cast<double>(c.lane[i]));
+    const double product = static_cast<double>(a.lane[i]) * static_cast<double>(b.lane[i]);
+    return static_cast<float>(product + static_cast<double>(c.lane[i]));
   });
 #endif
 }

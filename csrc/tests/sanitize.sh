@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Builds the native code with each sanitizer and runs native.cpp under it: csrc/tests/sanitize.sh [address|undefined|thread]...
+# Builds the native code with each sanitizer and runs native.cpp under it.
+# csrc/tests/sanitize.sh [address|undefined|thread]...
 set -euo pipefail
 source=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 folder=$(mktemp -d)

@@ -1,0 +1,233 @@
+"""A whole step on the CPU, item ids to the top 20, beside PyTorch, ONNX Runtime and OpenVINO; `python -m bench.cpu`.
+
+Wall-clock time of one call after another on 2 threads, Python included. Peers that are not installed are listed as
+absent. They get histories padded to the longest of the batch, which is all they can take.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bench.measure import Row, Time, table
+from fave_fast import _C
+from fave_fast.config import FlowConfig, ModelConfig
+from fave_fast.flow import InferenceNoise, one_step
+from fave_fast.model import FAVE
+from fave_fast.ops import score_topk
+from fave_fast.ops.encoder import EncoderWeights, InputPath, encode_ids
+from fave_fast.ops.score_topk_cpu import ByteTable
+
+THREADS, K, LENGTH = 2, 20, 50
+ITEMS, MANY_ITEMS = 12_101, 1_000_000
+SECONDS = 0.7  # of repeats, for each row
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def beauty_like(batch: int) -> list[int]:
+    """Lengths from 3 to 50 with the mean of Amazon Beauty's histories, 8."""
+    drawn = 2 + np.random.default_rng(0).geometric(1 / 6.1, batch)
+    return np.clip(drawn, 3, LENGTH).tolist()
+
+
+CASES = {
+    "B 1, 50 items": [LENGTH],
+    "B 1, 9 items": [9],
+    "B 64, 50 items": [LENGTH] * 64,
+    "B 64, Beauty's lengths": beauty_like(64),
+}
+
+
+def time_us(call: Callable[[], object]) -> Time:
+    for _ in range(3):
+        call()
+    begin, times = time.perf_counter(), []
+    while len(times) < 10 or time.perf_counter() - begin < SECONDS:
+        start = time.perf_counter()
+        call()
+        times.append(1e6 * (time.perf_counter() - start))
+    tenths = statistics.quantiles(times, n=10)
+    return Time(statistics.median(times), tenths[1], tenths[7])
+
+
+class Step(nn.Module):
+    """What a peer runs: padded ids [B, L] to scores and ids [B, K]."""
+
+    def __init__(self, model: FAVE, flow: FlowConfig) -> None:
+        super().__init__()
+        self.model, self.flow, self.noise = model, flow, InferenceNoise.draw(model, flow)
+
+    def forward(self, history: Tensor) -> tuple[Tensor, Tensor]:
+        prior = self.noise.prior(self.model, self.flow, history)
+        endpoint = one_step(self.model, history, prior, self.noise.lambdas(history))
+        scores, columns = (endpoint @ self.model.item_embedding.weight[1:].T).topk(K)
+        return scores, columns + 1
+
+
+def padded(ids: Tensor, lengths: list[int]) -> Tensor:
+    grid = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
+    for row, part in zip(grid, ids.split(lengths), strict=True):
+        row[len(row) - len(part) :] = part
+    return grid
+
+
+class Ours:
+    """A model of the paper's size with its packed forms."""
+
+    def __init__(self, items: int, dtype: torch.dtype) -> None:
+        torch.manual_seed(0)
+        self.flow = FlowConfig()
+        self.model = FAVE(ModelConfig(embedding_std=1.0), items).to(dtype).eval()
+        self.table = self.model.item_embedding.weight.detach()
+        self.weights = EncoderWeights.pack(self.model)
+        self.path = InputPath.pack(self.model, self.flow, InferenceNoise.draw(self.model, self.flow))
+        self.table_bytes = ByteTable.pack(self.table)
+
+    def endpoints(self, ids: Tensor, offsets: Tensor, backend: str = "cpp") -> Tensor:
+        return encode_ids(self.weights, self.path, ids, offsets, backend=backend)
+
+    def lists(self, endpoints: Tensor, table_bytes: ByteTable | None, backend: str = "cpp") -> tuple[Tensor, Tensor]:
+        return score_topk(endpoints, self.table, K, table_bytes=table_bytes, backend=backend)
+
+    def check(self, ids: Tensor, offsets: Tensor) -> None:
+        """Endpoints at most twice as wrong as PyTorch's; lists of both scans equal, and complete."""
+        double = copy.deepcopy(self.model).double()
+        noise = InferenceNoise.draw(self.model, self.flow)
+        exact_noise = InferenceNoise(*(getattr(noise, n).double() for n in ("keep", "anchor", "gaussian", "lam")))
+        exact_path = InputPath.pack(double, self.flow, exact_noise)
+        exact = encode_ids(EncoderWeights.pack(double), exact_path, ids, offsets, backend="reference")
+        found = self.endpoints(ids, offsets)
+        usual = self.endpoints(ids, offsets, "reference")
+        if not (found - exact).norm() <= 2 * (usual - exact).norm():
+            raise AssertionError("the endpoints are not the network's")
+        scores, items = self.lists(found, None)
+        certified = self.lists(found, self.table_bytes)
+        if not (torch.equal(scores, certified[0]) and torch.equal(items, certified[1])):
+            raise AssertionError("the certified lists are not the plain ones")
+        part = found[:4]
+        every = part.double() @ self.table[1:].double().T
+        bound = (self.table.shape[1] + 1) * 2.0**-24 * part.double().norm(dim=1) * self.table.double().norm(dim=1).max()
+        if (every.scatter(1, items[:4] - 1, -torch.inf).amax(1) > scores[:4, -1].double() + 2 * bound).any():
+            raise AssertionError("a list lacks an item")
+
+
+def ours(name: str, items: int, case: str, lengths: list[int]) -> Iterator[Row]:
+    model = Ours(items, DTYPES[name])
+    ids = torch.randint(1, items + 1, (sum(lengths),), generator=torch.Generator().manual_seed(1))
+    offsets = torch.tensor([0, *np.cumsum(lengths)])
+    model.check(ids, offsets)
+    case = f"{case}, N {items}"
+    for who, table_bytes in (("", None), (", bytes", model.table_bytes)):
+
+        def step(table_bytes: ByteTable | None = table_bytes) -> None:
+            model.lists(model.endpoints(ids, offsets), table_bytes)
+
+        yield Row("step", case, f"cpp {name}{who}", time_us(step))
+    yield Row("encode_ids", case, f"cpp {name}", time_us(lambda: model.endpoints(ids, offsets)))
+    endpoints = model.endpoints(ids, offsets)
+    yield Row("score_topk", case, f"cpp {name}", time_us(lambda: model.lists(endpoints, None)))
+    yield Row("score_topk", case, f"cpp {name}, bytes", time_us(lambda: model.lists(endpoints, model.table_bytes)))
+    yield Row(
+        "step", case, f"PyTorch eager {name}", time_us(eager(Step(model.model, model.flow), padded(ids, lengths)))
+    )
+    share = model.table_bytes.fallback_share
+    if share > 0:
+        print(f"{case}: {share:.1%} of the rows took the plain scan")
+
+
+def eager(step: Step, grid: Tensor) -> Callable[[], object]:
+    @torch.no_grad()
+    def call() -> object:
+        return step(grid)
+
+    return call
+
+
+def peers(case: str, lengths: list[int], folder: Path) -> Iterator[Row]:
+    """ONNX Runtime and OpenVINO, each as it comes, on one exported network."""
+    if version("onnx") is None:
+        return
+    model = Ours(ITEMS, torch.float32)
+    grid = padded(torch.randint(1, ITEMS + 1, (sum(lengths),), generator=torch.Generator().manual_seed(1)), lengths)
+    step, path = Step(model.model, model.flow).eval(), folder / f"{len(lengths)}-{sum(lengths)}.onnx"
+    with torch.no_grad():
+        torch.onnx.export(step, (grid,), path, input_names=["ids"], dynamo=False, opset_version=18)
+        expected = step(grid)[0].numpy()
+    ids = grid.numpy()
+    if version("onnxruntime") is not None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = THREADS
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        np.testing.assert_allclose(session.run(None, {"ids": ids})[0], expected, rtol=1e-3, atol=1e-3)
+        yield Row("step", f"{case}, N {ITEMS}", "ONNX Runtime", time_us(lambda: session.run(None, {"ids": ids})))
+        del session
+    if version("openvino") is not None:
+        import openvino
+
+        core = openvino.Core()
+        settings = {"INFERENCE_NUM_THREADS": THREADS, "PERFORMANCE_HINT": "LATENCY"}
+        request = core.compile_model(path, "CPU", settings).create_infer_request()
+        found = next(iter(request.infer([ids]).values()))
+        np.testing.assert_allclose(found, expected, rtol=0.1, atol=0.05 * float(np.abs(expected).max()))
+        yield Row("step", f"{case}, N {ITEMS}", "OpenVINO", time_us(lambda: request.infer([ids])))
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def processor() -> str:
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def main() -> None:
+    torch.set_num_threads(THREADS)
+    rows: list[Row] = []
+    for case, lengths in CASES.items():
+        for name in DTYPES:
+            rows += ours(name, ITEMS, case, lengths)
+    for name in DTYPES:
+        rows += ours(name, MANY_ITEMS, "B 1, 50 items", [LENGTH])
+        gc.collect()
+    with tempfile.TemporaryDirectory() as folder:
+        for case, lengths in CASES.items():
+            rows += peers(case, lengths, Path(folder))
+    cpu = processor()
+    print(table(rows, cpu))
+    facts = {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": THREADS,
+        "instruction_sets": _C.instruction_sets(),
+        "compiler": _C.compiler,
+        "versions": {package: version(package) for package in ("torch", "onnx", "onnxruntime", "openvino")},
+    }
+    for package, found in facts["versions"].items():  # type: ignore[attr-defined]
+        if found is None:
+            print(f"{package} is not installed: absent")
+    print(json.dumps({**facts, "rows": [row.as_dict(cpu) for row in rows]}))
+
+
+if __name__ == "__main__":
+    main()
