@@ -137,7 +137,7 @@ class Network:
         with torch.autocast(source.device.type, enabled=False):  # in fp32: casts would be more than the products
             hidden = decoder.hidden(source)
         hidden = torch.cat((hidden, torch.ones_like(hidden[:, :1]), torch.zeros_like(hidden[:, : _EIGHT - 1])), 1)
-        weight: Tensor = _Padded.apply(decoder.out.weight, decoder.out.bias, self.dtype)  # type: ignore[no-untyped-call]
+        weight: Tensor = cast(Any, _Padded).apply(decoder.out.weight, decoder.out.bias, self.dtype)
         outputs = F.linear(hidden.to(self.dtype), weight)
         width = outputs.shape[1]
         real, first = packed.owners < packed.count, packed.owners * width
@@ -150,7 +150,7 @@ class Network:
         drawn = torch.randint(1, items + 1, packed.ids.shape, device=source.device, generator=generator)
         others = torch.where(real, first + drawn, 0)
         counts = torch.cat((real, real & ~present[others]))
-        loss: Tensor = _Picked.apply(outputs, torch.cat((places, others)), counts)  # type: ignore[no-untyped-call]
+        loss: Tensor = cast(Any, _Picked).apply(outputs, torch.cat((places, others)), counts)
         return loss
 
     def _lambda(self) -> Tensor | Drawn:
@@ -296,7 +296,7 @@ def block_weights(model: FAVE, dtype: torch.dtype) -> list[BlockWeights]:
             given += [cast(Tensor, norm.weight), bias, first.weight, second.weight]
     held = [one for one in given if one is not None]
     if held[0].dtype != dtype:
-        held = list(_Narrowed.apply(dtype, *held))  # type: ignore[no-untyped-call]
+        held = list(cast(Any, _Narrowed).apply(dtype, *held))
     rest = iter(held)
     every = [None if one is None else next(rest) for one in given]
     return [BlockWeights(*every[start : start + 8]) for start in range(0, len(every), 8)]  # type: ignore[arg-type]

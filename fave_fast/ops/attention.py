@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -372,7 +372,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _run_triton(stacked: tuple[Tensor, ...], queries: tuple[Tensor, ...], histories: Histories) -> tuple[Tensor, ...]:
-    result: tuple[Tensor, ...] = _Attention.apply(histories, len(stacked) == 2, *stacked, *queries)  # type: ignore[no-untyped-call]
+    result: tuple[Tensor, ...] = cast(Any, _Attention).apply(histories, len(stacked) == 2, *stacked, *queries)
     return result
 
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -462,7 +462,7 @@ def _run_triton(
 ) -> tuple[Tensor, ...]:
     if len(x[0]) == 0:
         return reference(x, weights, histories, dropout)
-    result: tuple[Tensor, ...] = _BlockFunction.apply(histories, dropout, len(x) == 2, *x, *weights)  # type: ignore[no-untyped-call]
+    result: tuple[Tensor, ...] = cast(Any, _BlockFunction).apply(histories, dropout, len(x) == 2, *x, *weights)
     return result
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -407,7 +407,7 @@ def _time_features(time: Times, t: Tensor) -> Tensor:
 
 def _run_triton(call: _Call) -> tuple[Tensor, Tensor | None]:
     if _wanted(call):
-        both: tuple[Tensor, ...] | Tensor = _Fused.apply(call, *_parameters(call))  # type: ignore[no-untyped-call]
+        both: tuple[Tensor, ...] | Tensor = cast(Any, _Fused).apply(call, *_parameters(call))
         return (both, None) if isinstance(both, Tensor) else (both[0], both[1])
     return _launch(call)
 
