@@ -131,6 +131,8 @@ class Recommender:
         Returns:
             Seconds that it took; 0 where nothing is captured.
         """
+        if not self._on_gpu:
+            return 0.0
         started = time.perf_counter()
         with self._gate.alone:
             k, step = min(k, self._room), self._step(self.config.flow.seed)

@@ -80,8 +80,6 @@ class Step:
             BackendError: the step's backend cannot run here.
         """
         table = self.table
-        if table.device.type != "cuda":
-            return "the model is not on a CUDA device"
         beyond = score_topk_beyond(table.shape[1], k, len(table))
         for op, reasons in ((ENCODER, encoder_beyond(self.weights)), (SCORE_TOPK, beyond)):
             if op.resolve(self.backend, table.device, table.dtype, reasons) is op.implementations[-1].run:
