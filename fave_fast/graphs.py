@@ -23,10 +23,8 @@ from torch import Tensor
 from fave_fast.ops import Exclusions, score_topk
 from fave_fast.ops.encoder import MAX_PLANNED, EncoderWeights, InputPath, Plan, encode_ids
 from fave_fast.ops.encoder import OP as ENCODER
-from fave_fast.ops.encoder import beyond_kernels as encoder_beyond
 from fave_fast.ops.score_topk import OP as SCORE_TOPK
-from fave_fast.ops.score_topk import beyond_kernels as score_topk_beyond
-from fave_fast.ops.score_topk import workspace_bytes
+from fave_fast.ops.score_topk import beyond_kernels, workspace_bytes
 from fave_fast.ops.tuning import multiprocessors
 from fave_fast.submit import Completion, Submission
 
@@ -70,7 +68,7 @@ class Step:
     @cached_property
     def _encoders(self) -> frozenset[str]:
         """The encoder's backends that run this model here."""
-        refusals = ENCODER.refusals(self.table.device, self.table.dtype) | encoder_beyond(self.weights)
+        refusals = ENCODER.refusals(self.table.device, self.table.dtype) | self.weights.beyond
         return frozenset(backend for backend, reason in refusals.items() if reason is None)
 
     def why_not_captured(self, k: int) -> str | None:
@@ -80,8 +78,8 @@ class Step:
             BackendError: the step's backend cannot run here.
         """
         table = self.table
-        beyond = score_topk_beyond(table.shape[1], k, len(table))
-        for op, reasons in ((ENCODER, encoder_beyond(self.weights)), (SCORE_TOPK, beyond)):
+        beyond = beyond_kernels(table.shape[1], k, len(table))
+        for op, reasons in ((ENCODER, self.weights.beyond), (SCORE_TOPK, beyond)):
             if op.resolve(self.backend, table.device, table.dtype, reasons) is op.implementations[-1].run:
                 return f"{op.name} runs by its reference, which waits for the device"
         return None

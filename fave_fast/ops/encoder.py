@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -70,6 +71,11 @@ class EncoderWeights:
         cos, sin = rotary_by_age(config.max_length, config.d // config.heads, device)
         native_weights = encoder_cpu.NativeWeights.pack(model)
         return cls(model, _matrices(model), _norms(model), cos, sin, _fragments(model), native_weights)
+
+    @cached_property
+    def beyond(self) -> dict[str, str]:
+        """Why a model of these sizes is not for a backend's kernel, by backend."""
+        return _beyond_kernels(self.model)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -289,10 +295,11 @@ def _run(
         raise ValueError("the model is in training mode; expected model.eval()")
     if rows.device != matrices.device:
         raise ValueError(f"the input is on {rows.device} and the weights on {matrices.device}; expected one device")
+    # len of a tensor takes a microsecond, its shape a third: on a CPU a request feels them.
     if bounds is None:
-        users = 0 if not padded_length else len(rows) // padded_length
+        users = 0 if not padded_length else rows.shape[0] // padded_length
     else:
-        users = len(bounds) - (padded_length is None)
+        users = bounds.shape[0] - (padded_length is None)
         _check_bounds(bounds, rows, padded_length)
     if padded_length is not None and not 1 <= padded_length <= config.max_length:
         raise ValueError(f"histories are {padded_length} long; expected 1 to {config.max_length}")
@@ -307,7 +314,7 @@ def _run(
         raise ValueError("out is not contiguous")
     if plan is not None and len(plan.order) != users:
         raise ValueError(f"the plan is for {len(plan.order)} histories; expected {users}")
-    run = OP.resolve(backend, matrices.device, matrices.dtype, beyond_kernels(weights))
+    run = OP.resolve(backend, matrices.device, matrices.dtype, weights.beyond)
     if users > 0:
         run(_Call(weights, path, rows.contiguous(), bounds, padded_length, plan, out))
     return out
@@ -319,24 +326,26 @@ def _check_bounds(bounds: Tensor, rows: Tensor, padded_length: int | None) -> No
             f"bounds are {bounds.dtype} {list(bounds.shape)} on {bounds.device}; expected int32 or int64 of one "
             f"dimension on {rows.device}"
         )
-    if len(bounds) == 0 and padded_length is None:
+    count, total = bounds.shape[0], rows.shape[0]
+    if count == 0 and padded_length is None:
         raise ValueError("offsets are empty; expected [B + 1]")
-    if padded_length is not None and len(bounds) * padded_length != len(rows):
-        raise ValueError(f"there are {len(bounds)} lengths; expected {len(rows) // max(1, padded_length)}")
+    if padded_length is not None and count * padded_length != total:
+        raise ValueError(f"there are {count} lengths; expected {total // max(1, padded_length)}")
     if bounds.device.type != "cpu":  # a look at the values would make the host wait
         return
     values = bounds.numpy()  # one request's three numbers: NumPy's calls take a quarter of PyTorch's time
+    if padded_length is None and (values[0] != 0 or values[-1] != total):
+        raise ValueError(f"offsets do not go from 0 to the number of rows, {total}")
+    most = total if padded_length is None else padded_length
+    if padded_length is None and count == 2:
+        return  # one history from 0 to all rows
     lengths = values if padded_length is not None else values[1:] - values[:-1]
-    if padded_length is None and (values[0] != 0 or values[-1] != len(rows)):
-        raise ValueError(f"offsets do not go from 0 to the number of rows, {len(rows)}")
-    most = len(rows) if padded_length is None else padded_length
     if len(lengths) > 0 and (lengths.min() < 0 or lengths.max() > most):
         raise ValueError(f"a history's length is not within 0 to {most}")
 
 
-def beyond_kernels(weights: EncoderWeights) -> dict[str, str]:
-    """Why a model of these sizes is not for a backend's kernel."""
-    config = weights.model.config
+def _beyond_kernels(model: FAVE) -> dict[str, str]:
+    config = model.config
     channels, hidden = config.d // config.heads, config.ffn_mult * config.d
     reason = None
     if config.max_length > MAX_ROWS:
@@ -347,8 +356,8 @@ def beyond_kernels(weights: EncoderWeights) -> dict[str, str]:
         reason = f"its kernel takes heads of a power of two from 16 channels, and the model's have {channels}"
     elif hidden % min(64, hidden) != 0:
         reason = f"its kernel takes a feed-forward of whole 64 channels, and the model's has {hidden}"
-    on_gpu = weights.matrices.device.type == "cuda"
-    reasons = {"triton": reason, "cpp": encoder_cluster.beyond(weights.model) if on_gpu else None}
+    on_gpu = model.item_embedding.weight.device.type == "cuda"
+    reasons = {"triton": reason, "cpp": encoder_cluster.beyond(model) if on_gpu else None}
     return {backend: why for backend, why in reasons.items() if why is not None}
 
 

@@ -102,7 +102,7 @@ def run(call: _Call) -> None:
     packed, path, bounds = call.weights.native, call.path, call.bounds
     assert packed is not None
     length = call.padded_length or 0
-    users = np.full(len(call.out), length) if bounds is None else bounds.long().contiguous().numpy()
+    users = np.full(call.out.shape[0], length) if bounds is None else bounds.long().contiguous().numpy()
     out, threads = native.array(call.out), native.threads()
     if path is None:
         packed.encoder.encode(native.array(call.rows), users, length, out, threads)

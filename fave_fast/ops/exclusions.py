@@ -36,16 +36,16 @@ class Exclusions:
                 )
         if self.ids.device != self.offsets.device:
             raise ValueError(f"ids are on {self.ids.device} and offsets on {self.offsets.device}; expected one device")
-        if len(self.offsets) == 0:
+        if self.offsets.shape[0] == 0:
             raise ValueError("offsets is empty; expected one entry more than there are rows")
         if self.offsets.device.type == "cpu":
             values = self.offsets.numpy()
-            if values[0] != 0 or values[-1] != len(self.ids) or (values[1:] < values[:-1]).any():
+            if values[0] != 0 or values[-1] != self.ids.shape[0] or (values[1:] < values[:-1]).any():
                 raise ValueError(f"offsets do not rise from 0 to the number of ids, {len(self.ids)}")
 
     def __len__(self) -> int:
         """The number of rows, B."""
-        return len(self.offsets) - 1
+        return self.offsets.shape[0] - 1
 
     @classmethod
     def from_lists(cls, rows: Sequence[Iterable[int]]) -> Exclusions:

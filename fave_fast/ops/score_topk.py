@@ -9,6 +9,7 @@ largest score, choose groups, and compute the scores of these groups' items once
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -86,7 +87,7 @@ def score_topk(
             f"deny is {deny.dtype} {list(deny.shape)} on {deny.device}; expected bool {list(table.shape[:1])} "
             f"on {table.device}"
         )
-    shape = (len(queries), k)
+    shape = (queries.shape[0], k)
     for name, given, dtype in zip(("scores", "ids"), out or (), (torch.float32, torch.int64), strict=False):
         reachable = given.device == queries.device or given.is_pinned()
         if not (given.shape == shape and given.dtype == dtype and reachable and given.is_contiguous()):
@@ -96,7 +97,7 @@ def score_topk(
             )
     if table_bytes is not None:
         table_bytes.require(table)
-    run = OP.resolve(backend, queries.device, queries.dtype, beyond_kernels(queries.shape[1], k, len(table)))
+    run = OP.resolve(backend, queries.device, queries.dtype, beyond_kernels(queries.shape[1], k, table.shape[0]))
     return run(tiles, k, deny, out, workspace, table_bytes)
 
 
@@ -291,6 +292,7 @@ def _group_size(batch: int, items: int) -> int:
     return 64 if items <= 1 << 25 else 128
 
 
+@functools.lru_cache(maxsize=64)
 def beyond_kernels(d: int, k: int, length: int) -> dict[str, str]:
     """Why a call is not for the kernels, by backend."""
     limits = {
@@ -376,7 +378,8 @@ def _run_cpp(
     table_bytes: ByteTable | None,
 ) -> tuple[Tensor, Tensor]:
     if out is None:
-        out = torch.empty(len(tiles.queries), k), torch.empty(len(tiles.queries), k, dtype=torch.int64)
+        count = tiles.queries.shape[0]
+        out = torch.empty(count, k), torch.empty(count, k, dtype=torch.int64)
     score_topk_cpu.run(tiles, k, deny, out, table_bytes)
     return out
 

@@ -85,7 +85,7 @@ def run(tiles: Tiles, k: int, deny: Tensor | None, out: tuple[Tensor, Tensor], t
     """The lists of a call on the CPU into `out`."""
     from fave_fast import _C
 
-    exclude = tiles.exclude if tiles.exclude is not None and len(tiles.exclude.ids) > 0 else None
+    exclude = tiles.exclude if tiles.exclude is not None and tiles.exclude.ids.shape[0] > 0 else None
     args = (
         _rows(tiles.queries.detach()),
         _rows(tiles.table.detach()),

@@ -51,7 +51,7 @@ class Tiles:
 
     def __post_init__(self) -> None:
         queries, table = self.queries, self.table
-        if queries.dim() != 2 or table.dim() != 2 or queries.shape[1] != table.shape[1] or len(table) == 0:
+        if queries.dim() != 2 or table.dim() != 2 or queries.shape[1] != table.shape[1] or table.shape[0] == 0:
             raise ValueError(
                 f"queries {list(queries.shape)} and table {list(table.shape)}; expected [B, D] and [N + 1, D]"
             )
@@ -59,7 +59,7 @@ class Tiles:
             raise ValueError(f"queries are {queries.dtype} and table {table.dtype}; expected one floating-point dtype")
         if queries.device != table.device:
             raise ValueError(f"queries are on {queries.device} and table on {table.device}; expected one device")
-        if self.exclude is not None and len(self.exclude) != len(queries):
+        if self.exclude is not None and len(self.exclude) != queries.shape[0]:
             raise ValueError(f"exclude has {len(self.exclude)} rows; expected one for each of {len(queries)} queries")
         if self.exclude is not None and self.exclude.ids.device != queries.device:
             raise ValueError(f"exclude is on {self.exclude.ids.device}; expected {queries.device}")
