@@ -295,7 +295,7 @@ def _run(
         raise ValueError("the model is in training mode; expected model.eval()")
     if rows.device != matrices.device:
         raise ValueError(f"the input is on {rows.device} and the weights on {matrices.device}; expected one device")
-    # len of a tensor takes a microsecond, its shape a third: on a CPU a request feels them.
+    # len of a tensor takes 0.4 us, its shape 0.1: on a CPU a request feels them.
     if bounds is None:
         users = 0 if not padded_length else rows.shape[0] // padded_length
     else:
