@@ -28,8 +28,7 @@ from fave_fast.flow import InferenceNoise
 from fave_fast.metrics import CUTOFFS, coverage, intra_list_diversity, rank_metrics
 from fave_fast.model import DTYPES, FAVE
 from fave_fast.ops import Exclusions, rank_count, score_topk
-from fave_fast.ops.encoder import MAX_ROWS, EncoderWeights, InputPath, Plan, encode_ids
-from fave_fast.ops.score_topk import OP as SCORE_TOPK
+from fave_fast.ops.encoder import MAX_ROWS, EncoderWeights, InputPath, Plan, encode_ids, planned_rows
 
 LIST_LENGTH = 20
 Positions = npt.NDArray[np.int64]
@@ -79,10 +78,8 @@ def rank_targets(
     """Rank the items at the flat positions `targets` [U], each given what comes before it in its sequence.
 
     The model must be in evaluation mode. `full=False` leaves out raw ranks and lists. Memory: batches of users (512 by
-    default, 4,096 on a GPU) times tiles of the catalogue, never users times items. A `backend` that only counts ranks
-    (cpp) leaves the lists to auto.
+    default, 4,096 on a GPU) times tiles of the catalogue, never users times items.
     """
-    list_backend = backend if SCORE_TOPK.offers(backend) else "auto"
     starts = target_starts(data, targets)
     table = model.item_embedding.weight
     encoder = _Encoder(model, config, backend)
@@ -98,7 +95,7 @@ def rank_targets(
         filtered.append(rank_count(endpoint, table, wanted, exclude, backend=backend))
         if full:
             raw.append(rank_count(endpoint, table, wanted, backend=backend))
-            lists.append(score_topk(endpoint, table, LIST_LENGTH, exclude, backend=list_backend)[1])
+            lists.append(score_topk(endpoint, table, LIST_LENGTH, exclude, backend=backend)[1])
     place = torch.cat(order).argsort()
     if not full:
         return Ranking(torch.cat(filtered).cpu()[place], None, None)
@@ -131,7 +128,7 @@ class _Encoder:
         )
         plan = None
         if device.type == "cuda" and self._longest <= MAX_ROWS and self._backend != "reference":
-            made = Plan.of(offsets.diff(), 64 if self._longest <= 64 else MAX_ROWS).trimmed()  # on the host
+            made = Plan.of(offsets.diff(), planned_rows(self._longest)).trimmed()  # on the host
             plan = Plan(_moved(made.order, device), _moved(made.programs, device), made.rows)
         return encode_ids(
             self._weights, self._path, _moved(ids, device), _moved(offsets, device), plan=plan, backend=self._backend

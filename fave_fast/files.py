@@ -22,10 +22,7 @@ def check_writable(path: str | Path) -> Path:
     try:
         if path.is_dir():
             raise InputError(f"{path}: is a folder; expected a file name to write to")
-        if not path.parent.is_dir():
-            raise InputError(f"{path}: the folder {path.parent} does not exist")
-        if not os.access(path.parent, os.W_OK):
-            raise InputError(f"{path}: cannot write into the folder {path.parent}")
+        _check_parent(path)
     except OSError as error:
         raise InputError(f"{path}: cannot write: {error.strerror}") from None
     return path
@@ -95,13 +92,17 @@ def check_new_folder(path: str | Path) -> Path:
             raise InputError(f"{path}: is not empty; expected a new folder")
         if path.exists() and not path.is_dir():
             raise InputError(f"{path}: is a file; expected a new folder")
-        if not path.parent.is_dir():
-            raise InputError(f"{path}: the folder {path.parent} does not exist")
-        if not os.access(path.parent, os.W_OK):
-            raise InputError(f"{path}: cannot write into the folder {path.parent}")
+        _check_parent(path)
     except OSError as error:
         raise InputError(f"{path}: cannot write: {error.strerror}") from None
     return path
+
+
+def _check_parent(path: Path) -> None:
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: the folder {path.parent} does not exist")
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"{path}: cannot write into the folder {path.parent}")
 
 
 def _umask() -> int:

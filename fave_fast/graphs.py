@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fave_fast.ops import Exclusions, score_topk
-from fave_fast.ops.encoder import MAX_PLANNED, EncoderWeights, InputPath, Plan, encode_ids
+from fave_fast.ops.encoder import MAX_PLANNED, EncoderWeights, InputPath, Plan, encode_ids, planned_rows
 from fave_fast.ops.encoder import OP as ENCODER
 from fave_fast.ops.score_topk import OP as SCORE_TOPK
 from fave_fast.ops.score_topk import beyond_kernels, workspace_bytes
@@ -93,7 +93,7 @@ class Step:
         by_triton = device.type == "cuda" and self.backend in ("auto", "triton") and "triton" in self._encoders
         if not by_triton or not multiprocessors(device) < users <= MAX_PLANNED:
             return None
-        return Plan.empty(users, 64 if self.weights.model.config.max_length <= 64 else 128, device)
+        return Plan.empty(users, planned_rows(self.weights.model.config.max_length), device)
 
     def __call__(
         self,

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from fave_fast.config import FlowConfig
 from fave_fast.flow import InferenceNoise, anchor_positions
 from fave_fast.model import FAVE
+from fave_fast.ops.encoder import input_constants
 
 _MIN_GROUP = 8
 _MAX_GROUP = 256
@@ -64,7 +65,11 @@ class OneStep(nn.Module):
         ids = torch.arange(width, device=table.device)
         self.register_buffer("table", F.pad(table, (0, 0, 0, width - len(table))))
         self.register_buffer("left_out", (ids == 0) | (ids > model.num_items))
-        shift, scale = _input_constants(model, flow, noise, length)
+        # Rounded once; in 16 bits they stay float32.
+        dtype = torch.float64 if noise.lam.dtype == torch.float64 else torch.float32
+        shift, scale = (
+            None if part is None else part[-length:].to(dtype) for part in input_constants(model, flow, noise)
+        )
         self.register_buffer("shift", shift)
         self.register_buffer("scale", scale)
         self.register_buffer("anchor", noise.anchor.float().clone())
@@ -136,21 +141,6 @@ class _Encoder(FAVE):
     def rotary(self, length: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
         """The tables of the one length."""
         return None if self.cos is None or self.sin is None else (self.cos, self.sin)
-
-
-def _input_constants(model: FAVE, flow: FlowConfig, noise: InferenceNoise, length: int) -> tuple[Tensor, Tensor | None]:
-    """E of eq. (9) is LayerNorm(e) + shift + scale * e_k: shift and scale [L, D], rounded once from float64.
-
-    Scale is None where x_0 is Gaussian. In 16 bits they stay float32.
-    """
-    lam = noise.lam[-length:].double()
-    dtype = torch.float64 if noise.lam.dtype == torch.float64 else torch.float32
-    embed = copy.deepcopy(model.time_embedding).double()
-    t = lam.new_zeros(1)
-    z = (embed(t) + embed(t + 1))[0]  # eq. (8) at t = 0, r = 1
-    if flow.prior == "gaussian":
-        return (lam * (noise.gaussian.double() + z)).to(dtype), None
-    return (lam * z).to(dtype), (lam * noise.keep.double()).to(dtype)
 
 
 def _product(queries: Tensor, table: Tensor) -> Tensor:

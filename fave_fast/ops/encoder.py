@@ -124,6 +124,11 @@ class InputPath:
         self.shift.copy_(shift)
 
 
+def planned_rows(max_length: int) -> int:
+    """M for a plan of histories of up to `max_length` items, at most `MAX_ROWS`."""
+    return 64 if max_length <= 64 else MAX_ROWS
+
+
 @dataclass(frozen=True)
 class Plan:
     """Which histories share a program of the kernel: ones of about equal length, so that padding is not computed.
@@ -494,15 +499,25 @@ def _gain_and_bias(norm: Any) -> Tensor:
     return torch.stack((gain, norm.bias.detach().float() if hasattr(norm, "bias") else torch.zeros_like(gain)))
 
 
-def _input_constants(model: FAVE, flow: FlowConfig, noise: InferenceNoise) -> tuple[Tensor, Tensor, Tensor | None]:
+def input_constants(model: FAVE, flow: FlowConfig, noise: InferenceNoise) -> tuple[Tensor, Tensor | None]:
+    """What E of eq. (9) adds to LayerNorm(e), for t = 0 and r = 1: shift + scale * e_k.
+
+    Returns:
+        Shift and scale, float64 [max_length, D], the newest position last; scale is None where x_0 is Gaussian.
+    """
     times = torch.zeros(1, dtype=torch.float64, device=noise.lam.device)
     embed = copy.deepcopy(model.time_embedding).double()
-    z = (embed(times) + embed(times + 1))[0]
-    lam = noise.lam.double().flip(0)  # by age
-    norm = _gain_and_bias(model.embedding_norm)
+    z = (embed(times) + embed(times + 1))[0]  # eq. (8)
+    lam = noise.lam.double()
     if flow.prior == "gaussian":
-        return norm, (lam * (noise.gaussian.double() + z)).float(), None
-    return norm, (lam * z).float(), (lam * noise.keep.double()).float()
+        return lam * (noise.gaussian.double() + z), None
+    return lam * z, lam * noise.keep.double()
+
+
+def _input_constants(model: FAVE, flow: FlowConfig, noise: InferenceNoise) -> tuple[Tensor, Tensor, Tensor | None]:
+    shift, scale = (None if part is None else part.flip(0).float() for part in input_constants(model, flow, noise))
+    assert shift is not None
+    return _gain_and_bias(model.embedding_norm), shift, scale
 
 
 OP: Op[Callable[[_Call], None]] = Op(
