@@ -26,6 +26,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+@pytest.fixture(autouse=True)
+def _memory_given_back(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What a GPU test took goes back to the device, for tests in other processes."""
+    yield
+    if "gpu" in request.keywords:
+        torch.cuda.empty_cache()
+
+
 @pytest.fixture
 def poisoned() -> Iterator[None]:
     """What `torch.empty` returns is NaN."""
