@@ -26,6 +26,7 @@ from fave_fast.ops.encoder import OP as ENCODER
 from fave_fast.ops.score_topk import OP as SCORE_TOPK
 from fave_fast.ops.score_topk import beyond_kernels, workspace_bytes
 from fave_fast.ops.tuning import multiprocessors
+from fave_fast.profiling import ranged
 from fave_fast.submit import Completion, Submission
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -95,6 +96,7 @@ class Step:
             return None
         return Plan.empty(users, planned_rows(self.weights.model.config.max_length), device)
 
+    @ranged("fave/step")
     def __call__(
         self,
         ids: Tensor,
@@ -153,6 +155,7 @@ class CapturedStep:
         self._best = response.ids.numpy()
         self._scores = response.scores.numpy()
 
+    @ranged("fave/step")
     def run(self, histories: Histories, exclude: bool) -> tuple[Floats, Ints]:
         """Scores float32 [B, K] and item numbers int64 [B, K], 0 where a list ends early.
 

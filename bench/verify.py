@@ -1,0 +1,81 @@
+"""What must hold before a time of a whole step is taken."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fave_fast.engine import Recommender
+from fave_fast.flow import InferenceNoise
+from fave_fast.graphs import Histories, Step
+from fave_fast.model import FAVE
+from fave_fast.ops import Exclusions, score_topk
+from fave_fast.ops.encoder import EncoderWeights, InputPath, encode_ids
+
+CHECKED = 8  # histories of a request, its last ones: the exact scores of more would not fit beside a large catalogue
+
+
+def oracle(model: FAVE, step: Step) -> tuple[EncoderWeights, InputPath]:
+    """The same network in float64, with the noise that `step` answers with. Without the catalogue's own copy."""
+    parts = ("keep", "anchor", "gaussian", "lam")
+    noise = InferenceNoise(*(getattr(step.path.noise, name).double() for name in parts))
+    exact = copy.deepcopy(model).double()
+    return EncoderWeights.pack(exact), InputPath.pack(exact, step.path.flow, noise)
+
+
+def step_is_right(model: FAVE, step: Step, request: Histories, k: int) -> None:
+    """Endpoints at most twice as wrong as PyTorch's in the same dtype, and no list that lacks an item.
+
+    Raises:
+        AssertionError: what differs.
+    """
+    count = min(CHECKED, len(request.offsets) - 1)
+    begin = int(request.offsets[-1 - count])
+    ids = torch.from_numpy(request.ids[begin:]).to(step.table.device)
+    offsets = torch.from_numpy(request.offsets[-1 - count :] - begin).to(step.table.device)
+    exact = encode_ids(*oracle(model, step), ids, offsets, backend="reference")
+    usual = encode_ids(step.weights, step.path, ids, offsets, backend="reference")
+    found = encode_ids(step.weights, step.path, ids, offsets, backend=step.encoder_backend(count))
+    if not (found - exact).norm() <= 2 * (usual - exact).norm():
+        raise AssertionError(f"{count} endpoints are not the network's")
+    exclude = Exclusions(ids, offsets)
+    scores, items = score_topk(found, step.table, k, exclude, backend=step.backend)
+    lists_are_complete(found, step.table, exclude, scores, items)
+
+
+def lists_are_complete(queries: Tensor, table: Tensor, exclude: Exclusions, scores: Tensor, items: Tensor) -> None:
+    """Scores are the items' inner products, and no item that is left out has a higher one, but for rounding.
+
+    A sum of D products in float32, each exact or rounded once, is off by at most (D + 1) 2^-24 |q| |e|, to first order.
+
+    Raises:
+        AssertionError: what differs.
+    """
+    norms = queries.double().norm(dim=1) * table[1:].double().norm(dim=1).max()
+    bound = (table.shape[1] + 1) * 2.0**-24 * norms[:, None]
+    owners = torch.repeat_interleave(torch.arange(len(queries), device=table.device), exclude.offsets.diff())
+    every = queries.double() @ table.double().T
+    every[:, 0] = -torch.inf
+    every[owners, exclude.ids.long()] = -torch.inf
+    if not ((every.gather(1, items) - scores.double()).abs() <= bound).all():
+        raise AssertionError("a score is not the item's inner product")
+    best = every.scatter(1, items, -torch.inf).amax(1, keepdim=True)
+    if (best > scores[:, -1:].double() + 2 * bound).any():
+        raise AssertionError("a list lacks an item")
+
+
+def answers_are_the_steps(recommender: Recommender, step: Step, request: Histories, k: int) -> None:
+    """What the engine answers is what its kernels give one by one, bit for bit.
+
+    Raises:
+        AssertionError: it is not.
+    """
+    ids, offsets = (torch.from_numpy(part).to(step.table.device) for part in request)
+    with torch.no_grad():
+        scores, items = step(ids, offsets, Exclusions(ids, offsets), k)
+    found = recommender.best_items(request.ids, request.offsets, k)
+    if not (np.array_equal(found[0], scores.cpu()) and np.array_equal(found[1], items.cpu())):
+        raise AssertionError(f"the engine's lists of {len(request.offsets) - 1} histories are not those of its kernels")
