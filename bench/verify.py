@@ -15,6 +15,7 @@ from fave_fast.model import FAVE
 from fave_fast.ops import Exclusions, score_topk
 from fave_fast.ops.encoder import EncoderWeights, InputPath, encode_ids
 
+PART = 1 << 18  # rows of a catalogue in float64 at a time
 CHECKED = 8  # histories of a request, its last ones: the exact scores of more would not fit beside a large catalogue
 
 
@@ -46,7 +47,9 @@ def step_is_right(model: FAVE, step: Step, request: Histories, k: int) -> None:
     lists_are_complete(found, step.table, exclude, scores, items)
 
 
-def lists_are_complete(queries: Tensor, table: Tensor, exclude: Exclusions, scores: Tensor, items: Tensor) -> None:
+def lists_are_complete(
+    queries: Tensor, table: Tensor, exclude: Exclusions | None, scores: Tensor, items: Tensor
+) -> None:
     """Scores are the items' inner products, and no item that is left out has a higher one, but for rounding.
 
     A sum of D products in float32, each exact or rounded once, is off by at most (D + 1) 2^-24 |q| |e|, to first order.
@@ -54,12 +57,14 @@ def lists_are_complete(queries: Tensor, table: Tensor, exclude: Exclusions, scor
     Raises:
         AssertionError: what differs.
     """
-    norms = queries.double().norm(dim=1) * table[1:].double().norm(dim=1).max()
-    bound = (table.shape[1] + 1) * 2.0**-24 * norms[:, None]
-    owners = torch.repeat_interleave(torch.arange(len(queries), device=table.device), exclude.offsets.diff())
-    every = queries.double() @ table.double().T
+    wide = queries.double()
+    largest = max(float(part.double().norm(dim=1).max()) for part in table.split(PART))
+    every = torch.cat([wide @ part.double().T for part in table.split(PART)], 1)
+    bound = (table.shape[1] + 1) * 2.0**-24 * largest * wide.norm(dim=1, keepdim=True)
     every[:, 0] = -torch.inf
-    every[owners, exclude.ids.long()] = -torch.inf
+    if exclude is not None:
+        owners = torch.repeat_interleave(torch.arange(len(queries), device=table.device), exclude.offsets.diff())
+        every[owners, exclude.ids.long()] = -torch.inf
     if not ((every.gather(1, items) - scores.double()).abs() <= bound).all():
         raise AssertionError("a score is not the item's inner product")
     best = every.scatter(1, items, -torch.inf).amax(1, keepdim=True)
