@@ -168,8 +168,10 @@ class Growth:
 
 
 def _peak_on_host(call: Callable[[], object]) -> int:
-    """Bytes of the process's memory at its peak in a call, beyond what it had before; 0 where Linux does not say."""
-    call()
+    """Bytes of the process's memory at its peak in the first call of a size, beyond what it had before.
+
+    The first: the native engine keeps its scratch memory for the next. 0 where Linux does not say.
+    """
     return_freed_memory()
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts anew
