@@ -214,15 +214,15 @@ def rows(
         log, config, batches = full_length(1_000_000)
         yield from row("L 50, N 1000000", 1, "fused", make("fused", 1, log, config, device), batches)
     log, config, batches = made[0][1]
-    explicit = losses.predict_with_tangent
+    explicit, plain = losses.predict_with_tangent, "eager" if on_gpu else "eager, fp32"
     forms: dict[str, Callable[..., Any]] = {"torch.func.jvp": jvp, "compiled dual": torch.compile(dual.predict)}
     for who, form in forms.items():
         losses.predict_with_tangent = form
         try:
-            yield from row("L 50", 2, who, make("eager", 2, log, config, device), _some(batches, device))
+            yield from row("L 50", 2, who, make(plain, 2, log, config, device), _some(batches, device))
         finally:
             losses.predict_with_tangent = explicit
-    steps = make("eager", 1, log, config, device)
+    steps = make(plain, 1, log, config, device)
     assert isinstance(steps, ReferenceSteps)
     steps.model.forward = torch.compile(steps.model.forward)
     yield from row("L 50", 1, "torch.compile", steps, _some(batches, device))
