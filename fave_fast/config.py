@@ -174,6 +174,19 @@ class Config:
         """Nested plain values, ready for YAML, JSON or a checkpoint."""
         return dataclasses.asdict(self)
 
+    def stage1(self) -> Config:
+        """The configuration without stage 2: of two runs whose results here are equal, stage 1 is the same.
+
+        `flow.prior` and `flow.rho` stay, as the model is judged with them in stage 1 too.
+        """
+        flow, loss, train = FlowConfig(), LossConfig(), TrainConfig()
+        return dataclasses.replace(
+            self,
+            flow=dataclasses.replace(self.flow, p_end=flow.p_end, tangent=flow.tangent),
+            loss=dataclasses.replace(self.loss, gamma=loss.gamma, match=loss.match),
+            train=dataclasses.replace(self.train, lr_stage2=train.lr_stage2, epochs_stage2=0),
+        )
+
     def override(self, values: object, source: str) -> Config:
         """A copy with the nested mapping `values` laid over it.
 

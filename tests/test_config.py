@@ -179,6 +179,24 @@ def test_unknown_preset() -> None:
         preset("beuty")
 
 
+def test_stage1_leaves_out_what_stage_2_alone_reads() -> None:
+    base = preset("beauty")
+    later = {
+        "flow": {"p_end": 0.1, "tangent": "learned"},
+        "loss": {"gamma": 0.0, "match": 0.0},
+        "train": {"lr_stage2": 1.0, "epochs_stage2": 9},
+    }
+    assert base.override(later, "x").stage1() == base.stage1()
+    assert base.stage1().train.epochs_stage2 == 0
+    for values in (
+        {"flow": {"prior": "gaussian"}},
+        {"flow": {"rho": 0.5}},
+        {"loss": {"rec": 0.0}},
+        {"train": {"lr": 1}},
+    ):
+        assert base.override(values, "x").stage1() != base.stage1()
+
+
 def test_configurations_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config().model.d = 3  # type: ignore[misc]
