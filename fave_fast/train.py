@@ -44,7 +44,7 @@ from fave_fast.files import check_writable, replacing
 from fave_fast.metrics import rank_metrics
 from fave_fast.model import DTYPES, FAVE
 from fave_fast.ops.rank_count import OP as RANK_COUNT
-from fave_fast.steps import FusedSteps, Steps, steps_for
+from fave_fast.steps import FusedSteps, ReferenceSteps, Steps, steps_for
 
 STAGES = (1, 2)
 _RESUME_KIND = "fave_fast training state"
@@ -111,8 +111,7 @@ class Trainer:
         self.out = None if out is None else check_writable(out)
         self.device = device or torch.device("cpu")
         self.dtype, self.backend, self.tensorboard = dtype, backend, tensorboard
-        RANK_COUNT.resolve(backend, self.device, torch.float32)  # before an epoch is spent, not after
-        self._kind = steps_for(self.device, dtype, backend)
+        self._kind = resolve_steps(self.device, dtype, backend)
         self.split: Split = split(data, config.data)
         self.windows = Windows(data.offsets, self.split.train_end)
         self.progress = Progress()
@@ -450,6 +449,16 @@ class Trainer:
         """Forget an earlier run's metrics and state at the same place."""
         self.metrics_path.unlink(missing_ok=True)
         self.resume_path.unlink(missing_ok=True)
+
+
+def resolve_steps(device: torch.device, dtype: torch.dtype, backend: str) -> type[ReferenceSteps] | type[FusedSteps]:
+    """How a training with these options takes its steps.
+
+    Raises:
+        BackendError: the backend cannot run here, in a step or in an evaluation.
+    """
+    RANK_COUNT.resolve(backend, device, torch.float32)  # before an epoch is spent, not after
+    return steps_for(device, dtype, backend)
 
 
 def step_seed(*numbers: int) -> int:
