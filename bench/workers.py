@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -72,6 +73,8 @@ def run_all(
                     report.failed.append((slot.task, f"still ran {grace:.0f} s after the time was over: ended"))
                     slot.stop()
     finally:
+        for slot in slots:
+            slot.ask_to_go()
         for slot in slots:
             slot.stop()
 
@@ -151,30 +154,35 @@ class _Slot:
         """End the process, if there is one."""
         if self._process is None:
             return
-        self.connection.close()  # one that waits for a task sees that and goes
-        if self.idle:
-            self._process.join(_PATIENCE)
-        self._process.terminate()
+        self.ask_to_go()
         self._process.join(_PATIENCE)
         self._process.kill()
         self._process.join()
         self._process, self.task = None, None
 
+    def ask_to_go(self) -> None:
+        """Have the process end, if there is one, without waiting for it."""
+        if self._process is not None:
+            self.connection.close()  # one that waits for a task sees that
+            if not self.idle:
+                self._process.terminate()
+
 
 def _work(connection: Connection, perform: Perform, gpu: str | None) -> None:
     """The life of a process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all: the first process ends the others
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-    while True:
-        try:
+    with contextlib.suppress(EOFError, ConnectionError):  # the first process is gone
+        while True:
             task, deadline = connection.recv()
-        except EOFError:
-            return
-        try:
-            for result in perform(task, deadline):
-                connection.send(("result", result))
+            try:
+                for result in perform(task, deadline):
+                    connection.send(("result", result))
+            except BrokenPipeError:
+                raise
+            except Exception as error:
+                connection.send(("failed", f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"))
+                return
             connection.send(("end", None))
-        except Exception as error:
-            connection.send(("failed", f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"))
-            return
