@@ -5,14 +5,14 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <utility>
 
 #include "cluster_encoder.hpp"
-#include "rank_count.hpp"
-#include "submit.hpp"
 #include "encoder.hpp"
 #include "isa.hpp"
 #include "rank_count.hpp"
 #include "score_topk.hpp"
+#include "submit.hpp"
 
 namespace py = pybind11;
 
@@ -51,10 +51,9 @@ void rank_count(const Floats& scores, std::int64_t first_id, const Floats& targe
   fave_fast::rank_count(tile, target_scores_data, target_ids_data, counts_data, threads);
 }
 
-void require_reached(bool reached, std::uint32_t expected, double timeout) {
+void require_reached(bool reached, const std::string& flag, double timeout) {
   if (reached) return;
-  const std::string message =
-      "nothing raised the flag to " + std::to_string(expected) + " in " + std::to_string(timeout) + " s";
+  const std::string message = "nothing raised " + flag + " in " + std::to_string(timeout) + " s";
   PyErr_SetString(PyExc_TimeoutError, message.c_str());
   throw py::error_already_set();
 }
@@ -65,18 +64,58 @@ void wait_flag(std::uint64_t flag, std::uint32_t expected, std::uint64_t stream,
     py::gil_scoped_release release;
     reached = fave_fast::wait_flag(flag, expected, stream, timeout);
   }
-  require_reached(reached, expected, timeout);
+  require_reached(reached, "the flag to " + std::to_string(expected), timeout);
 }
 
-void run_graph(std::uint64_t graph, std::uint64_t stream, std::uint64_t flag, std::uint32_t expected, double timeout) {
+void run_graph(fave_fast::Line& line, std::uint64_t graph, double timeout) {
   bool reached;
   {
     py::gil_scoped_release release;
-    fave_fast::launch_graph(graph, stream);
-    reached = fave_fast::wait_flag(flag, expected, stream, timeout);
+    const auto nothing = [] {};
+    reached = line.run(graph, timeout, nothing, nothing);
   }
-  require_reached(reached, expected, timeout);
+  require_reached(reached, "the flag", timeout);
 }
+
+template <typename T>
+T* pointer(std::uint64_t address) {
+  return reinterpret_cast<T*>(static_cast<std::uintptr_t>(address));
+}
+
+// A captured request: its graph, and where that reads and writes in the host's memory.
+struct Request {
+  fave_fast::Line& line;
+  std::uint64_t graph;
+  fave_fast::RequestMemory memory;
+  double timeout;
+
+  std::pair<Floats, Ints> run(const py::array_t<std::int32_t, py::array::c_style>& ids,
+                              const py::array_t<std::int64_t, py::array::c_style>& offsets, bool exclude) {
+    if (ids.ndim() != 1 || offsets.ndim() != 1 || offsets.size() == 0) {
+      throw py::value_error("ids and offsets must have one dimension, [T] and [B + 1]");
+    }
+    const fave_fast::NumberedHistories histories{ids.data(), offsets.data(), offsets.size() - 1};
+    if (histories.users > memory.batch || ids.size() > memory.items) {
+      throw py::value_error("there are " + std::to_string(histories.users) + " histories of " +
+                            std::to_string(ids.size()) + " items; the request takes " + std::to_string(memory.batch) +
+                            " of " + std::to_string(memory.items));
+    }
+    if (histories.offsets[0] != 0 || histories.offsets[histories.users] != ids.size()) {
+      throw py::value_error("offsets do not go from 0 to the number of ids, " + std::to_string(ids.size()));
+    }
+    Floats scores({histories.users, memory.k});
+    Ints best({histories.users, memory.k});
+    float* scores_data = scores.mutable_data();
+    std::int64_t* best_data = best.mutable_data();
+    bool reached;
+    {
+      py::gil_scoped_release release;
+      reached = fave_fast::answer(line, graph, timeout, memory, histories, exclude, scores_data, best_data);
+    }
+    require_reached(reached, "the flag", timeout);
+    return {std::move(scores), std::move(best)};
+  }
+};
 
 void bind_submit(py::module_& m) {
   m.def("launch_graph", &fave_fast::launch_graph, py::arg("graph"), py::arg("stream"),
@@ -88,17 +127,33 @@ void bind_submit(py::module_& m) {
         "whether the stream has failed, unless it is 0.\n"
         "Raises TimeoutError after `timeout` seconds; RuntimeError where the stream has failed, or is idle and the flag\n"
         "is not raised.");
-  m.def("run_graph", &run_graph, py::arg("graph"), py::arg("stream"), py::arg("flag"), py::arg("expected"),
-        py::arg("timeout"), "launch_graph, then wait_flag.");
+  py::class_<fave_fast::Line>(m, "Line", "The graphs of one stream, each of which adds one to a flag when it is done.")
+      .def(py::init<std::uint64_t, std::uint32_t, std::uint64_t>(), py::arg("flag"), py::arg("count"),
+           py::arg("stream"))
+      .def("run", &run_graph, py::arg("graph"), py::arg("timeout"),
+           "launch_graph, then wait_flag, one caller at a time.");
+  py::class_<Request>(m, "Request", "A captured request for up to `batch` histories with `items` items in all.")
+      .def(py::init([](fave_fast::Line& line, std::uint64_t graph, std::uint64_t offsets, std::uint64_t exclude_offsets,
+                       std::uint64_t ids, std::uint64_t scores, std::uint64_t best, std::int64_t batch,
+                       std::int64_t items, std::int64_t k, double timeout) {
+             return Request{line,
+                            graph,
+                            {pointer<std::int32_t>(offsets), pointer<std::int32_t>(exclude_offsets),
+                             pointer<std::int32_t>(ids), pointer<const float>(scores),
+                             pointer<const std::int64_t>(best), batch, items, k},
+                            timeout};
+           }),
+           py::keep_alive<1, 2>(), py::arg("line"), py::arg("graph"), py::arg("offsets"), py::arg("exclude_offsets"),
+           py::arg("ids"), py::arg("scores"), py::arg("best"), py::arg("batch"), py::arg("items"), py::arg("k"),
+           py::arg("timeout"))
+      .def("run", &Request::run, py::arg("ids"), py::arg("offsets"), py::arg("exclude"),
+           "Scores float32 [B, k] and numbers int64 [B, k] for numbered histories: ids int32 [T], offsets int64\n"
+           "[B + 1]; with `exclude` without their own items. Callers take turns. Releases the GIL.\n"
+           "Raises as wait_flag; ValueError where the histories do not fit.");
 }
 
 #ifdef FAVE_FAST_HAS_CUDA
 constexpr bool kHasCuda = true;
-
-template <typename T = void>
-T* pointer(std::uint64_t address) {
-  return reinterpret_cast<T*>(static_cast<std::uintptr_t>(address));
-}
 
 void bind_cluster_encoder(py::module_& m) {
   using Address = std::uint64_t;
@@ -112,7 +167,7 @@ void bind_cluster_encoder(py::module_& m) {
             pointer<const void>(rows),   pointer<const void>(bounds), pointer<const void>(table),
             pointer<const float>(input_norm), pointer<const float>(shift), pointer<const float>(scale),
             pointer<const void>(weights), pointer<const float>(norms), pointer<const float>(cos),
-            pointer<const float>(sin),   pointer(out),                users,
+            pointer<const float>(sin),   pointer<void>(out),                users,
             padded_length,               longest,                     blocks,
             anchor,                      eps,                         input_eps,
             wide_rows,                   wide_bounds,                 layer_norm,

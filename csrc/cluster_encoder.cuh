@@ -678,6 +678,8 @@ __device__ __forceinline__ void encode_history(const ClusterEncoderCall& call) {
 }
 
 __global__ void __launch_bounds__(kThreads, 1) encode_kernel(const __grid_constant__ ClusterEncoderCall call) {
+  next_may_start();
+  await_previous();
   encode_history(call);
 }
 

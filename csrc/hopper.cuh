@@ -12,6 +12,12 @@ __device__ __forceinline__ unsigned char* shared_memory() {
   return memory;
 }
 
+// The next kernel of the stream may start, if it was launched so, as soon as all blocks of this one have.
+__device__ __forceinline__ void next_may_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+// Waits until the kernel before this one, beside which it may have started, has ended and its writes are visible.
+__device__ __forceinline__ void await_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
 __device__ __forceinline__ std::uint32_t shared_address(const void* pointer) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
 }

@@ -3,6 +3,7 @@
 #include <dlfcn.h>
 #include <sched.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <stdexcept>
@@ -113,6 +114,27 @@ bool wait_flag(std::uint64_t flag, std::uint32_t expected, std::uint64_t stream,
     }
     next_query = Clock::now() + kQuery;
   }
+}
+
+bool answer(Line& line, std::uint64_t graph, double timeout_seconds, const RequestMemory& memory,
+            const NumberedHistories& histories, bool exclude, float* scores, std::int64_t* best) {
+  const auto give = [&] {
+    const auto total = static_cast<std::int32_t>(histories.offsets[histories.users]);
+    std::copy_n(histories.ids, total, memory.ids);
+    for (std::int64_t i = 0; i <= memory.batch; ++i) {
+      memory.offsets[i] = i < histories.users ? static_cast<std::int32_t>(histories.offsets[i]) : total;
+    }
+    if (exclude) {
+      std::copy_n(memory.offsets, memory.batch + 1, memory.exclude_offsets);
+    } else {
+      std::fill_n(memory.exclude_offsets, memory.batch + 1, 0);
+    }
+  };
+  const auto take = [&] {
+    std::copy_n(memory.scores, histories.users * memory.k, scores);
+    std::copy_n(memory.best, histories.users * memory.k, best);
+  };
+  return line.run(graph, timeout_seconds, give, take);
 }
 
 }  // namespace fave_fast

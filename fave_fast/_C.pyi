@@ -20,7 +20,28 @@ def rank_count(
 ) -> None: ...
 def launch_graph(graph: int, stream: int) -> None: ...
 def wait_flag(flag: int, expected: int, stream: int, timeout: float) -> None: ...
-def run_graph(graph: int, stream: int, flag: int, expected: int, timeout: float) -> None: ...
+
+class Line:
+    def __init__(self, flag: int, count: int, stream: int) -> None: ...
+    def run(self, graph: int, timeout: float) -> None: ...
+
+class Request:
+    def __init__(
+        self,
+        line: Line,
+        graph: int,
+        offsets: int,
+        exclude_offsets: int,
+        ids: int,
+        scores: int,
+        best: int,
+        batch: int,
+        items: int,
+        k: int,
+        timeout: float,
+    ) -> None: ...
+    def run(self, ids: NDArray[np.int32], offsets: _Ints, exclude: bool) -> tuple[_Floats, _Ints]: ...
+
 def encode_cluster(
     *,
     rows: int,

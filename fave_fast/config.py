@@ -120,17 +120,18 @@ class FlowConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Weights of eq. (24) and how squared errors are reduced."""
+    """Weights of stage 1's losses and of eq. (24), and how squared errors are reduced."""
 
     alpha: float = 1.0  # L_tgt
     beta: float = 0.2  # L_src
     gamma: float = 0.1  # L_cons, stage 2
-    match: float = 1.0  # L_rec in stage 1, L_match in stage 2; 0 is the paper's ablation "w/o L_match"
+    rec: float = 1.0  # L_rec of eq. (11), stage 1
+    match: float = 1.0  # L_match of eq. (21), stage 2; 0 is the paper's ablation "w/o L_match"
     source: Literal["sampled", "dense"] = "sampled"  # L_src over the history and as many absent items, or over all
     reduction: Literal["mean", "sum"] = "mean"  # of squared errors over channels; the batch is always averaged
 
     def __post_init__(self) -> None:
-        for name in ("alpha", "beta", "gamma", "match"):
+        for name in ("alpha", "beta", "gamma", "rec", "match"):
             _non_negative(f"loss.{name}", getattr(self, name))
 
 
@@ -172,6 +173,19 @@ class Config:
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Nested plain values, ready for YAML, JSON or a checkpoint."""
         return dataclasses.asdict(self)
+
+    def stage1(self) -> Config:
+        """The configuration without stage 2: of two runs whose results here are equal, stage 1 is the same.
+
+        `flow.prior` and `flow.rho` stay, as the model is judged with them in stage 1 too.
+        """
+        flow, loss, train = FlowConfig(), LossConfig(), TrainConfig()
+        return dataclasses.replace(
+            self,
+            flow=dataclasses.replace(self.flow, p_end=flow.p_end, tangent=flow.tangent),
+            loss=dataclasses.replace(self.loss, gamma=loss.gamma, match=loss.match),
+            train=dataclasses.replace(self.train, lr_stage2=train.lr_stage2, epochs_stage2=0),
+        )
 
     def override(self, values: object, source: str) -> Config:
         """A copy with the nested mapping `values` laid over it.

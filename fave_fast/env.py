@@ -40,7 +40,7 @@ def report() -> dict[str, Any]:
     reason why it is refused, or None), and `environment` (variable to `value` and `meaning`).
     """
     return {
-        "versions": _versions(),
+        "versions": versions(),
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "threads": torch.get_num_threads(),
         "extension": _extension(),
@@ -51,14 +51,15 @@ def report() -> dict[str, Any]:
     }
 
 
-def _versions() -> dict[str, str | None]:
-    versions: dict[str, str | None] = {"fave_fast": fave_fast.__version__, "python": platform.python_version()}
+def versions() -> dict[str, str | None]:
+    """Of Python, the project, what it uses (None where it is not there) and CUDA as PyTorch was built for it."""
+    found: dict[str, str | None] = {"fave_fast": fave_fast.__version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            versions[package] = importlib.metadata.version(package)
+            found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    return {**versions, "cuda": torch.version.cuda}
+            found[package] = None
+    return {**found, "cuda": torch.version.cuda}
 
 
 def _extension() -> dict[str, Any]:

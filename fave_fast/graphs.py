@@ -1,9 +1,9 @@
 """The one step on a GPU as CUDA graphs: numbered histories on the host in, lists on the host out, by one launch.
 
 A graph holds everything of a request: the reading of the histories from the host's memory, input path and encoder,
-top-K with exclusions, whose kernel writes the lists into the host's memory, and the word that says so. There is one for
-each batch size of `BATCHES`; a request takes the smallest that holds it, its other users being empty. The kernels are
-those that run uncaptured, so the bits are, too.
+top-K with exclusions, the writing of the lists into the host's memory, and the word that says so. On Hopper each of its
+kernels is launched while the one before it runs. There is one graph for each batch size of `BATCHES`; a request takes
+the smallest that holds it, its other users being empty. The kernels are those that run uncaptured: so are the bits.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,9 +25,12 @@ from fave_fast.ops.encoder import MAX_PLANNED, EncoderWeights, InputPath, Plan, 
 from fave_fast.ops.encoder import OP as ENCODER
 from fave_fast.ops.score_topk import OP as SCORE_TOPK
 from fave_fast.ops.score_topk import beyond_kernels, workspace_bytes
-from fave_fast.ops.tuning import multiprocessors
+from fave_fast.ops.tuning import launches_overlap, multiprocessors
 from fave_fast.profiling import ranged
 from fave_fast.submit import Completion, Submission
+
+if TYPE_CHECKING:
+    from fave_fast import _C
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 SMALL_BATCH = 8  # histories; up to here the cluster kernel answers sooner than one program a history
@@ -145,7 +148,7 @@ class _Response:
 
 
 class CapturedStep:
-    """One batch size: its graph, and NumPy's views of what it reads and writes on the host."""
+    """One batch size: its graph, and what that reads and writes on the host."""
 
     def __init__(self, submission: Submission, request: _Request, response: _Response, lock: threading.Lock) -> None:
         self._submission, self._lock = submission, lock
@@ -154,6 +157,8 @@ class CapturedStep:
         self._ids = request.ids.numpy()
         self._best = response.ids.numpy()
         self._scores = response.scores.numpy()
+        line = submission.completion.line
+        self._request = None if line is None else self._native(line)
 
     @ranged("fave/step")
     def run(self, histories: Histories, exclude: bool) -> tuple[Floats, Ints]:
@@ -168,6 +173,8 @@ class CapturedStep:
             TimeoutError: it did not answer.
         """
         ids, offsets = histories
+        if self._request is not None:
+            return self._request.run(ids, offsets, exclude)
         users, total = len(offsets) - 1, len(ids)
         with self._lock:
             self._ids[:total] = ids
@@ -176,6 +183,23 @@ class CapturedStep:
             self._exclude_offsets[:] = self._offsets if exclude else 0
             self._submission.run()
             return self._scores[:users].copy(), self._best[:users].copy()
+
+    def _native(self, line: _C.Line) -> _C.Request:
+        from fave_fast import _C
+
+        return _C.Request(
+            line,
+            self._submission.handle,
+            offsets=self._offsets.ctypes.data,
+            exclude_offsets=self._exclude_offsets.ctypes.data,
+            ids=self._ids.ctypes.data,
+            scores=self._scores.ctypes.data,
+            best=self._best.ctypes.data,
+            batch=len(self._best),
+            items=len(self._ids),
+            k=self._best.shape[1],
+            timeout=self._submission.timeout,
+        )
 
 
 class StepGraphs:
@@ -225,9 +249,8 @@ class StepGraphs:
 
         items = batch * self.items_each
         host, request = (_Request(words, batch, items) for words in (self._request_host, self._request))
-        response_host = _Response(self._response_host, batch, self.k)
-        # A list is written eight bytes at a time, in no order: a few lists may go to the host's memory so.
-        response = response_host if batch <= SMALL_BATCH else _Response(self._response, batch, self.k)
+        response_host, response = (_Response(words, batch, self.k) for words in (self._response_host, self._response))
+        pdl = launches_overlap(self._step.table.device)
         exclude = Exclusions(request.ids, request.exclude_offsets)
         plan, endpoint = self._step.plan(batch), self._endpoint[:batch]
 
@@ -238,15 +261,13 @@ class StepGraphs:
             )  # fmt: skip
 
         with torch.cuda.stream(self._stream), torch.no_grad():
-            carry(host.words, request.words)
+            carry(host.words, request.words, pdl=False)
             work()  # compiles what is not compiled yet, on the histories of no request
             self._stream.synchronize()
             graph = torch.cuda.CUDAGraph()
             # Other threads may allocate or synchronize meanwhile.
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                carry(host.words, request.words)
+                carry(host.words, request.words, pdl=pdl)
                 work()
-                if response is not response_host:
-                    carry(response.words, response_host.words)
-                self._completion.signal()
+                self._completion.signal(response.words, response_host.words)
         return CapturedStep(Submission(graph, self._completion), host, response_host, self._lock)

@@ -144,7 +144,7 @@ class _Reference:
 def stage1_losses(
     model: FAVE, config: Config, history: Tensor, targets: Tensor, generator: torch.Generator | None = None
 ) -> Losses:
-    """Stage 1: L_rec + alpha L_tgt + beta L_src with x_0 ~ N(0, I), r = 1 and heavy-tailed t.
+    """Stage 1: rec L_rec + alpha L_tgt + beta L_src with x_0 ~ N(0, I), r = 1 and heavy-tailed t.
 
     history int64 [B, L] left-padded with 0, targets int64 [B].
     """
@@ -154,7 +154,7 @@ def stage1_losses(
 def stage2_losses(
     model: FAVE, config: Config, history: Tensor, targets: Tensor, generator: torch.Generator | None = None
 ) -> Losses:
-    """Stage 2, eq. (24): L_match + gamma L_cons + alpha L_tgt + beta L_src from the configured prior.
+    """Stage 2, eq. (24): match L_match + gamma L_cons + alpha L_tgt + beta L_src from the configured prior.
 
     The item embeddings stay as they are: the trainer freezes them. With gamma = 0 no tangent is computed.
     """
@@ -169,7 +169,7 @@ def stage1_objective(
     x_0 = flow.gaussian_prior(len(targets), model.config.d, targets.device, generator).to(x_1.dtype)
     t = flow.mode_times(len(targets), config.flow.mode_scale, targets.device, generator).to(x_1.dtype)
     prediction = network.predict(flow.interpolate(x_0, x_1, t), t, torch.ones_like(t))
-    return _weigh(network, model, config, prediction, x_1, targets, None, generator)
+    return _weigh(network, model, config, config.loss.rec, prediction, x_1, targets, None, generator)
 
 
 def stage2_objective(
@@ -192,13 +192,14 @@ def stage2_objective(
             with torch.no_grad():
                 v = flow.learned_velocity(network.predict(x_t, t, r).endpoint, x_0).to(x_t.dtype)
         prediction, tangent = network.predict_with_tangent(x_t, t, r, v)
-    return _weigh(network, model, config, prediction, x_1, targets, tangent, generator)
+    return _weigh(network, model, config, config.loss.match, prediction, x_1, targets, tangent, generator)
 
 
 def _weigh(
     network: Network,
     model: FAVE,
     config: Config,
+    matching: float,
     prediction: Prediction,
     x_1: Tensor,
     targets: Tensor,
@@ -213,7 +214,7 @@ def _weigh(
     if weights.beta > 0:
         source = network.source_loss(prediction.source, weights.source, generator)
     consistency = zero if tangent is None else consistency_loss(tangent, weights.reduction)
-    parts = [(weights.match, match), (weights.alpha, target), (weights.beta, source), (weights.gamma, consistency)]
+    parts = [(matching, match), (weights.alpha, target), (weights.beta, source), (weights.gamma, consistency)]
     # On a GPU each product and each sum here is a launch forward and another backward.
     counted = [part if weight == 1 else weight * part for weight, part in parts if weight > 0 and part is not zero]
     return Losses(sum(counted[1:], counted[0]) if counted else zero, match, target, source, consistency)

@@ -171,9 +171,10 @@ def _first(scores: Tensor, ids: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
     # topk leaves the order of equal scores open, so it ranks pairs of which no two are equal.
     if ids is None:
         ids = torch.arange(scores.shape[1], device=scores.device)
-    keys = (_ordered(scores).long() << 32) | (_LOW - ids)
+    # The low half is 2^32 - 1 - id. Written so, Inductor would put the constant beside an int32 column (torch 2.11).
+    keys = ((_ordered(scores).long() + 1) << 32) - 1 - ids
     keys = keys.topk(k, dim=1).values
-    return _unordered((keys >> 32).int()), _LOW - (keys & _LOW)
+    return _unordered((keys >> 32).int()), ~keys & _LOW
 
 
 def _ordered(scores: Tensor) -> Tensor:

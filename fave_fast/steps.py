@@ -27,7 +27,7 @@ from fave_fast.profiling import ranged
 
 Positions = npt.NDArray[np.int64]
 
-_Captured = tuple[torch.cuda.CUDAGraph, Tensor, Tensor | None]  # its loss, and what Adam reads at each replay
+_Captured = tuple[torch.cuda.CUDAGraph, Tensor, Tensor]  # its loss, and what Adam reads at each replay
 _LEAST_STEP = 256  # rows between two graphs, at least
 
 
@@ -104,7 +104,7 @@ class FusedSteps:
         rows, fillers = rounded_rows(total, self.config.model.max_length)
         host = torch.from_numpy(np.concatenate((starts, targets, [seed])))
         if not self._capturing or len(starts) != self.config.train.batch_size:
-            return self._step(host.to(device), rows, fillers)[0]
+            return self._step(host.to(device), rows, fillers, None)[0]
         self._input.copy_(host.pin_memory(), non_blocking=True)
         key = rows, fillers
         if key not in self._graphs:
@@ -112,11 +112,11 @@ class FusedSteps:
             return self._aside(rows, fillers)
         held = self._graphs[key]
         if held is None:
-            graph = torch.cuda.CUDAGraph()
+            graph, addresses = torch.cuda.CUDAGraph(), self._adam.addresses()
             with torch.cuda.graph(graph, self._pool):
-                loss, table, gradients = self._step(self._input, rows, fillers)
-            self._adam.bind(table, gradients)
-            held = self._graphs[key] = graph, loss, table
+                loss, gradients = self._step(self._input, rows, fillers, addresses)
+            self._adam.bind(addresses, gradients)
+            held = self._graphs[key] = graph, loss, addresses
         held[0].replay()
         return held[1]
 
@@ -125,12 +125,14 @@ class FusedSteps:
         here = torch.cuda.current_stream()
         self._stream.wait_stream(here)
         with torch.cuda.stream(self._stream):
-            loss = self._step(self._input, rows, fillers)[0]
+            loss = self._step(self._input, rows, fillers, None)[0]
         here.wait_stream(self._stream)
         return loss
 
-    def _step(self, given: Tensor, rows: int, fillers: int) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
-        """The loss, Adam's table and the gradients that it names."""
+    def _step(
+        self, given: Tensor, rows: int, fillers: int, addresses: Tensor | None
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """The loss and the gradients; `addresses` as `ClippedAdam.take` wants it."""
         count = len(given) // 2
         starts, targets, seed = given[:count], given[count:-1], given[-1:]
         packed = pack(self._items, starts, targets, self.config.model.max_length, rows, fillers)
@@ -141,9 +143,9 @@ class FusedSteps:
             total = objective(network, self.model, self.config, wanted).total
         total.backward()  # type: ignore[no-untyped-call]
         gradients = [one.grad for one in self._adam.parameters]
-        table = self._adam.take()
+        self._adam.take(addresses)
         self.optimiser.zero_grad(set_to_none=True)
-        return total.detach(), table, gradients
+        return total.detach(), gradients
 
 
 def rounded_rows(total: int, max_length: int) -> tuple[int, int]:

@@ -40,12 +40,12 @@ from fave_fast.data import (
 )
 from fave_fast.errors import CheckpointError, InputError
 from fave_fast.evaluate import rank_targets, target_starts
-from fave_fast.files import check_writable
+from fave_fast.files import check_writable, replacing
 from fave_fast.metrics import rank_metrics
 from fave_fast.model import DTYPES, FAVE
 from fave_fast.ops.rank_count import OP as RANK_COUNT
 from fave_fast.profiling import Trace
-from fave_fast.steps import FusedSteps, Steps, steps_for
+from fave_fast.steps import FusedSteps, ReferenceSteps, Steps, steps_for
 
 STAGES = (1, 2)
 _RESUME_KIND = "fave_fast training state"
@@ -70,7 +70,6 @@ class Progress:
     stage_best: float = -math.inf
     waiting: int = 0  # evaluations since the stage's last best
     lr_cut: bool = False
-    log_bytes: int = 0  # length of the metrics file when the state was written
     seconds: float = 0.0
     finished: bool = False
 
@@ -84,14 +83,25 @@ class Outcome:
     interrupted: bool
 
 
+@dataclass(frozen=True)
+class State:
+    """A run between two steps: what resuming needs beside the data, the configuration and the seed."""
+
+    plain: dict[str, Any]  # JSON's types
+    tensors: dict[str, Tensor]
+
+
 class Trainer:
-    """One run over one data set. Only this class and the engine hold state."""
+    """One run over one data set. Only this class and the engine hold state.
+
+    `out` is the checkpoint to write; the state for --resume and the metrics lie beside it. None writes no file.
+    """
 
     def __init__(
         self,
         data: Interactions,
         config: Config,
-        out: Path,
+        out: Path | None,
         *,
         seed: int = 0,
         device: torch.device | None = None,
@@ -100,11 +110,11 @@ class Trainer:
         tensorboard: Callable[[str, float, int], None] | None = None,
         after_step: Callable[[], None] = lambda: None,
     ) -> None:
-        self.data, self.config, self.out, self.seed = data, config, check_writable(out), seed
+        self.data, self.config, self.seed = data, config, seed
+        self.out = None if out is None else check_writable(out)
         self.device = device or torch.device("cpu")
-        self.dtype, self.backend, self.tensorboard, self._after_step = dtype, backend, tensorboard, after_step
-        RANK_COUNT.resolve(backend, self.device, torch.float32)  # before an epoch is spent, not after
-        self._kind = steps_for(self.device, dtype, backend)
+        self._kind = resolve_steps(self.device, dtype, backend)
+        self.dtype, self.backend, self.tensorboard = dtype, backend, tensorboard
         self.split: Split = split(data, config.data)
         self.windows = Windows(data.offsets, self.split.train_end)
         self.progress = Progress()
@@ -115,36 +125,47 @@ class Trainer:
         self.optimiser = self._make_optimiser(config.train.lr)
         self._steps: Steps | None = None
         self.interrupted = False
+        self.curve: list[dict[str, Any]] = []  # an object an evaluation, as in the metrics file
         self._saved_at, self._saving_took = time.monotonic(), 0.0
         self._last: dict[str, float] = {}  # loss and speed of the epoch that ended last
 
     @property
     def resume_path(self) -> Path:
         """The state for --resume lives beside the checkpoint while the run is unfinished."""
-        return self.out.with_name(self.out.name + ".resume")
+        return self._beside(".resume")
 
     @property
     def metrics_path(self) -> Path:
         """One JSON line an evaluation."""
-        return self.out.with_name(self.out.name + ".metrics.jsonl")
+        return self._beside(".metrics.jsonl")
+
+    def _beside(self, ending: str) -> Path:
+        if self.out is None:
+            raise ValueError("this run writes no file")
+        return self.out.with_name(self.out.name + ending)
 
     def run(self) -> Outcome:
         """Train from where the run stands to the end, or to the first interruption."""
-        with _on_interrupt(self._interrupt):
+        with _on_interrupt(self.interrupt):
             while not self.progress.finished and not self.interrupted:
                 self._run_epoch()
                 if not self.interrupted:
                     self._end_epoch()
         if self.interrupted:
             self._save_state()
-        else:
+        elif self.out is not None:
             self.resume_path.unlink(missing_ok=True)
         result = self.make_checkpoint()
-        checkpoints.save(result, self.out)
+        self._save(result)
         return Outcome(result, self.progress, self.interrupted)
 
-    def _interrupt(self) -> None:
+    def interrupt(self) -> None:
+        """End `run` after the step under way; any thread may call it."""
         self.interrupted = True
+
+    def _save(self, checkpoint: Checkpoint) -> None:
+        if self.out is not None:
+            checkpoints.save(checkpoint, self.out)
 
     def _stage_epochs(self) -> int:
         return self.config.train.epochs if self.progress.stage == 1 else self.config.train.epochs_stage2
@@ -236,7 +257,7 @@ class Trainer:
             if score > progress.best:
                 progress.best, progress.best_stage, progress.best_epoch = score, progress.stage, progress.epoch
                 self.best_weights = self.stage_weights
-                checkpoints.save(self.make_checkpoint(), self.out)
+                self._save(self.make_checkpoint())
             return False
         progress.waiting += 1
         if progress.waiting < self.config.train.patience:
@@ -281,9 +302,10 @@ class Trainer:
             **self._last,
             **{f"val_filtered_{name}": value for name, value in metrics.items()},
         }
-        with self.metrics_path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        progress.log_bytes = self.metrics_path.stat().st_size
+        self.curve.append(line)
+        if self.out is not None:
+            with self.metrics_path.open("a", encoding="utf-8") as file:
+                file.write(_json_lines([line]))
         mark = " (best)" if metrics[_SELECTION] > progress.best else ""
         cli.say(
             f"stage {progress.stage} epoch {progress.epoch:3d}: loss {line['loss']:.4f}, "
@@ -337,7 +359,16 @@ class Trainer:
         )
 
     def _save_state(self) -> None:
+        if self.out is None:
+            return
         started = time.monotonic()
+        state = self.state()
+        checkpoints.write_envelope(self.resume_path, _RESUME_KIND, state.plain, state.tensors)
+        self._saved_at = time.monotonic()
+        self._saving_took = self._saved_at - started
+
+    def state(self) -> State:
+        """Where the run stands; its tensors are those that training changes, not copies."""
         tensors = {f"model/{name}": value for name, value in self.model.state_dict().items()}
         tensors |= {f"best/{name}": value for name, value in self.best_weights.items()}
         tensors |= {f"stage/{name}": value for name, value in self.stage_weights.items()}
@@ -355,10 +386,9 @@ class Trainer:
             "progress": progress,
             "lr": float(self.optimiser.param_groups[0]["lr"]),
             "last": self._last,
+            "curve": self.curve,
         }
-        checkpoints.write_envelope(self.resume_path, _RESUME_KIND, plain, tensors)
-        self._saved_at = time.monotonic()
-        self._saving_took = self._saved_at - started
+        return State(plain, tensors)
 
     def _identity(self) -> dict[str, Any]:
         """What must be equal for two runs to be the same run."""
@@ -379,9 +409,28 @@ class Trainer:
                 raise CheckpointError(
                     f"{self.resume_path}: belongs to a run with another {name}; expected the options of that run"
                 )
+        self._restore(State(plain, tensors))
+        with replacing(self.metrics_path) as part:
+            part.write_text(_json_lines(self.curve), encoding="utf-8")
+
+    def start_stage2(self, state: State) -> None:
+        """Begin stage 2 where a run of `config.stage1()` ended: at the bits of a run from the beginning.
+
+        Raises:
+            ValueError: the state is of a run over another data set, with another seed, say, or an unfinished one.
+        """
+        expected = {**self._identity(), "config": self.config.stage1().to_dict()}
+        if state.plain["run"] != expected or not state.plain["progress"]["finished"]:
+            raise ValueError("the state is not of this run's stage 1 at its end")
+        self._restore(state)
+        self.progress.finished = False
+        self._end_stage()
+
+    def _restore(self, state: State) -> None:
+        plain, tensors = state.plain, state.tensors
         known = {name: value for name, value in plain["progress"].items() if value is not None}
         self.progress = Progress(**known)
-        self._last = plain["last"]
+        self._last, self.curve = plain["last"], list(plain["curve"])
         if self.progress.stage == 2:
             self._begin_stage2()
 
@@ -391,22 +440,29 @@ class Trainer:
         self.model.load_state_dict(group("model/"))
         self.best_weights, self.stage_weights = group("best/"), group("stage/")
         self.optimiser = self._make_optimiser(plain["lr"])
-        state: dict[int, dict[str, Tensor]] = {}
+        moments: dict[int, dict[str, Tensor]] = {}
         for name, value in group("optimiser/").items():
             index, key = name.split("/")
-            state.setdefault(int(index), {})[key] = value
-        self.optimiser.load_state_dict({"state": state, "param_groups": self.optimiser.state_dict()["param_groups"]})
+            moments.setdefault(int(index), {})[key] = value
+        self.optimiser.load_state_dict({"state": moments, "param_groups": self.optimiser.state_dict()["param_groups"]})
         torch.set_rng_state(tensors["rng"])
         if "rng_cuda" in tensors and self.device.type == "cuda":
             torch.cuda.set_rng_state(tensors["rng_cuda"], self.device)
-        if self.metrics_path.exists():
-            with self.metrics_path.open("r+b") as file:
-                file.truncate(self.progress.log_bytes)
 
     def start_afresh(self) -> None:
         """Forget an earlier run's metrics and state at the same place."""
         self.metrics_path.unlink(missing_ok=True)
         self.resume_path.unlink(missing_ok=True)
+
+
+def resolve_steps(device: torch.device, dtype: torch.dtype, backend: str) -> type[ReferenceSteps] | type[FusedSteps]:
+    """How a training with these options takes its steps.
+
+    Raises:
+        BackendError: the backend cannot run here, in a step or in an evaluation.
+    """
+    RANK_COUNT.resolve(backend, device, torch.float32)  # before an epoch is spent, not after
+    return steps_for(device, dtype, backend)
 
 
 def step_seed(*numbers: int) -> int:
@@ -419,6 +475,10 @@ def make_optimiser(model: FAVE, lr: float, weight_decay: float, captured: bool =
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     rate = torch.tensor(lr, device=trained[0].device) if captured else lr
     return torch.optim.Adam(trained, rate, weight_decay=weight_decay, fused=True, capturable=captured)
+
+
+def _json_lines(values: Sequence[object]) -> str:
+    return "".join(json.dumps(value) + "\n" for value in values)
 
 
 def _copy(model: FAVE) -> dict[str, Tensor]:

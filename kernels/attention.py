@@ -13,6 +13,7 @@ The formulas are those of `fave_fast.ops.attention`.
 import triton
 import triton.language as tl
 from fave_fast.kernels.products import dot as _dot
+from fave_fast.kernels.products import reciprocal
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -197,7 +198,7 @@ def _forward_tile(
     )
     s, t = _scores(qa, qb, dqa, dqb, ka, kb, dka, dkb, _allowed(n - count + local, key, n, CAUSAL), scale, DUAL)
     p = _power(s, tl.max(s, 1)[:, None], scale, v)
-    p = p * (1.0 / tl.sum(p, 1))[:, None]
+    p = p * reciprocal(tl.sum(p, 1), v.dtype == tl.float32)[:, None]
     narrow = p.to(v.dtype)
     _store(o_ptr, _dot(narrow, v), local, asked, D, channel, C)
     if DUAL:
@@ -243,7 +244,7 @@ def _statistics(
             c = c * shrink + tl.sum(p * x, 1)
         m = raised
     mu, nu = mu / total, nu / total
-    return m, 1.0 / total, mu, nu, c / total - 2 * mu * nu
+    return m, reciprocal(total, v_ptr.dtype.element_ty == tl.float32), mu, nu, c / total - 2 * mu * nu
 
 
 @triton.jit
@@ -365,7 +366,7 @@ def _backward_tile(
         e = _load(e_ptr, local, asked, D, channel, C)
     s, t = _scores(qa, qb, dqa, dqb, ka, kb, dka, dkb, _allowed(n - count + local, key, n, CAUSAL), scale, DUAL)
     p = _power(s, tl.max(s, 1)[:, None], scale, v)
-    p = p * (1.0 / tl.sum(p, 1))[:, None]
+    p = p * reciprocal(tl.sum(p, 1), v.dtype == tl.float32)[:, None]
     narrow = tl.trans(p.to(v.dtype))
     gv = _dot(narrow, g)
     if DUAL:

@@ -10,6 +10,7 @@ The formulas are those of `fave_fast.ops.block`.
 
 import triton
 import triton.language as tl
+from fave_fast.kernels.products import add_up, reciprocal_root
 from fave_fast.kernels.products import dot as _dot
 
 
@@ -73,7 +74,7 @@ def _normed(x, dx, gain_ptr, bias_ptr, channel, eps, D: tl.constexpr, LAYER: tl.
     """Norm of rows and its tangent, float32."""
     gain = _load_vector(gain_ptr, channel, D)
     c = _centred(x, channel, D, LAYER)
-    r = tl.rsqrt(tl.sum(c * c, 1) / D + eps)[:, None]
+    r = reciprocal_root(tl.sum(c * c, 1) / D + eps, x.dtype == tl.float32)[:, None]
     n = c * r * gain
     dn = n
     if DUAL:
@@ -150,17 +151,19 @@ def _tail_kernel(
     n, dn = _normed(h, dh, gain_ptr, bias_ptr, channel, eps, D, LAYER, DUAL)
     n = n.to(w1_ptr.dtype.element_ty)
     dn = dn.to(w1_ptr.dtype.element_ty)
+    EXACT: tl.constexpr = w1_ptr.dtype.element_ty == tl.float32
     y = tl.zeros([BM, D_BLOCK], tl.float32)
-    dy = y
+    dy, lost, dlost = y, y, y
     for start in range(0, HIDDEN, BH):
         hidden = start + tl.arange(0, BH)
         w1 = tl.trans(_load_matrix(w1_ptr, hidden, channel, HIDDEN, D))
         w2 = tl.trans(_load_matrix(w2_ptr, channel, hidden, D, HIDDEN))
         a = _dot(n, w1)
-        below, density = _gelu_parts(a, w1_ptr.dtype.element_ty == tl.float32)
-        y += _dot((a * below).to(w2.dtype), w2)
+        below, density = _gelu_parts(a, EXACT)
+        y, lost = add_up(y, lost, _dot((a * below).to(w2.dtype), w2), EXACT)
         if DUAL:
-            dy += _dot(((below + a * density) * _dot(dn, w1)).to(w2.dtype), w2)
+            slope = below + a * density
+            dy, dlost = add_up(dy, dlost, _dot((slope * _dot(dn, w1)).to(w2.dtype), w2), EXACT)
     if DROP:
         factor = _dropout_scale(seed_ptr, stream + 1, first, row, channel, threshold, scale, D)
         y *= factor
@@ -260,7 +263,7 @@ def _norm_backward_kernel(
     # What is written goes out as soon as it is there, which keeps few tiles alive at a time.
     gain = _load_vector(gain_ptr, channel, D)
     c = _centred(_load_rows(x_ptr, first, row, keep, channel, D), channel, D, LAYER)
-    r = tl.rsqrt(tl.sum(c * c, 1) / D + eps)[:, None]
+    r = reciprocal_root(tl.sum(c * c, 1) / D + eps, x_ptr.dtype.element_ty == tl.float32)[:, None]
     sums_ptr += tl.program_id(0)
     n = c * (r * gain)
     if LAYER:

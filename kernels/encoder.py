@@ -217,8 +217,11 @@ def _encode(
     M: tl.constexpr, D: tl.constexpr, H: tl.constexpr, F: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
     LAYER: tl.constexpr, EPS: tl.constexpr, ROTARY: tl.constexpr, CAUSAL: tl.constexpr, EXACT: tl.constexpr,
     INPUT_EPS: tl.constexpr, TMA: tl.constexpr, IDS: tl.constexpr, ANCHOR: tl.constexpr, PADDED: tl.constexpr,
-    ORDERED: tl.constexpr,
+    ORDERED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     C: tl.constexpr = D // H
     SCALE: tl.constexpr = C**-0.5
     dtype: tl.constexpr = out_ptr.dtype.element_ty
@@ -291,9 +294,12 @@ def _encode(
 @triton.jit
 def _plan(
     offsets_ptr, order_ptr, programs_ptr, B, P,
-    BLOCK: tl.constexpr, PROGRAMS: tl.constexpr, SMALLEST: tl.constexpr, LARGEST: tl.constexpr,
+    BLOCK: tl.constexpr, PROGRAMS: tl.constexpr, SMALLEST: tl.constexpr, LARGEST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A counting sort of the users by the slot that their history fills, and how many of them a program takes."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     user = tl.arange(0, BLOCK)
     live = user < B
     n = tl.load(offsets_ptr + user + 1, live, 0) - tl.load(offsets_ptr + user, live, 0)
@@ -323,19 +329,20 @@ def _plan(
     tl.store(programs_ptr + 3 * program + 2, shifts, keep)
 
 
-def plan(offsets, order, programs, *, rows, smallest):
+def plan(offsets, order, programs, *, rows, smallest, pdl):
     """Fill `order` int32 [B] and `programs` int32 [P, 3] for the histories between `offsets` [B + 1]."""
     _plan[(1,)](
         offsets, order, programs, len(order), len(programs),
         BLOCK=triton.next_power_of_2(max(1, len(order))), PROGRAMS=triton.next_power_of_2(len(programs)),
-        SMALLEST=smallest.bit_length() - 1, LARGEST=rows.bit_length() - 1, num_warps=8,
+        SMALLEST=smallest.bit_length() - 1, LARGEST=rows.bit_length() - 1, PDL=pdl, num_warps=8,
+        **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
 
 
 def encode(
     rows, bounds, order, programs, matrices, norms, cos, sin, out, table, input_norm, shift, scale, anchor,
     *, padded_length, longest, heads, hidden, blocks, slot_rows, layer_norm, eps, input_eps, rotary, causal, exact,
-    tma, M, CHUNK, num_warps, num_stages,
+    tma, pdl, M, CHUNK, num_warps, num_stages,
 ):  # fmt: skip
     """One launch, from `rows` to `out` [B, D].
 
@@ -359,5 +366,6 @@ def encode(
         M=M, D=d, H=heads, F=hidden, CHUNK=CHUNK, STAGES=num_stages,
         LAYER=layer_norm, EPS=eps, ROTARY=rotary, CAUSAL=causal, EXACT=exact,
         INPUT_EPS=input_eps, TMA=tma, IDS=ids, ANCHOR=scale is not None, PADDED=padded_length is not None,
-        ORDERED=programs is not None, num_warps=num_warps, num_stages=num_stages,
+        ORDERED=programs is not None, PDL=pdl, num_warps=num_warps, num_stages=num_stages,
+        **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

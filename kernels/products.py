@@ -1,4 +1,4 @@
-"""The matrix product that the kernels share."""
+"""The matrix product that the kernels share, and what float32 needs to be rounded once."""
 
 import triton
 import triton.language as tl
@@ -27,3 +27,28 @@ def dot(a, b):
     else:
         product = tl.dot(a, b)
     return product
+
+
+@triton.jit
+def reciprocal_root(x, EXACT: tl.constexpr):
+    """1 / sqrt(x); where EXACT rounded twice: the instruction errs by up to 2^-22.9, the same in all of a row."""
+    return tl.math.div_rn(1.0, tl.math.sqrt_rn(x)) if EXACT else tl.rsqrt(x)
+
+
+@triton.jit
+def reciprocal(x, EXACT: tl.constexpr):
+    """1 / x, correctly rounded where EXACT."""
+    return tl.math.div_rn(1.0, x) if EXACT else 1.0 / x
+
+
+@triton.jit
+def add_up(total, lost, term, EXACT: tl.constexpr):
+    """Total + term, and what rounding lost so far, which the next term makes good (Kahan), where EXACT."""
+    if EXACT:
+        owed = term - lost
+        grown = total + owed
+        lost = (grown - total) - owed
+        total = grown
+    else:
+        total += term
+    return total, lost

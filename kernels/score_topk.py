@@ -117,6 +117,7 @@ def scan(
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     GROUPS: tl.constexpr = BN // G
     row_blocks = tl.cdiv(rows, M)
     chunk = tl.program_id(0) // row_blocks
@@ -398,6 +399,9 @@ def finish(
     PDL: tl.constexpr,
 ):
     """The list of one row from its maxima."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, DP)
     group_max += row * groups_at_all
@@ -408,8 +412,6 @@ def finish(
     # All M rows are this one, the least that a matrix instruction takes; any column of the product is the result.
     q = tl.load(query + column, mask=column < D, other=0.0)
     q = tl.broadcast_to(q[None, :], [M, DP])
-    if PDL:
-        tl.extra.cuda.gdc_wait()
     begin = 0
     end = 0
     if EXCLUDE:
@@ -546,6 +548,7 @@ def score_topk(
     nested = spans > 0
     width = tiles_of_span * (bn // group)
     pdl = bool(finish_shapes["PDL"])
+    early = {"launch_pdl": True} if pdl else {}
     scan[(triton.cdiv(rows, m) * triton.cdiv(tiles, tiles_of_chunk),)](
         queries,
         table,
@@ -572,6 +575,7 @@ def score_topk(
         PDL=pdl,
         INTERPRETED=not queries.is_cuda,
         num_warps=scan_shapes["num_warps"],
+        **early,
     )
     r = min(finish_shapes["R"], triton.next_power_of_2(capacity * group))
     ranked = max(128, triton.next_power_of_2(k))
@@ -607,6 +611,6 @@ def score_topk(
         EXCLUDE=excluded is not None,
         PDL=pdl,
         num_warps=finish_shapes["num_warps"],
-        **({"launch_pdl": True} if pdl else {}),
+        **early,
         **({"maxnreg": finish_shapes["REGISTERS"]} if finish_shapes["REGISTERS"] else {}),
     )

@@ -87,7 +87,10 @@ def test_a_gradient_that_is_no_number_shows(device: str) -> None:
 
 @pytest.mark.gpu
 def test_captured_step() -> None:
-    """The same bits as launched; the learning rate is read at each replay."""
+    """The same bits as launched; the learning rate is read at each replay.
+
+    The graph has freed memory before the step, of every size up to 64 KiB, that earlier nodes write at each replay.
+    """
     results = []
     for captured in (False, True):
         one = optimiser("cuda")
@@ -95,11 +98,13 @@ def test_captured_step() -> None:
         give(one, 0)
         adam.take()
         gradients = [parameter.grad for parameter in one.param_groups[0]["params"]]
-        graph = torch.cuda.CUDAGraph()
+        graph, addresses = torch.cuda.CUDAGraph(), adam.addresses()
         if captured:
             with torch.cuda.graph(graph):
-                table = adam.take()
-            adam.bind(table, gradients)
+                freed = [torch.full((1 << size,), 0x7E, dtype=torch.int8, device="cuda") for size in range(9, 17)]
+                del freed
+                adam.take(addresses)
+            adam.bind(addresses, gradients)
         for step in range(1, 5):
             give(one, step)
             given = [parameter.grad for parameter in one.param_groups[0]["params"]]
@@ -113,6 +118,19 @@ def test_captured_step() -> None:
         results.append(weights(one))
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+def test_a_step_captured_without_its_addresses_raises() -> None:
+    one = optimiser("cuda")
+    adam = ClippedAdam(one, CLIP, "triton")
+    give(one, 0)
+    adam.take()
+    with (
+        pytest.raises(ValueError, match="no memory for its gradients' addresses"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        adam.take()
 
 
 def test_refusals() -> None:

@@ -15,7 +15,7 @@ from fave_fast.errors import ConfigError
 WHOLE = ("model.d", "model.blocks", "model.heads", "model.ffn_mult", "model.max_length", "flow.n_samples")
 COUNTS = (*WHOLE, "train.batch_size", "train.epochs", "train.evaluate_every", "train.patience")
 POSITIVE = ("model.embedding_std", "model.time_scale", "train.lr", "train.lr_stage2", "train.clip")
-NON_NEGATIVE = ("model.delta", "loss.alpha", "loss.beta", "loss.gamma", "loss.match", "train.weight_decay")
+NON_NEGATIVE = ("model.delta", "loss.alpha", "loss.beta", "loss.gamma", "loss.rec", "loss.match", "train.weight_decay")
 BAD_RANGES: list[tuple[str, Any]] = [
     *((name, value) for name in COUNTS for value in (0, -1)),
     *((name, value) for name in (*POSITIVE, "train.checkpoint_seconds") for value in (0, -1e-9, math.nan, math.inf)),
@@ -177,6 +177,24 @@ def test_unreadable_files(tmp_path: Path) -> None:
 def test_unknown_preset() -> None:
     with pytest.raises(ConfigError, match="unknown preset 'beuty'; expected one of default, ml-100k, beauty, steam"):
         preset("beuty")
+
+
+def test_stage1_leaves_out_what_stage_2_alone_reads() -> None:
+    base = preset("beauty")
+    later = {
+        "flow": {"p_end": 0.1, "tangent": "learned"},
+        "loss": {"gamma": 0.0, "match": 0.0},
+        "train": {"lr_stage2": 1.0, "epochs_stage2": 9},
+    }
+    assert base.override(later, "x").stage1() == base.stage1()
+    assert base.stage1().train.epochs_stage2 == 0
+    for values in (
+        {"flow": {"prior": "gaussian"}},
+        {"flow": {"rho": 0.5}},
+        {"loss": {"rec": 0.0}},
+        {"train": {"lr": 1}},
+    ):
+        assert base.override(values, "x").stage1() != base.stage1()
 
 
 def test_configurations_are_frozen() -> None:

@@ -216,9 +216,9 @@ def test_gradient_of_consistency_loss(name: str) -> None:
 
 
 def expected(
-    model: FAVE, config: Config, prediction: Any, x_1: Tensor, drawn: Tensor, tangent: Tensor | None
+    model: FAVE, config: Config, prediction: Any, x_1: Tensor, drawn: Tensor, tangent: Tensor | None, matching: float
 ) -> dict[str, float]:
-    """Every loss by this file's own arithmetic, with weights applied."""
+    """Every loss by this file's own arithmetic, with weights applied; `matching` is that of L_rec or L_match."""
     weights = config.loss
     f = prediction.endpoint.detach().numpy()
     parts = {
@@ -229,7 +229,7 @@ def expected(
     }
     if weights.beta == 0:
         parts["source"] = 0.0
-    total = weights.match * parts["match"] + weights.alpha * parts["target"] + weights.beta * parts["source"]
+    total = matching * parts["match"] + weights.alpha * parts["target"] + weights.beta * parts["source"]
     return parts | {"total": total + weights.gamma * parts["consistency"]}
 
 
@@ -238,10 +238,10 @@ def assert_losses(got: Losses, want: dict[str, float], rtol: float) -> None:
         np.testing.assert_allclose(getattr(got, name).item(), value, rtol=rtol, atol=1e-12, err_msg=name)
 
 
-WEIGHTS = {"alpha": 0.5, "beta": 0.3, "gamma": 0.7, "match": 1.5}
+WEIGHTS = {"alpha": 0.5, "beta": 0.3, "gamma": 0.7, "rec": 0.8, "match": 1.5}
 
 
-@pytest.mark.parametrize("changes", [WEIGHTS, WEIGHTS | {"reduction": "sum"}, {"match": 0.0}, {"beta": 0.0}])
+@pytest.mark.parametrize("changes", [WEIGHTS, WEIGHTS | {"reduction": "sum"}, {"rec": 0.0}, {"beta": 0.0}])
 def test_stage1_losses(changes: dict[str, Any]) -> None:
     model, config = build(), CONFIG.override({"loss": changes}, "test")
     draws = generator(7)
@@ -256,7 +256,7 @@ def test_stage1_losses(changes: dict[str, Any]) -> None:
     prediction = model(HISTORY, x_t, t, torch.ones_like(t), lam)
     got = stage1_losses(model, config, HISTORY, TARGETS, generator(7))
     # lambda and t may differ by an fp32 rounding (6e-8), amplified by angles of 5 t and two blocks: below 1e-5.
-    assert_losses(got, expected(model, config, prediction, x_1, drawn, None), 1e-5)
+    assert_losses(got, expected(model, config, prediction, x_1, drawn, None, config.loss.rec), 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -296,7 +296,7 @@ def test_stage2_losses(flow: dict[str, Any], loss: dict[str, Any]) -> None:
         assert tangent.abs().max() > 1e-2
     got = stage2_losses(model, config, HISTORY, TARGETS, generator(8))
     # As in stage 1: lambda and r are drawn in fp32.
-    assert_losses(got, expected(model, config, prediction, x_1, drawn, tangent), 1e-5)
+    assert_losses(got, expected(model, config, prediction, x_1, drawn, tangent, config.loss.match), 1e-5)
 
 
 def test_stage2_without_gamma_computes_no_tangent(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,7 +68,7 @@ def interrupt_after(trainer: Trainer, steps: int) -> None:
         nonlocal taken
         taken += 1
         if taken == steps:
-            trainer._interrupt()
+            trainer.interrupt()
         return step(numbers)
 
     trainer._train_step = counted  # type: ignore[method-assign]
@@ -119,7 +119,7 @@ def test_resume_between_epochs(
         validate = trainer.validate
 
         def interrupted(trainer: Trainer = trainer, validate: Any = validate) -> dict[str, float]:
-            trainer._interrupt()
+            trainer.interrupt()
             return validate()
 
         trainer.validate = interrupted  # type: ignore[method-assign]
@@ -144,6 +144,28 @@ def test_resume_from_a_periodic_state_drops_later_metrics(
     again.resume()
     again.run()
     assert metrics(again) == metrics(whole[0])
+
+
+def test_stages_2_after_a_stage_1_in_common(
+    whole: tuple[Trainer, Outcome], data: Interactions, tiny_config: Config
+) -> None:
+    """Several runs that share stage 1 have the bits of runs from the beginning, and write no file."""
+    first = Trainer(data, tiny_config.stage1(), None, seed=3)
+    with pytest.raises(ValueError, match="not of this run's stage 1 at its end"):
+        Trainer(data, tiny_config, None, seed=3).start_stage2(first.state())
+    first.run()
+    state = first.state()
+    with pytest.raises(ValueError, match="not of this run's stage 1 at its end"):
+        Trainer(data, tiny_config, None, seed=4).start_stage2(state)
+    for values in ({"loss": {"gamma": 0.0}}, {"flow": {"p_end": 1.0}, "train": {"lr_stage2": 0.1}}, {}):
+        trainer = Trainer(data, tiny_config.override(values, "test"), None, seed=3)
+        trainer.start_stage2(state)
+        outcome = trainer.run()
+        same = trainer.model.blocks[0].qkv.weight.equal(whole[0].model.blocks[0].qkv.weight)
+        assert same == (not values)
+    assert [{name: line[name] for name in line.keys() - CLOCK} for line in trainer.curve] == metrics(whole[0])
+    assert_equal_weights(trainer.model.state_dict(), whole[0].model.state_dict())
+    assert_equal_weights(dict(outcome.checkpoint.weights), dict(whole[1].checkpoint.weights))
 
 
 @pytest.mark.gpu

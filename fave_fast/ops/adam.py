@@ -22,7 +22,7 @@ class ClippedAdam:
     """Steps of `optimiser`, whose one group's parameters are float32 and contiguous.
 
     The state is the optimiser's own, in its memory: it can be saved, loaded and stepped by either in turn. With the
-    triton backend a step can be captured in a CUDA graph: `take`, captured, then `bind` outside, once.
+    triton backend a step can be captured in a CUDA graph: `addresses` before, `take` captured, `bind` once behind.
 
     Args:
         optimiser: with a tensor as its learning rate for the triton backend; neither amsgrad nor maximize.
@@ -49,17 +49,28 @@ class ClippedAdam:
         self._run = OP.resolve(backend, first.device, first.dtype, beyond)
         self._tables: _Tables | None = None
 
-    def take(self) -> Tensor | None:
-        """One step from the parameters' `grad`; what `bind` wants, if captured."""
-        return self._run(self)
+    def addresses(self) -> Tensor:
+        """Memory int64 [T] in which a captured step reads where its gradients lie.
 
-    def bind(self, table: Tensor | None, gradients: list[Tensor | None]) -> None:
+        It is taken before the capture: what is taken within one may have held something else earlier in the graph,
+        which every replay writes again.
+        """
+        return torch.zeros(len(self.parameters), dtype=torch.int64, device=self.parameters[0].device)
+
+    def take(self, addresses: Tensor | None = None) -> None:
+        """One step from the parameters' `grad`; captured, with memory of `addresses`.
+
+        Raises:
+            ValueError: a gradient is not contiguous, or the step is captured without memory for its addresses.
+        """
+        self._run(self, addresses)
+
+    def bind(self, addresses: Tensor, gradients: list[Tensor | None]) -> None:
         """Tell a captured step where its gradients lie: those of the parameters, in order, as they were captured."""
-        if table is not None:
-            table.copy_(_addresses(gradients))
+        addresses.copy_(_addresses(gradients))
 
 
-def _reference(adam: ClippedAdam) -> None:
+def _reference(adam: ClippedAdam, addresses: Tensor | None) -> None:
     torch.nn.utils.clip_grad_norm_(adam.parameters, adam.clip)
     adam.optimiser.step()
 
@@ -75,6 +86,8 @@ class _Tables:
                 state[one]["step"] = torch.zeros((), device=device)
                 state[one]["exp_avg"] = torch.zeros_like(one)
                 state[one]["exp_avg_sq"] = torch.zeros_like(one)
+            # An optimiser that is not capturable counts, or loads its count, on the host.
+            state[one]["step"] = state[one]["step"].to(device)
         self.steps = [state[one]["step"] for one in parameters]
         held = [[one.detach() for one in parameters]]
         held += [[state[one][name] for one in parameters] for name in ("exp_avg", "exp_avg_sq")]
@@ -91,7 +104,7 @@ def _addresses(tensors: Sequence[Tensor | None]) -> Tensor:
     return torch.tensor([0 if one is None else one.data_ptr() for one in tensors], dtype=torch.int64)
 
 
-def _run_triton(adam: ClippedAdam) -> Tensor | None:
+def _run_triton(adam: ClippedAdam, addresses: Tensor | None) -> None:
     from fave_fast.kernels import adam as kernels
 
     (group,) = adam.optimiser.param_groups
@@ -106,24 +119,24 @@ def _run_triton(adam: ClippedAdam) -> Tensor | None:
         raise ValueError("a gradient is not contiguous")
     steps = [step for step, gradient in zip(tables.steps, gradients, strict=True) if gradient is not None]
     if not steps:
-        return None
-    table = torch.empty(len(gradients), dtype=torch.int64, device=device)
+        return
     if not capturing:
-        table.copy_(_addresses(gradients))
+        addresses = _addresses(gradients).to(device)
+    elif addresses is None:
+        raise ValueError("a captured step has no memory for its gradients' addresses; expected that of `addresses`")
     torch._foreach_add_(steps, 1.0)
     kernels.clipped_adam(
-        table, tables.state, tables.sizes, tables.blocks, tables.parts, steps[0], group["lr"],
+        addresses, tables.state, tables.sizes, tables.blocks, tables.parts, steps[0], group["lr"],
         clip=adam.clip, betas=group["betas"], log_betas=tuple(map(math.log, group["betas"])), eps=group["eps"],
         decay=group["weight_decay"], shapes=shapes,
     )  # fmt: skip
-    return table
 
 
 def _by_name_only(device: torch.device, dtype: torch.dtype) -> str | None:
     return not_interpreted(device, dtype) or "its kernels have not been timed on a GPU yet"
 
 
-Run = Callable[[ClippedAdam], Tensor | None]
+Run = Callable[[ClippedAdam, Tensor | None], None]
 
 OP: Op[Run] = Op(
     "adam",

@@ -23,7 +23,7 @@ from torch import Tensor
 from fave_fast.ops import encoder_cluster, encoder_cpu, native
 from fave_fast.ops.attention import rotary_by_age
 from fave_fast.ops.registry import Implementation, Op, interpreting, not_interpreted, triton_kernels
-from fave_fast.ops.tuning import tile_shapes
+from fave_fast.ops.tuning import launches_overlap, tile_shapes
 from fave_fast.profiling import ranged
 
 if TYPE_CHECKING:  # what is below imports nothing of what is above it
@@ -187,7 +187,9 @@ class Plan:
         """
         from fave_fast.kernels import encoder as kernels
 
-        kernels.plan(offsets, self.order, self.programs, rows=self.rows, smallest=MIN_SLOT)
+        kernels.plan(
+            offsets, self.order, self.programs, rows=self.rows, smallest=MIN_SLOT, pdl=launches_overlap(offsets.device)
+        )
 
     def trimmed(self) -> Plan:
         """Without the programs that have no users; waits for the device."""
@@ -437,6 +439,7 @@ def _run_triton(call: _Call) -> None:
         causal=config.attention == "causal",
         exact=weights.matrices.dtype == torch.float32 or interpreting(),
         tma=bool(shapes["TMA"]),
+        pdl=launches_overlap(call.out.device),
         M=rows,
         CHUNK=min(shapes["CHUNK"], hidden),
         num_warps=max(shapes["num_warps"], 8 if rows > 64 else 4),

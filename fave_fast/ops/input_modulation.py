@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from fave_fast.ops import philox
 from fave_fast.ops.registry import Implementation, Op, not_interpreted, triton_kernels
-from fave_fast.ops.tuning import tile_shapes
+from fave_fast.ops.tuning import launches_overlap, tile_shapes
 from fave_fast.profiling import ranged
 
 
@@ -487,10 +487,8 @@ def _times_arguments(time: Times) -> tuple[Tensor, ...]:
 
 
 def _overlaps(call: _Call) -> bool:
-    """Whether the pass over the rows may begin while z is being computed: from Hopper on."""
-    if not isinstance(call.time, Times) or call.table.device.type != "cuda":
-        return False
-    return torch.cuda.get_device_capability(call.table.device)[0] >= 9
+    """Whether the pass over the rows may begin while z is being computed."""
+    return isinstance(call.time, Times) and launches_overlap(call.table.device)
 
 
 def _launch_times(call: _Call, time: Times, z: Tensor, dz: Tensor | None) -> None:

@@ -23,7 +23,7 @@ from fave_fast.ops.exclusions import Exclusions
 from fave_fast.ops.registry import Implementation, Op, not_interpreted, triton_kernels
 from fave_fast.ops.score_topk_cpu import ByteTable
 from fave_fast.ops.tiles import Tiles
-from fave_fast.ops.tuning import Shapes, multiprocessors, tile_shapes
+from fave_fast.ops.tuning import Shapes, launches_overlap, multiprocessors, tile_shapes
 from fave_fast.profiling import ranged
 
 _Out = tuple[Tensor, Tensor]
@@ -213,7 +213,7 @@ class _Plan:
         scan = dict(tile_shapes("score_topk", f"scan_{kind}_{few}", device))
         for shapes, name in ((scan, "BN"), (finish, "R")):  # tiles of wider rows keep their bytes
             shapes[name] = max(16, shapes[name] * 128 // max(128, _power_of_two(d)))
-        if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] < 9:
+        if not launches_overlap(device):  # the copy engine came with the same GPUs
             scan["TMA"] = finish["PDL"] = 0
         group = min(scan["BN"], _group_size(batch, items))
         tiles = _parts(items, scan["BN"])

@@ -48,3 +48,13 @@ def multiprocessors(device: torch.device) -> int:
     """How many multiprocessors `device` has, to share a catalogue's tiles out among."""
     # Without a GPU, in the interpreter: some, so that tiles are shared out there too.
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
+@functools.cache
+def launches_overlap(device: torch.device) -> bool:
+    """Whether a kernel on `device` may start while the one before it still runs: from compute capability 9.0 on.
+
+    A kernel that is launched so (`launch_pdl`) waits for the one before it before it reads or writes device memory, so
+    that whoever waits for it has waited for all before it.
+    """
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9

@@ -1,0 +1,159 @@
+"""Training and testing runs of `bench.quality`, those with one stage 1 together: what one process does at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fave_fast import checkpoint as checkpoints
+from fave_fast.checkpoint import Checkpoint
+from fave_fast.config import Config
+from fave_fast.data import Interactions
+from fave_fast.evaluate import evaluate
+from fave_fast.model import DTYPES
+from fave_fast.train import Outcome, Trainer, resolve_steps
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row of a table before means are taken."""
+
+    dataset: str
+    preset: str
+    setting: str
+    config: Config
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.dataset}.{self.setting}.{self.seed}"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What all runs of a call have in common."""
+
+    device: str
+    dtype: str
+    backend: str
+    threads: int  # of a process, on the CPU
+    test: bool
+    checkpoints: Path | None  # a folder to keep them in
+
+    def identity(self, run: Run) -> dict[str, Any]:
+        """What must be equal for a file to hold this run's result."""
+        return {"config": run.config.to_dict(), "dtype": self.dtype, "backend": self.backend}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs with one stage 1: what a process takes at a time."""
+
+    data: Interactions
+    runs: tuple[Run, ...]
+    options: Options
+
+
+def perform(group: Group, deadline: float) -> Iterator[dict[str, Any]]:
+    """Train and test the runs of a group; a result each. What `deadline` cuts off is not `finished`."""
+    torch.set_num_threads(group.options.threads)
+    started = time.monotonic()
+    stage1 = _trainer(group, group.runs[0].config.stage1())
+    _train(stage1, deadline)
+    state = stage1.state()
+    shared = time.monotonic() - started
+    for run in group.runs:
+        started = time.monotonic()
+        trainer, outcome = stage1, None
+        if stage1.progress.finished:
+            trainer = _trainer(group, run.config)
+            trainer.start_stage2(state)
+            outcome = _train(trainer, deadline)
+        result = _result(group, run, trainer, outcome)
+        yield result | {"wall_seconds": {"stage 1": shared, "rest": time.monotonic() - started}}
+
+
+def _trainer(group: Group, config: Config) -> Trainer:
+    options = group.options
+    return Trainer(
+        group.data,
+        config,
+        None,
+        seed=group.runs[0].seed,
+        device=torch.device(options.device),
+        dtype=DTYPES[options.dtype],
+        backend=options.backend,
+    )
+
+
+def _train(trainer: Trainer, deadline: float) -> Outcome:
+    timer = threading.Timer(max(deadline - time.monotonic(), 0), trainer.interrupt)
+    timer.daemon = True
+    timer.start()
+    with contextlib.redirect_stderr(io.StringIO()):  # several processes' lines would mingle; the curve has them
+        outcome = trainer.run()
+    timer.cancel()
+    return outcome
+
+
+def _result(group: Group, run: Run, trainer: Trainer, outcome: Outcome | None) -> dict[str, Any]:
+    options, device = group.options, trainer.device
+    facts = trainer.make_checkpoint().facts if outcome is None else outcome.checkpoint.facts
+    result = {
+        "dataset": run.dataset,
+        "preset": run.preset,
+        "setting": run.setting,
+        "seed": run.seed,
+        **options.identity(run),
+        "steps": resolve_steps(device, trainer.dtype, options.backend).__name__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": options.threads,
+        "data": {name: facts[name] for name in ("users", "items", "interactions", "protocol", "decisions")},
+        "finished": outcome is not None and trainer.progress.finished,
+        "seconds": trainer.progress.seconds,
+        "curve": trainer.curve,
+    }
+    if outcome is None or not trainer.progress.finished:
+        return result
+    choices = {"chosen": outcome.checkpoint, "last stage": replace(outcome.checkpoint, weights=trainer.stage_weights)}
+    lines = {"chosen": (facts["best_stage"], facts["best_epoch"]), "last stage": _best_of_last_stage(trainer)}
+    if options.checkpoints is not None:
+        checkpoints.save(outcome.checkpoint, options.checkpoints / f"{run.name}.pt")
+    return result | {
+        "stage": {name: stage for name, (stage, _) in lines.items()},
+        "epoch": {name: epoch for name, (_, epoch) in lines.items()},
+        "validation": {name: _validation(trainer, *line) for name, line in lines.items()},
+        "test": _test(group, device, choices, lines) if options.test else None,
+    }
+
+
+def _best_of_last_stage(trainer: Trainer) -> tuple[int, int]:
+    lines = [line for line in trainer.curve if line["stage"] == trainer.progress.stage]
+    best = max(lines, key=lambda line: line["val_filtered_NDCG@20"])  # of equal ones the first, as in training
+    return best["stage"], best["epoch"]
+
+
+def _validation(trainer: Trainer, stage: int, epoch: int) -> dict[str, float]:
+    (line,) = (line for line in trainer.curve if (line["stage"], line["epoch"]) == (stage, epoch))
+    prefix = "val_filtered_"
+    return {name.removeprefix(prefix): value for name, value in line.items() if name.startswith(prefix)}
+
+
+def _test(
+    group: Group, device: torch.device, choices: dict[str, Checkpoint], lines: dict[str, tuple[int, int]]
+) -> dict[str, Any]:
+    """Test figures of each choice of weights, in fp32 as they are judged in training."""
+    backend = group.options.backend
+    chosen = evaluate(choices["chosen"], group.data, "test", device=device, backend=backend)
+    if lines["chosen"] == lines["last stage"]:
+        return {"chosen": chosen, "last stage": chosen}
+    last = evaluate(choices["last stage"], group.data, "test", device=device, backend=backend)
+    return {"chosen": chosen, "last stage": last}

@@ -1,0 +1,148 @@
+"""What the runs of `bench.quality` say together: means and 95 % intervals over seeds."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fave_fast.errors import InputError
+
+VALIDATION = ("HR@20", "NDCG@20")
+TEST = tuple(f"{kind} {name}@{k}" for kind in ("filtered", "raw") for name in ("HR", "NDCG") for k in (10, 20))
+LISTS = ("coverage@20", "ild@20")
+SAME = ("config", "dtype", "backend", "steps", "data")  # in all runs of one name
+SUMMARY = "summary.json"
+
+
+def interval(values: Sequence[float]) -> dict[str, float | int | None]:
+    """Mean of `values`, and half the length of its 95 % interval by Student's t, None of a single value."""
+    from scipy.special import stdtrit
+
+    count = len(values)
+    half = None
+    if count > 1:
+        half = float(stdtrit(count - 1, 0.975)) * statistics.stdev(values) / math.sqrt(count)
+    return {"mean": statistics.fmean(values), "half": half, "seeds": count}
+
+
+def load_runs(folder: Path) -> list[dict[str, Any]]:
+    """The objects of all runs in `folder`.
+
+    Raises:
+        InputError: no folder, no runs, a file that is no run, or runs of one name that differ in more than the seed.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; expected one that bench.quality wrote")
+    runs = [_load(path) for path in sorted(folder.glob("*.json")) if path.name != SUMMARY]
+    if not runs:
+        raise InputError(f"{folder}: no runs; expected files that bench.quality wrote")
+    first: dict[tuple[str, str], dict[str, Any]] = {}
+    for run in runs:
+        other = first.setdefault(run["key"], run)
+        for name in SAME:
+            if run[name] != other[name]:
+                raise InputError(f"{folder / run['file']}: its {name} is not that of {other['file']}; expected one")
+    return runs
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+        if {"seed", "finished", *SAME} <= run.keys():
+            return {**run, "file": path.name, "key": (run["dataset"], run["setting"])}
+    except (OSError, ValueError, KeyError, AttributeError):
+        pass
+    raise InputError(f"{path}: expected a run that bench.quality wrote")
+
+
+def figures(run: dict[str, Any], weights: str) -> dict[str, float]:
+    """Everything that a table shows of one run, by name."""
+    result = {f"validation {name}": run["validation"][weights][name] for name in VALIDATION}
+    if run["test"] is not None:
+        test = run["test"][weights]
+        result |= {name: test[name.split()[0]][name.split()[1]] for name in TEST}
+        result |= {name: test[name] for name in LISTS}
+    return result
+
+
+def summarise(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One object with a row for each data set, setting and choice of weights.
+
+    `chosen` weights are the best on validation, `last stage` the best of the last stage where stage 1's were better.
+    `rows` have `figures`, name to `interval`; and, beside the setting `preset` of the same data set, `differences` from
+    it, seed by seed: seeds shared, much of the chance cancels.
+    """
+    whole = [run for run in runs if run["finished"]]
+    rows = []
+    for key in dict.fromkeys(run["key"] for run in whole):
+        group = [run for run in whole if run["key"] == key]
+        rows.append(_row(key, "chosen", group, whole))
+        if any(run["stage"]["chosen"] != run["stage"]["last stage"] for run in group):
+            rows.append(_row(key, "last stage", group, whole))
+    return {
+        "commits": sorted({run["commit"] or "unknown" for run in whole}),
+        "devices": sorted({run["device"] for run in whole}),
+        "rows": rows,
+        "left_out": [run["file"] for run in runs if not run["finished"]],
+    }
+
+
+def _row(
+    key: tuple[str, str], weights: str, group: list[dict[str, Any]], whole: list[dict[str, Any]]
+) -> dict[str, Any]:
+    dataset, setting = key
+    base = {run["seed"]: run for run in whole if run["key"] == (dataset, "preset")}
+    pairs = [(run, base[run["seed"]]) for run in group if setting != "preset" and run["seed"] in base]
+    return {
+        "dataset": dataset,
+        "setting": setting,
+        "weights": weights,
+        "seeds": sorted(run["seed"] for run in group),
+        "of_stage_2": sum(run["stage"][weights] == 2 for run in group),
+        "seconds": interval([run["seconds"] for run in group]),
+        "figures": _intervals(figures(run, weights) for run in group),
+        "differences": _intervals(_difference(figures(a, weights), figures(b, weights)) for a, b in pairs),
+    }
+
+
+def _intervals(found: Iterable[dict[str, float]]) -> dict[str, Any]:
+    every = list(found)
+    names = [name for name in every[0] if all(name in one for one in every)] if every else []
+    return {name: interval([one[name] for one in every]) for name in names}
+
+
+def _difference(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
+    return {name: a[name] - b[name] for name in a if name in b}
+
+
+def markdown(summary: dict[str, Any]) -> str:
+    """The rows as Markdown tables: figures, and differences from the preset."""
+    names = list(dict.fromkeys(name for row in summary["rows"] for name in row["figures"]))
+    lines = _table(summary["rows"], "figures", names)
+    compared = [row for row in summary["rows"] if row["differences"]]
+    if compared:
+        lines += ["", "Differences from `preset`, seed by seed:", "", *_table(compared, "differences", names)]
+    if summary["left_out"]:
+        lines += ["", f"Left out, for they did not end: {', '.join(summary['left_out'])}."]
+    return "\n".join([*lines, "", f"Commits: {', '.join(summary['commits'])}. On: {', '.join(summary['devices'])}."])
+
+
+def _table(rows: Sequence[dict[str, Any]], what: str, names: Sequence[str]) -> list[str]:
+    head = ["data", "setting", "weights", "seeds", "of stage 2", "seconds", *names]
+    lines = [f"| {' | '.join(head)} |", f"|---|---|---|{'---:|' * (len(head) - 3)}"]
+    for row in rows:
+        cells = [row["dataset"], row["setting"], row["weights"], str(len(row["seeds"])), str(row["of_stage_2"])]
+        cells += [f"{row['seconds']['mean']:.0f}"]
+        cells += [
+            _cell(row[what][name], 3 if name.startswith("ild") else 2) if name in row[what] else "" for name in names
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _cell(found: dict[str, Any], digits: int) -> str:
+    return f"{found['mean']:.{digits}f}" + ("" if found["half"] is None else f" ± {found['half']:.{digits}f}")
