@@ -96,13 +96,16 @@ def report(run: Run, stored: Run | None) -> Iterator[str]:
 
 
 def latest(stored: Iterable[Run], run: Run) -> Run | None:
-    """The last stored run of the same suite, machine kind and options, other than `run` itself."""
-    names = ("suite", "dtype", "quick")
+    """The last stored run of the same suite, machine kind and options that has a ratio of `run`'s; not itself."""
+    names, wanted = ("suite", "dtype", "quick"), ratios(run).keys()
     alike = [
-        one for one in stored
-        if one != run and one["machine"]["kind"] == run["machine"]["kind"]
+        one
+        for one in stored
+        if one != run
+        and one["machine"]["kind"] == run["machine"]["kind"]
         and all(one.get(name) == run.get(name) for name in names)
-    ]  # fmt: skip
+        and ratios(one).keys() & wanted
+    ]
     return alike[-1] if alike else None
 
 

@@ -1,6 +1,7 @@
 """Figures of results, from their files alone: `python bench/plot.py [FILE ...] [--out FOLDER]`.
 
-Without FILE, the latest run of each suite and machine kind of `bench/results`. Every figure names its machine and commit.
+Without FILE, the latest run of each suite and machine kind of `bench/results`. Every figure names its machine and
+commit.
 """
 
 from __future__ import annotations
@@ -221,8 +222,13 @@ def growth(run: Run) -> Iterator[tuple[str, Figure]]:
     axes_there = [axis for axis, some in axis_rows.items() if some]
     if not axes_there:
         return
-    words = {"N": "items in the catalogue, N", "B": "histories, B", "L": "items of a history, L", "K": "length of a list, K",
-             "threads": "threads"}  # fmt: skip
+    words = {
+        "N": "items in the catalogue, N",
+        "B": "histories, B",
+        "L": "items of a history, L",
+        "K": "length of a list, K",
+        "threads": "threads",
+    }
     figure, panels = plt.subplots(2, len(axes_there), figsize=(4.6 * len(axes_there), 7.5), squeeze=False)
     for (above, below), axis in zip(panels.T, axes_there, strict=True):
         curves(above, axis_rows[axis], axis)
@@ -262,8 +268,16 @@ def draw(runs: Iterable[Run], folder: Path) -> list[Path]:
 
 
 def latest(runs: Iterable[Run]) -> list[Run]:
-    """The last run of each suite and machine kind."""
-    return list({(run["suite"], run["machine"]["kind"], run.get("dtype")): run for run in runs}.values())
+    """The last run of each suite, machine kind and dtype, with what runs of the same commit have beside it."""
+    groups: dict[tuple[Any, ...], list[Run]] = {}
+    for run in runs:
+        groups.setdefault((run["suite"], run["machine"]["kind"], run.get("dtype"), run.get("quick")), []).append(run)
+    found = []
+    for group in groups.values():
+        alike = [run for run in group if run["commit"] == group[-1]["commit"]]
+        rows = {(row["op"], row["case"], row["clock"], row["who"]): row for run in alike for row in run["rows"]}
+        found.append({**group[-1], "rows": list(rows.values())})
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:

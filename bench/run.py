@@ -11,6 +11,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,9 +21,12 @@ if __package__ in (None, ""):  # started as a file: its folder holds modules tha
 import torch
 
 from bench import record
+from bench.measure import Row
 from bench.sampling import MEASURED_BEFOREHAND
 from bench.suites import MODES, SUITES, Options
+from bench.summary import SUMMARY
 from fave_fast import cli
+from fave_fast.config import PRESETS
 from fave_fast.errors import InputError
 from fave_fast.model import DTYPES
 
@@ -47,11 +51,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--compiled", choices=(*MODES, "none"), action="append", help="modes of torch.compile (GPU: all, CPU: default)"
     )
-    parser.add_argument("--seconds", type=float, help="of repeats for each row that the host times (default: 1)")
+    parser.add_argument("--seconds", type=float, help="of repeats for each row that the host times; quality: in all")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs, measures nothing")
     parser.add_argument("--out", type=Path, default=record.RESULTS, metavar="FOLDER", help="default: bench/results")
     parser.add_argument("--commit", metavar="TEXT", help="what is measured, where the checkout has no git to say it")
     parser.add_argument("--jobs", type=whole, default=1, help="quality: trainings at a time")
+    parser.add_argument(
+        "--seed", type=cli.whole_number(0), action="append", help="quality: may repeat (default: 0 to 4)"
+    )
     parser.add_argument("--folder", type=Path, help="quality: where trainings are kept (default: OUT/quality)")
     return parser
 
@@ -85,38 +92,53 @@ def measure(arguments: argparse.Namespace, command: Sequence[str]) -> record.Run
     """
     options = _options(arguments)
     recorder = record.Recorder(arguments.suite, command, options.on_gpu, arguments.commit)
-    rows = []
-    for row in SUITES[arguments.suite](options):
-        rows.append(row)
-        print(
-            f"{row.op:<14} {row.case:<38} {row.who:<32} {row.time.median:10.1f} us ({row.clock})",
-            file=sys.stderr,
-            flush=True,
-        )
+    rows: list[Row] = []
+    try:
+        for row in SUITES[arguments.suite](options):
+            rows.append(row)
+            line = f"{row.op:<14} {row.case:<38} {row.who:<32} {row.time.median:10.1f} us ({row.clock})"
+            print(line, file=sys.stderr, flush=True)
+    except (AssertionError, InputError):
+        raise
+    except (Exception, KeyboardInterrupt) as error:  # what was measured so far is worth keeping
+        if not rows:
+            raise
+        traceback.print_exc()
+        options.absent["everything after the last row"] = f"the run ended early: {type(error).__name__}: {error}"
     more = {"measured_beforehand_ms": MEASURED_BEFOREHAND} if arguments.suite == "latency" and options.on_gpu else {}
     return recorder.finish(rows, options.absent, dtype=options.dtype, quick=arguments.quick, **more)
 
 
+def preset_of(log: Path) -> str:
+    """The preset that a log is trained with: the longest whose name the log's begins with, or the default."""
+    return max((name for name in PRESETS if log.stem.startswith(name)), key=len, default="default")
+
+
 def quality(arguments: argparse.Namespace, command: Sequence[str]) -> record.Run:
-    """Train and evaluate by `bench.quality`, several seeds, and keep its summary."""
-    if importlib.util.find_spec("bench.quality") is None:
-        raise InputError("bench/quality.py is not in this checkout; expected it beside bench/run.py")
+    """Train and test by `bench.quality`, several seeds, and keep its summary.
+
+    Raises:
+        InputError: no log, or bench.quality refuses.
+    """
     if not arguments.data:
         raise InputError("--data is missing; expected the logs to train on")
     folder = arguments.folder or arguments.out / "quality"
     recorder = record.Recorder("quality", command, torch.cuda.is_available(), arguments.commit)
-    base = [sys.executable, "-m", "bench.quality"]
-    work = [*base, "--jobs", str(arguments.jobs), "--out", str(folder)]
-    for path in arguments.data:
-        work += ["--data", str(path)]
-    if arguments.seconds is not None:
-        work += ["--seconds", str(arguments.seconds)]
-    for command_line in (work, [*base, "--summarise", str(folder)]):
-        done = subprocess.run(command_line, cwd=record.ROOT, stdout=subprocess.PIPE, text=True, check=False)
-        if done.returncode != 0:
-            raise InputError(f"{' '.join(command_line[1:])} ended with exit code {done.returncode}")
-        print(done.stdout, end="", file=sys.stderr)
-    return recorder.finish([], {}, summary=json.loads(done.stdout.splitlines()[-1]))
+    work = ["--jobs", str(arguments.jobs), "--out", str(folder), "--device", arguments.device]
+    for log in arguments.data:
+        work += ["--data", str(log), preset_of(log)]
+    for name, value in (("--seconds", arguments.seconds), ("--dtype", arguments.dtype), ("--commit", arguments.commit)):
+        if value is not None:
+            work += [name, str(value)]
+    if arguments.seed:
+        work += ["--seeds", *map(str, arguments.seed)]
+    for options in (work, ["--summarise", str(folder)]):
+        line = [sys.executable, "-m", "bench.quality", *options]
+        done = subprocess.run(line, cwd=record.ROOT, stdout=sys.stderr, check=False)
+        if done.returncode not in (0, 1):  # 1: some trainings did not end, the others count
+            raise InputError(f"{' '.join(line[1:])} ended with exit code {done.returncode}")
+    summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    return recorder.finish([], {}, summary=summary)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

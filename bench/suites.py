@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib.util
 import tempfile
@@ -61,6 +62,7 @@ class Options:
 
 
 Suite = Callable[[Options], Iterator[Row]]
+Asked = dict[str, tuple[list[Histories], tuple[Any, Any]]]  # requests by case, and our answer to the first
 
 
 # One request: histories on the host to lists on the host.
@@ -80,6 +82,7 @@ def latency(options: Options) -> Iterator[Row]:
         for batch in options.batches:
             cases = {f"{LENGTH} items": full_length(batch, items)}
             cases |= {f"as in {name}": real(batch, *log) for name, log in logs.items() if log.ids.max() <= items}
+            asked: Asked = {}
             for name, requests in cases.items():
                 case = f"B {batch}, N {items}, {name}"
                 for request in requests[:2]:
@@ -89,8 +92,8 @@ def latency(options: Options) -> Iterator[Row]:
                 yield _requests(case, who, _engine(recommender, requests), options, seconds)
                 if options.on_gpu:
                     yield from _on_the_device(step, case, requests[0])
-                expected = recommender.best_items(*requests[0], K)
-                yield from _peers(model, case, requests, expected, options)
+                asked[case] = requests, recommender.best_items(*requests[0], K)
+            yield from _peers(model, batch, asked, options)
         yield from _saturated(recommender, items, logs, options)
         del recommender, model, step
         _empty()
@@ -116,43 +119,56 @@ def _on_the_device(step: Step, case: str, request: Histories) -> Iterator[Row]:
         yield Row("step", case, f"fave_fast {step.backend}", spent, clock=clock)
 
 
-def _peers(
-    model: FAVE, case: str, requests: list[Histories], expected: tuple[Any, Any], options: Options
-) -> Iterator[Row]:
-    flow, batch = Config().flow, len(requests[0].offsets) - 1
-    grids = [padded(request, LENGTH).numpy() for request in requests]
-    one_pass = Lists(OnePass(model, flow), model.item_embedding.weight.detach(), K)
-    ways: list[tuple[str, Callable[[], tuple[Answer, float | None]], bool]] = [
-        (f"PyTorch eager {options.dtype}", lambda: (Eager(one_pass, options.device), None), True)
-    ]
-    if options.on_gpu:
-        ways.append((f"PyTorch in a CUDA graph {options.dtype}", lambda: _timed(one_pass, batch), True))
-    for mode in options.compiled:
-        ways.append(
-            (f"torch.compile {mode}", lambda mode=mode: compiled(model, flow, K, LENGTH, mode, batch), True)  # type: ignore[misc]
-        )
-    for name, sampler in (("FMRec, 30 steps", FMRec(model)), ("DiffuRec, 32 steps", DiffuRec(model))):
-        lists = Lists(sampler, model.item_embedding.weight.detach(), K).eval()
-        ways.append((f"{name}, eager", lambda lists=lists: (Eager(lists, options.device), None), False))  # type: ignore[misc]
-        if options.on_gpu:
-            ways.append((f"{name}, in a CUDA graph", lambda lists=lists: _timed(lists, batch), False))  # type: ignore[misc]
-    for who, make, same_answer in ways:
+@dataclass(frozen=True)
+class _Peer:
+    """One peer, not made yet."""
+
+    who: str
+    make: Callable[[], tuple[Answer, float | None]]
+    same_answer: bool = True  # as ours, but for rounding
+    fixed: bool = False  # takes histories of the longest length alone; others are padded to the longest of a batch
+
+
+def _peers(model: FAVE, batch: int, asked: Asked, options: Options) -> Iterator[Row]:
+    """Each peer is made once and gets the requests of all cases."""
+    narrow = {case: [padded(one, LENGTH).numpy() for one in requests] for case, (requests, _) in asked.items()}
+    wide = {case: [np.pad(one, ((0, 0), (LENGTH - one.shape[1], 0))) for one in some] for case, some in narrow.items()}
+    for peer in _contenders(model, batch, options):
+        grids = wide if peer.fixed else narrow
         try:
-            answer, prepared = make()
-            found = answer(grids[0])
-        except (
-            Exception
-        ) as error:  # a compiler or a library may fail in ways of its own: it is listed, the rest goes on
-            options.absent[f"{who}, {case}"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            answer, prepared = peer.make()
+            shares = [overlap(answer(some[0]), asked[case][1]) for case, some in grids.items()]
+        except Exception as error:  # a compiler or a library may fail in ways of its own; the others go on
+            lines = str(error).splitlines() or [""]
+            options.absent[f"{peer.who}, B {batch}"] = f"{type(error).__name__}: {lines[0][:200]}"
             continue
-        shared = overlap(found, expected)
-        if same_answer and shared < LEAST_OVERLAP:
-            options.absent[f"{who}, {case}"] = f"not timed: its lists share {shared:.0%} of their items with ours"
+        if peer.same_answer and min(shares) < LEAST_OVERLAP:
+            reason = f"not timed: its lists share {min(shares):.0%} of their items with ours"
+            options.absent[f"{peer.who}, B {batch}"] = reason
             continue
-        yield _requests(case, who, lambda at, answer=answer: answer(grids[at % len(grids)]), options, prepared)  # type: ignore[misc]
-        del answer, make
+        for case, some in grids.items():
+            ask = lambda at, answer=answer, some=some: answer(some[at % len(some)])  # noqa: E731
+            yield _requests(case, peer.who, ask, options, prepared)
+        del answer, ask
         torch._dynamo.reset()
         _empty()
+
+
+def _contenders(model: FAVE, batch: int, options: Options) -> Iterator[_Peer]:
+    flow, table = Config().flow, model.item_embedding.weight.detach()
+    one_pass = Lists(OnePass(model, flow), table, K).eval()
+    yield _Peer(f"PyTorch eager {options.dtype}", lambda: (Eager(one_pass, options.device), None))
+    if options.on_gpu:
+        yield _Peer(f"PyTorch in a CUDA graph {options.dtype}", lambda: _timed(one_pass, batch), fixed=True)
+    for mode in options.compiled:
+        make = functools.partial(compiled, model, flow, K, LENGTH, mode, batch)
+        yield _Peer(f"torch.compile {mode}", make, fixed=True)
+    for name, sampler in (("FMRec, 30 steps", FMRec(model)), ("DiffuRec, 32 steps", DiffuRec(model))):
+        lists = Lists(sampler, table, K).eval()
+        yield _Peer(f"{name}, eager", lambda lists=lists: (Eager(lists, options.device), None), same_answer=False)
+        if options.on_gpu:
+            graph = functools.partial(_timed, lists, batch)
+            yield _Peer(f"{name}, in a CUDA graph", graph, same_answer=False, fixed=True)
 
 
 def _timed(step: torch.nn.Module, batch: int) -> tuple[Answer, float]:
