@@ -113,8 +113,8 @@ class Trainer:
         self.data, self.config, self.seed = data, config, seed
         self.out = None if out is None else check_writable(out)
         self.device = device or torch.device("cpu")
+        self.dtype, self.backend, self.tensorboard, self._after_step = dtype, backend, tensorboard, after_step
         self._kind = resolve_steps(self.device, dtype, backend)
-        self.dtype, self.backend, self.tensorboard = dtype, backend, tensorboard
         self.split: Split = split(data, config.data)
         self.windows = Windows(data.offsets, self.split.train_end)
         self.progress = Progress()
