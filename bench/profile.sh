@@ -31,16 +31,11 @@ if [ "$tool" = nsys ]; then
     --capture-range-end=stop --force-overwrite=true --output="$out/$part" "${workload[@]}"
 fi
 
-# Training has some hundred kernels of PyTorch's own beside ours: only those inside the network's and losses' ranges.
-ranges=()
-if [ "$part" = train ]; then
-  for name in fave/input fave/encoder fave/loss fave/jvp; do ranges+=(--nvtx-include "$name/"); done
-fi
-filter=()
-[ ${#ranges[@]} -eq 0 ] || filter=(--nvtx "${ranges[@]}")
+# Ours alone: Triton's are called _name, scan or finish, the CUDA one encode_kernel. Training launches some hundred of
+# PyTorch's own beside them. Not by range: backward passes run in a thread of their own, outside the forward's ranges.
 # A kernel is replayed for every group of counters, with caches flushed before each: what it does from a cold L2.
 ncu --clock-control none --cache-control all --profile-from-start off --graph-profiling node --target-processes all \
   --section SpeedOfLight --section MemoryWorkloadAnalysis --section ComputeWorkloadAnalysis --section WarpStateStats \
-  --section LaunchStats --section Occupancy "${filter[@]}" \
+  --section LaunchStats --section Occupancy --nvtx --kernel-name 'regex:^(_|scan$|finish$|encode_kernel)' \
   --csv --page raw --print-units base --log-file "$out/$part.csv" "${workload[@]}"
 "$python" -m bench.counters "$out/$part.csv"

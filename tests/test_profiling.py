@@ -89,7 +89,7 @@ def test_each_command_writes_its_trace(
     assert infer.main(["--ckpt", str(tiny_checkpoint), "--device", "cpu", *where]) == 0
     config = tmp_path / "config.yaml"
     config.write_text(
-        "model: {d: 16, blocks: 1, heads: 2, ffn_mult: 1, max_length: 4}\n"
+        "model: {d: 16, blocks: 2, heads: 2, ffn_mult: 1, max_length: 4}\n"
         "train: {batch_size: 8, epochs: 1, epochs_stage2: 1}\n"
     )
     command = ["--data", str(tiny_log), "--out", str(tmp_path / "model.pt"), "--config", str(config), "--device", "cpu"]
