@@ -245,8 +245,36 @@ def growth(run: Run) -> Iterator[tuple[str, Figure]]:
     yield "growth", figure
 
 
+def pareto(run: Run) -> Iterator[tuple[str, Figure]]:
+    """NDCG@20 against the time of a request: up and to the left is better."""
+    rows = [row for row in run["rows"] if "ndcg@20" in row]
+    batches = sorted({size(row, "B") or 0 for row in rows})
+    if not batches:
+        return
+    figure, panels = plt.subplots(1, len(batches), figsize=(5.6 * len(batches), 4.4), squeeze=False, sharey=True)
+    for axes, batch in zip(panels[0], batches, strict=True):
+        mine = sorted((row for row in rows if size(row, "B") == batch), key=lambda row: row["us"]["median"])
+        for row in mine:
+            label = row["who"].removeprefix("PyTorch ").replace(" from noise", "").replace("in a CUDA graph, ", "")
+            axes.plot(
+                row["us"]["median"] / 1e3, row["ndcg@20"], "*" if row["ours"] else "o",
+                color=OURS if row["ours"] else PEER_COLOURS[1], markersize=14 if row["ours"] else 7,
+            )  # fmt: skip
+            axes.annotate(
+                label, (row["us"]["median"] / 1e3, row["ndcg@20"]), fontsize=7, rotation=30,
+                xytext=(4, 6), textcoords="offset points",
+            )  # fmt: skip
+        axes.set(xscale="log", title=mine[0]["case"], xlabel="milliseconds a request (host to host)")
+        axes.title.set_fontsize(9)
+        axes.margins(x=0.25, y=0.3)
+        axes.grid(alpha=0.3)
+    panels[0][0].set_ylabel("NDCG@20, filtered, per cent")
+    titled(figure, "What more steps buy", run)
+    yield "pareto", figure
+
+
 FIGURES: dict[str, Callable[[Run], Iterator[tuple[str, Figure]]]] = {
-    "latency": latency, "topk": topk, "training": training, "cpu": step_on_cpu, "growth": growth,
+    "latency": latency, "topk": topk, "steps": pareto, "training": training, "cpu": step_on_cpu, "growth": growth,
 }  # fmt: skip
 
 

@@ -133,9 +133,8 @@ def _plain(row: Row, limits: dict[str, float]) -> dict[str, Any]:
     floor = 1e6 * max(read / limits["bytes"], row.floor_operations / product)
     values: dict[str, Any] = {"op": row.op, "case": row.case, "clock": row.clock, "who": row.who, "ours": row.ours}
     values["us"] = {name: round(value, 2) for name, value in vars(row.time).items()}
-    for name, value in (("floor_us", floor or None), ("prepared_s", row.prepared_s), ("peak_bytes", row.peak_bytes)):
-        if value is not None:
-            values[name] = round(value, 2)
+    more = {"floor_us": floor or None, "prepared_s": row.prepared_s, "peak_bytes": row.peak_bytes, "ndcg@20": row.ndcg}
+    values |= {name: round(value, 3) for name, value in more.items() if value is not None}
     return values
 
 
@@ -206,7 +205,7 @@ def card(run: Run) -> str:
         us = row["us"]
         floor = f"{row['floor_us']:9.1f}" if "floor_us" in row else " " * 9
         before = f", prepared in {row['prepared_s']:.1f} s" if "prepared_s" in row else ""
-        clock = row["clock"].replace(HOST, "host")
+        clock = row["clock"].replace(HOST, "host") + (f", NDCG@20 {row['ndcg@20']:.2f}" if "ndcg@20" in row else "")
         lines.append(
             f"{row['op']:<14} {row['case']:<38} {row['who']:<32} {us['median']:10.1f} {us['p20']:10.1f} "
             f"{us['p80']:10.1f} {us['p99']:10.1f} {floor} {clock}{before}"

@@ -1,4 +1,4 @@
-"""Ours beside what you would use instead, in one run: `python bench/run.py --suite latency|topk|training|cpu|quality`.
+"""Ours beside what you would use instead, in one run: `python bench/run.py --suite latency|topk|training|cpu|steps|quality`.
 
 Every suite checks its results first and prints no time where a check fails (exit code 1). It ends with one JSON object,
 which is also added to `bench/results/<date>-<GPU or CPU>.json`; with matplotlib the figures are drawn beside it.
@@ -23,6 +23,7 @@ import torch
 from bench import record
 from bench.measure import Row
 from bench.sampling import MEASURED_BEFOREHAND
+from bench.steps import steps
 from bench.suites import MODES, SUITES, Options
 from bench.summary import SUMMARY
 from fave_fast import cli
@@ -41,8 +42,9 @@ QUICK = {"batches": (1, 4), "items": (500,), "compiled": (), "seconds": 0.02}  #
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bench/run.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     whole = cli.whole_number(1)
-    parser.add_argument("--suite", required=True, choices=(*SUITES, "quality"))
+    parser.add_argument("--suite", required=True, choices=(*SUITES, "steps", "quality"))
     parser.add_argument("--data", type=Path, action="append", default=[], help="log of real histories; may repeat")
+    parser.add_argument("--ckpt", metavar="FILE", help="steps: a checkpoint trained on the one log of --data")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (the suite cpu: always cpu)")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--backend", default="auto", choices=("auto", "triton", "cpp"), help="of ours")
@@ -68,6 +70,8 @@ def _options(arguments: argparse.Namespace) -> Options:
     kind, suite = device.type, arguments.suite
     quick = QUICK if arguments.quick else {}
     modes = arguments.compiled or quick.get("compiled", MODES if kind == "cuda" else ("default",))
+    if arguments.suite == "steps" and (arguments.ckpt is None or len(arguments.data) != 1):
+        raise InputError("--ckpt FILE and one --data FILE are what the suite steps needs")
     for path in arguments.data:
         if not path.is_file():
             raise InputError(f"{path}: is no file; expected a log of interactions")
@@ -94,7 +98,7 @@ def measure(arguments: argparse.Namespace, command: Sequence[str]) -> record.Run
     recorder = record.Recorder(arguments.suite, command, options.on_gpu, arguments.commit)
     rows: list[Row] = []
     try:
-        for row in SUITES[arguments.suite](options):
+        for row in steps(arguments.ckpt, options) if arguments.suite == "steps" else SUITES[arguments.suite](options):
             rows.append(row)
             line = f"{row.op:<14} {row.case:<38} {row.who:<32} {row.time.median:10.1f} us ({row.clock})"
             print(line, file=sys.stderr, flush=True)
