@@ -23,6 +23,7 @@ matplotlib.use("agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from bench import record
 from bench.measure import HOST
@@ -128,15 +129,32 @@ def latency(run: Run) -> Iterator[tuple[str, Figure]]:
     yield from steps(run, requests, beforehand)
 
 
+def bars(axes: Axes, values: Sequence[tuple[str, float, bool, bool]], title: str, what: str) -> None:
+    """Horizontal bars in milliseconds, log scale, the slowest below: (who, ms, ours, measured beforehand)."""
+    ordered = sorted(values, key=lambda value: -value[1])
+    for at, (_, ms, ours, before) in enumerate(ordered):
+        axes.barh(
+            at, ms, color="white" if before else OURS if ours else PEER_COLOURS[1],
+            edgecolor="grey" if before else "none", hatch="///" if before else None,
+        )  # fmt: skip
+        axes.text(ms * 1.1, at, f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}", va="center", fontsize=7)
+    axes.set(xscale="log", xlabel=what)
+    axes.set_xlim(min(value[1] for value in ordered) / 2, max(value[1] for value in ordered) * 3)
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_title(title, fontsize=9)
+    axes.set_yticks(range(len(ordered)), [value[0] for value in ordered], fontsize=7)
+
+
 def steps(run: Run, requests: Sequence[Row], beforehand: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
     """One step against 30 and 32, at the smallest and the largest batch."""
-    some = [row for row in requests if "steps" in row["who"] or row["ours"] or row["who"].startswith("PyTorch")]
-    some = [row for row in some if " items" in rest(row, "B")]
+    wanted = [row for row in requests if "steps" in row["who"] or row["ours"] or row["who"].startswith("PyTorch")]
+    case = min((rest(row, "B") for row in wanted), key=lambda one: ("as in" in one, one))
+    some = [row for row in wanted if rest(row, "B") == case]
     batches = sorted({size(row, "B") or 0 for row in some})
     batches = batches[:1] + batches[-1:] if len(batches) > 1 else batches
     figure, panels = plt.subplots(1, len(batches), figsize=(6.5 * len(batches), 4), squeeze=False)
     for axes, batch in zip(panels[0], batches, strict=True):
-        bars = [
+        values = [
             (
                 row["who"] + ("" if "steps" in row["who"] else ", one step"),
                 row["us"]["median"] / 1e3,
@@ -146,18 +164,10 @@ def steps(run: Run, requests: Sequence[Row], beforehand: dict[str, Any]) -> Iter
             for row in some
             if size(row, "B") == batch
         ]
-        bars += [(who, ms[str(batch)] if str(batch) in ms else ms.get(batch), False, True) for who, ms in
-                 beforehand.items() if str(batch) in ms or batch in ms]  # fmt: skip
-        bars.sort(key=lambda bar: -bar[1])
-        for at, (_, ms, ours, before) in enumerate(bars):
-            axes.barh(
-                at, ms, color="white" if before else OURS if ours else PEER_COLOURS[1],
-                edgecolor="grey" if before else "none", hatch="///" if before else None,
-            )  # fmt: skip
-            axes.text(ms * 1.1, at, f"{ms:.3g} ms", va="center", fontsize=7)
-        axes.set(xscale="log", title=f"B = {batch}", xlabel="milliseconds a request (hatched: measured beforehand)")
-        axes.set_yticks(range(len(bars)), [bar[0] for bar in bars], fontsize=7)
-        axes.margins(x=0.25)
+        # Read from a file, the batch is text.
+        before = {who: {int(at): ms for at, ms in by_batch.items()} for who, by_batch in beforehand.items()}
+        values += [(who, by_batch[batch], False, True) for who, by_batch in before.items() if batch in by_batch]
+        bars(axes, values, f"B {batch}, {case}", "milliseconds a request (hatched: measured beforehand)")
     titled(figure, "One step against 30 and 32 of the same network", run)
     yield "steps", figure
 
@@ -183,21 +193,15 @@ def topk(run: Run) -> Iterator[tuple[str, Figure]]:
 
 
 def training(run: Run) -> Iterator[tuple[str, Figure]]:
-    """A step of either stage."""
+    """A step of either stage, or whatever else the rows are: bars for each case."""
     cases = list(dict.fromkeys(row["case"] for row in run["rows"]))
-    figure, panels = plt.subplots(1, len(cases), figsize=(4.2 * len(cases), 4), squeeze=False)
+    figure, panels = plt.subplots(1, len(cases), figsize=(4.4 * len(cases), 4), squeeze=False)
     for axes, case in zip(panels[0], cases, strict=True):
-        rows = sorted((row for row in run["rows"] if row["case"] == case), key=lambda row: -row["us"]["median"])
-        for at, row in enumerate(rows):
-            ms = row["us"]["median"] / 1e3
-            axes.barh(at, ms, color=OURS if row["ours"] else PEER_COLOURS[1])
-            axes.text(ms * 1.1, at, f"{ms:.3g}", va="center", fontsize=7)
-        axes.set(xscale="log", title=case, xlabel="milliseconds a step")
-        axes.title.set_fontsize(9)
-        axes.set_yticks(range(len(rows)), [row["who"] for row in rows], fontsize=7)
-        axes.margins(x=0.3)
-    titled(figure, "A training step", run)
-    yield "training", figure
+        rows = [row for row in run["rows"] if row["case"] == case]
+        values = [(row["who"], row["us"]["median"] / 1e3, row["ours"], False) for row in rows]
+        bars(axes, values, case, "milliseconds a step")
+    titled(figure, "A training step" if run["suite"] == "training" else "A step on the CPU", run)
+    yield run["suite"], figure
 
 
 def step_on_cpu(run: Run) -> Iterator[tuple[str, Figure]]:
@@ -254,22 +258,27 @@ def pareto(run: Run) -> Iterator[tuple[str, Figure]]:
     figure, panels = plt.subplots(1, len(batches), figsize=(5.6 * len(batches), 4.4), squeeze=False, sharey=True)
     for axes, batch in zip(panels[0], batches, strict=True):
         mine = sorted((row for row in rows if size(row, "B") == batch), key=lambda row: row["us"]["median"])
+        named: set[str] = set()
         for row in mine:
-            label = row["who"].removeprefix("PyTorch ").replace(" from noise", "").replace("in a CUDA graph, ", "")
+            where, who = (row["us"]["median"] / 1e3, row["ndcg@20"]), row["who"].partition(", ")[0]
             axes.plot(
-                row["us"]["median"] / 1e3, row["ndcg@20"], "*" if row["ours"] else "o",
-                color=OURS if row["ours"] else PEER_COLOURS[1], markersize=14 if row["ours"] else 7,
+                *where, "*" if row["ours"] else "o", color=OURS if row["ours"] else PEER_COLOURS[1],
+                markersize=14 if row["ours"] else 7, linestyle="none", label=None if who in named else who,
             )  # fmt: skip
-            axes.annotate(
-                label, (row["us"]["median"] / 1e3, row["ndcg@20"]), fontsize=7, rotation=30,
-                xytext=(4, 6), textcoords="offset points",
-            )  # fmt: skip
+            named.add(who)
+            steps_taken = re.search(r"(\d+)( Euler)? step", row["who"])
+            if steps_taken:
+                axes.annotate(steps_taken.group(1), where, fontsize=8, xytext=(6, 6), textcoords="offset points")
+        levels = [row["ndcg@20"] for row in mine]
+        middle, reach = (max(levels) + min(levels)) / 2, max(0.5, 0.7 * (max(levels) - min(levels)))
+        axes.set_ylim(middle - reach, middle + reach)  # less than a point is chance
+        axes.legend(fontsize=7)
         axes.set(xscale="log", title=mine[0]["case"], xlabel="milliseconds a request (host to host)")
         axes.title.set_fontsize(9)
-        axes.margins(x=0.25, y=0.3)
+        axes.margins(x=0.2)
         axes.grid(alpha=0.3)
     panels[0][0].set_ylabel("NDCG@20, filtered, per cent")
-    titled(figure, "What more steps buy", run)
+    titled(figure, "What more steps buy (numbers: steps)", run)
     yield "pareto", figure
 
 
@@ -286,7 +295,6 @@ def draw(runs: Iterable[Run], folder: Path) -> list[Path]:
         if not run["rows"] or run["suite"] not in FIGURES:
             continue
         for name, figure in FIGURES[run["suite"]](run):
-            name = f"{run['suite']}-step" if run["suite"] == "cpu" else name
             path = folder / f"{run['date']}-{run['machine']['kind']}-{name}.png"
             figure.tight_layout()
             figure.savefig(path, dpi=110)

@@ -1,4 +1,4 @@
-"""Ours beside what you would use instead, in one run: `python bench/run.py --suite latency|topk|training|cpu|steps|quality`.
+"""Ours beside what you would use instead, in one run: `python bench/run.py --suite latency`, or another suite.
 
 Every suite checks its results first and prints no time where a check fails (exit code 1). It ends with one JSON object,
 which is also added to `bench/results/<date>-<GPU or CPU>.json`; with matplotlib the figures are drawn beside it.
