@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import importlib.util
 import tempfile
 import threading
 import time
@@ -106,7 +105,8 @@ def _engine(recommender: Recommender, requests: list[Histories]) -> Callable[[in
 def _requests(
     case: str, who: str, call: Callable[[int], object], options: Options, prepared: float | None = None
 ) -> Row:
-    return Row("request", case, who, host_us(call, options.seconds), clock=HOST, prepared_s=prepared)
+    least = 20 if options.seconds >= 0.1 else 2
+    return Row("request", case, who, host_us(call, options.seconds, least), clock=HOST, prepared_s=prepared)
 
 
 def _on_the_device(step: Step, case: str, request: Histories) -> Iterator[Row]:
@@ -216,8 +216,8 @@ def _share(recommender: Recommender, requests: list[Histories], callers: int, se
 def topk(options: Options) -> Iterator[Row]:
     """Exact top 20 of random catalogues: ours, a product and topk, FlashInfer, FAISS."""
     options.absent.update(absent("faiss", "flashinfer"))
-    reason = why_no_faiss_gpu()
-    if options.on_gpu and reason is not None:
+    reason = why_no_faiss_gpu() if options.on_gpu else None
+    if reason is not None:
         options.absent["FAISS on a GPU"] = reason
     for items in options.items:
         batches = options.batches if not options.on_gpu else _gpu_batches(items, options.batches)
@@ -273,7 +273,7 @@ def _cpu_topk(items: int, batches: Sequence[int], options: Options) -> Iterator[
 
 def _faiss(table: torch.Tensor, batches: Sequence[int], case: str, options: Options, device: str) -> Iterator[Row]:
     """FAISS's flat index, queries and lists on the host, as it takes and gives them."""
-    if importlib.util.find_spec("faiss") is None:
+    if absent("faiss"):
         return
     if table.nbytes > 2 << 30:
         options.absent[f"FAISS flat, {case}"] = f"not asked: its {device} copy would take more than 2 GiB"
