@@ -666,7 +666,7 @@ def _batcher_report(found: Statistics) -> dict[str, Any]:
     return report | {"waits_us": dict(found.waits_us)}
 
 
-def _return_freed_memory() -> None:
+def return_freed_memory() -> None:
     """Have the C library give large blocks back when they are freed; its heaps, one a thread, would keep them."""
     with contextlib.suppress(AttributeError, OSError):  # another library than glibc
         mallopt = ctypes.CDLL(None).mallopt
@@ -693,7 +693,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     arguments = _parser().parse_args(argv)
-    _return_freed_memory()
+    return_freed_memory()
     device, dtype = resolve_device(arguments.device), DTYPES[arguments.dtype]
     checkpoint = random_checkpoint() if arguments.ckpt is None else checkpoints.load(arguments.ckpt)
     recommender = Recommender(checkpoint, device=device, dtype=dtype, backend=arguments.backend)

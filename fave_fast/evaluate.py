@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,6 +29,7 @@ from fave_fast.metrics import CUTOFFS, coverage, intra_list_diversity, rank_metr
 from fave_fast.model import DTYPES, FAVE
 from fave_fast.ops import Exclusions, rank_count, score_topk
 from fave_fast.ops.encoder import MAX_ROWS, EncoderWeights, InputPath, Plan, encode_ids, planned_rows
+from fave_fast.profiling import Trace
 
 LIST_LENGTH = 20
 Positions = npt.NDArray[np.int64]
@@ -74,11 +75,12 @@ def rank_targets(
     full: bool = True,
     batch_size: int | None = None,
     backend: str = "auto",
+    after_batch: Callable[[], None] = lambda: None,
 ) -> Ranking:
     """Rank the items at the flat positions `targets` [U], each given what comes before it in its sequence.
 
     The model must be in evaluation mode. `full=False` leaves out raw ranks and lists. Memory: batches of users (512 by
-    default, 4,096 on a GPU) times tiles of the catalogue, never users times items.
+    default, 4,096 on a GPU) times tiles of the catalogue, never users times items. `after_batch` is called after each.
     """
     starts = target_starts(data, targets)
     table = model.item_embedding.weight
@@ -96,6 +98,7 @@ def rank_targets(
         if full:
             raw.append(rank_count(endpoint, table, wanted, backend=backend))
             lists.append(score_topk(endpoint, table, LIST_LENGTH, exclude, backend=backend)[1])
+        after_batch()
     place = torch.cat(order).argsort()
     if not full:
         return Ranking(torch.cat(filtered).cpu()[place], None, None)
@@ -161,6 +164,7 @@ def evaluate(
     dtype: torch.dtype = torch.float32,
     batch_size: int | None = None,
     backend: str = "auto",
+    after_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """All figures of one split as a plain dictionary, the object that `--json` prints.
 
@@ -172,7 +176,9 @@ def evaluate(
     parts = split(data, config.data)
     targets = parts.val if split_name == "val" else parts.test
     model = checkpoint.build_model().to(device, dtype)
-    ranking = rank_targets(model, config, data, targets, batch_size=batch_size, backend=backend)
+    ranking = rank_targets(
+        model, config, data, targets, batch_size=batch_size, backend=backend, after_batch=after_batch
+    )
     if ranking.raw is None or ranking.lists is None:
         raise AssertionError("a full ranking has raw ranks and lists")
     return {
@@ -211,6 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=cli.whole_number(1), default=argparse.SUPPRESS, help=users)
     cli.add_log_options(parser)
     cli.add_run_options(parser, "of weights and scores")
+    cli.add_profile_option(parser)
     arguments = parser.parse_args(argv)
     device = cli.resolve_device(arguments.device)
     checkpoint = checkpoints.load(arguments.ckpt)
@@ -222,15 +229,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"note: {arguments.data} has {data.num_users:,} users and {data.num_interactions:,} interactions, but the "
             f"model was trained on {facts['dataset']} with {facts['users']:,} and {facts['interactions']:,}"
         )
-    result = evaluate(
-        checkpoint,
-        translate(data, checkpoint, arguments.data),
-        arguments.split,
-        device=device,
-        dtype=DTYPES[arguments.dtype],
-        batch_size=getattr(arguments, "batch_size", None),
-        backend=arguments.backend,
-    )
+    data = translate(data, checkpoint, arguments.data)
+    with Trace(arguments.profile, "evaluate") as trace:
+        result = evaluate(
+            checkpoint,
+            data,
+            arguments.split,
+            device=device,
+            dtype=DTYPES[arguments.dtype],
+            batch_size=getattr(arguments, "batch_size", None),
+            backend=arguments.backend,
+            after_batch=trace.step,
+        )
+    cli.say_decisions(trace.notes())
     print(json.dumps(result) if arguments.json else table(result))
     return 0
 

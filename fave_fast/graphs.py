@@ -26,6 +26,7 @@ from fave_fast.ops.encoder import OP as ENCODER
 from fave_fast.ops.score_topk import OP as SCORE_TOPK
 from fave_fast.ops.score_topk import beyond_kernels, workspace_bytes
 from fave_fast.ops.tuning import launches_overlap, multiprocessors
+from fave_fast.profiling import ranged
 from fave_fast.submit import Completion, Submission
 
 if TYPE_CHECKING:
@@ -98,6 +99,7 @@ class Step:
             return None
         return Plan.empty(users, planned_rows(self.weights.model.config.max_length), device)
 
+    @ranged("fave/step")
     def __call__(
         self,
         ids: Tensor,
@@ -158,6 +160,7 @@ class CapturedStep:
         line = submission.completion.line
         self._request = None if line is None else self._native(line)
 
+    @ranged("fave/step")
     def run(self, histories: Histories, exclude: bool) -> tuple[Floats, Ints]:
         """Scores float32 [B, K] and item numbers int64 [B, K], 0 where a list ends early.
 

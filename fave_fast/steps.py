@@ -23,6 +23,7 @@ from fave_fast.fused import Network, pack, rotary_of
 from fave_fast.model import FAVE
 from fave_fast.ops.adam import ClippedAdam
 from fave_fast.ops.registry import Implementation, Op, triton_kernels
+from fave_fast.profiling import ranged
 
 Positions = npt.NDArray[np.int64]
 
@@ -52,6 +53,7 @@ class ReferenceSteps:
     dtype: torch.dtype
     backend: str = "auto"  # of nothing here
 
+    @ranged("fave/step")
     def take(self, starts: Positions, targets: Positions, seed: int) -> Tensor:
         """As `Steps`; all draws come from PyTorch's global generator."""
         device = self.model.item_embedding.weight.device
@@ -94,6 +96,7 @@ class FusedSteps:
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             self._pool = torch.cuda.graph_pool_handle()
 
+    @ranged("fave/step")
     def take(self, starts: Positions, targets: Positions, seed: int) -> Tensor:
         """As `Steps`. Lambda and dropout come from `seed`, the rest from PyTorch's generator of the device."""
         device = self._items.device

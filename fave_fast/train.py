@@ -44,6 +44,7 @@ from fave_fast.files import check_writable, replacing
 from fave_fast.metrics import rank_metrics
 from fave_fast.model import DTYPES, FAVE
 from fave_fast.ops.rank_count import OP as RANK_COUNT
+from fave_fast.profiling import Trace
 from fave_fast.steps import FusedSteps, ReferenceSteps, Steps, steps_for
 
 STAGES = (1, 2)
@@ -51,6 +52,7 @@ _RESUME_KIND = "fave_fast training state"
 _SAMPLE_USERS = 5
 _SELECTION = "NDCG@20"
 _SAVE_SHARE = 10  # between epochs the state is written once in this many times what writing it took
+_WARM_STEPS = 10  # not traced: kernels are compiled and steps captured
 _SHOW_SECONDS = 0.5  # between two looks at the loss for the progress bar
 
 
@@ -106,11 +108,12 @@ class Trainer:
         dtype: torch.dtype = torch.float32,
         backend: str = "auto",
         tensorboard: Callable[[str, float, int], None] | None = None,
+        after_step: Callable[[], None] = lambda: None,
     ) -> None:
         self.data, self.config, self.seed = data, config, seed
         self.out = None if out is None else check_writable(out)
         self.device = device or torch.device("cpu")
-        self.dtype, self.backend, self.tensorboard = dtype, backend, tensorboard
+        self.dtype, self.backend, self.tensorboard, self._after_step = dtype, backend, tensorboard, after_step
         self._kind = resolve_steps(self.device, dtype, backend)
         self.split: Split = split(data, config.data)
         self.windows = Windows(data.offsets, self.split.train_end)
@@ -188,6 +191,7 @@ class Trainer:
             shown = started
             for numbers in batches[done:]:
                 total += self._train_step(numbers)
+                self._after_step()
                 progress.step += 1
                 samples += len(numbers)
                 bar.update()
@@ -548,6 +552,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tensorboard", metavar="FOLDER", help="also write TensorBoard events there")
     cli.add_log_options(parser)
     cli.add_run_options(parser, "bf16 runs products in bf16 and keeps weights in fp32")
+    cli.add_profile_option(parser)
     arguments = parser.parse_args(argv)
     out = check_writable(arguments.out)
     if out.resolve() == Path(arguments.data).resolve():
@@ -558,6 +563,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_yaml(arguments.config, config)
     writer = _tensorboard(arguments.tensorboard)
     data = cli.load_log(arguments, config.data)
+    trace = Trace(arguments.profile, "train", skip=_WARM_STEPS)
     trainer = Trainer(
         data,
         config,
@@ -567,6 +573,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         dtype=DTYPES[arguments.dtype],
         backend=arguments.backend,
         tensorboard=writer,
+        after_step=trace.step,
     )
     cli.say_decisions(trainer.split.decisions)
     cli.say(
@@ -578,7 +585,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         cli.say(f"resuming at stage {trainer.progress.stage}, epoch {trainer.progress.epoch + 1}")
     else:
         trainer.start_afresh()
-    return _report(trainer.run(), out)
+    with trace:
+        outcome = trainer.run()
+    cli.say_decisions(trace.notes())
+    return _report(outcome, out)
 
 
 def _report(outcome: Outcome, out: Path) -> int:

@@ -24,6 +24,7 @@ from fave_fast.ops import encoder_cluster, encoder_cpu, native
 from fave_fast.ops.attention import rotary_by_age
 from fave_fast.ops.registry import Implementation, Op, interpreting, not_interpreted, triton_kernels
 from fave_fast.ops.tuning import launches_overlap, tile_shapes
+from fave_fast.profiling import ranged
 
 if TYPE_CHECKING:  # what is below imports nothing of what is above it
     from fave_fast.config import FlowConfig
@@ -209,6 +210,7 @@ class _Call:
     out: Tensor
 
 
+@ranged("fave/encoder")
 @torch.no_grad()
 def encode(
     weights: EncoderWeights,
@@ -248,6 +250,7 @@ def encode(
     return _run(weights, None, e.reshape(-1, e.shape[-1]), bounds, padded_length, plan, out, backend)
 
 
+@ranged("fave/encoder")
 @torch.no_grad()
 def encode_ids(
     weights: EncoderWeights,

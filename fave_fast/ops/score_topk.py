@@ -24,6 +24,7 @@ from fave_fast.ops.registry import Implementation, Op, not_interpreted, triton_k
 from fave_fast.ops.score_topk_cpu import ByteTable
 from fave_fast.ops.tiles import Tiles
 from fave_fast.ops.tuning import Shapes, launches_overlap, multiprocessors, tile_shapes
+from fave_fast.profiling import ranged
 
 _Out = tuple[Tensor, Tensor]
 # (tiles; K; deny; where scores [B, K] and ids [B, K] go, or None; workspace or None; the table in 8 bits or None)
@@ -36,6 +37,7 @@ MAX_WORKSPACE = 512 << 20  # bytes of group maxima at a time
 ROWS_AT_LEAST = 128  # at a time, though they need more
 
 
+@ranged("fave/topk")
 @torch.no_grad()
 def score_topk(
     queries: Tensor,
