@@ -252,7 +252,7 @@ class StepGraphs:
         response_host, response = (_Response(words, batch, self.k) for words in (self._response_host, self._response))
         pdl = launches_overlap(self._step.table.device)
         exclude = Exclusions(request.ids, request.exclude_offsets)
-        plan, endpoint = self._step.plan(batch), self._endpoint[:batch]
+        endpoint = self._endpoint[:batch]
 
         def work() -> None:
             self._step(
@@ -261,6 +261,8 @@ class StepGraphs:
             )  # fmt: skip
 
         with torch.cuda.stream(self._stream), torch.no_grad():
+            # Taken here: memory that another thread's kernels have yet to read may be free on the stream outside.
+            plan = self._step.plan(batch)
             carry(host.words, request.words, pdl=False)
             work()  # compiles what is not compiled yet, on the histories of no request
             self._stream.synchronize()

@@ -115,10 +115,10 @@ class OneStep(nn.Module):
         scores = scores.view(scores.shape[0], -1, self.group)
         # The K first groups, by (maximum, place), hold the K first items: each group before an item's own, by that
         # order, has an item before it. Ranking all items at once would take a 64-bit key for each.
-        groups = _first(scores.amax(2), None, min(most, scores.shape[1]))[1]
+        groups = _first(scores.amax(2), None, min(most, scores.shape[1]), scores.shape[1])[1]
         ids = groups[:, :, None] * self.group + torch.arange(self.group, device=groups.device)
         scores = scores.gather(1, groups[:, :, None].expand(-1, -1, self.group))
-        scores, ids = _first(scores.flatten(1), ids.flatten(1), most)
+        scores, ids = _first(scores.flatten(1), ids.flatten(1), most, width)
         ids = torch.where(scores == -torch.inf, 0, ids)
         missing = self.k - most
         return F.pad(scores, (0, missing), value=-torch.inf), F.pad(ids, (0, missing))
@@ -163,18 +163,18 @@ def _group_size(items: int, k: int) -> int:
     return min(max(1 << round(math.log2(max(1, items // k)) / 2), _MIN_GROUP), _MAX_GROUP)
 
 
-def _first(scores: Tensor, ids: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+def _first(scores: Tensor, ids: Tensor | None, k: int, bound: int) -> tuple[Tensor, Tensor]:
     """The first k of each row of float32 scores [B, C] by (score descending, id ascending), and their ids [B, k].
 
-    Ids are int64 [B, C] from 0 to 2^32 - 1 and differ within a row; None stands for the columns.
+    Ids are int64 [B, C] from 0 to `bound` - 1, below 2^32, and differ within a row; None stands for the columns.
     """
-    # topk leaves the order of equal scores open, so it ranks pairs of which no two are equal.
+    # topk leaves the order of equal scores open, so it ranks pairs of which no two are equal. Their lower half counts
+    # down from `bound`, so that zeros, on which a compiler tries its kernels (AOTInductor), name an id that there is.
     if ids is None:
         ids = torch.arange(scores.shape[1], device=scores.device)
-    # The low half is 2^32 - 1 - id. Written so, Inductor would put the constant beside an int32 column (torch 2.11).
-    keys = ((_ordered(scores).long() + 1) << 32) - 1 - ids
+    keys = (_ordered(scores).long() << 32) + (bound - 1 - ids)
     keys = keys.topk(k, dim=1).values
-    return _unordered((keys >> 32).int()), ~keys & _LOW
+    return _unordered((keys >> 32).int()), bound - 1 - (keys & _LOW)
 
 
 def _ordered(scores: Tensor) -> Tensor:

@@ -87,7 +87,7 @@ class FusedSteps:
     def __post_init__(self) -> None:
         device = self.model.item_embedding.weight.device
         self._adam = ClippedAdam(self.optimiser, self.config.train.clip, self.backend)
-        self._items = torch.from_numpy(self.data.items).to(device)
+        self._items = torch.from_numpy(self.data.items.copy()).to(device)  # a log's arrays may be read-only
         self._tables = rotary_of(self.config.model, device)
         self._capturing = self.capture and device.type == "cuda"
         if self._capturing:

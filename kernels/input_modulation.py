@@ -12,6 +12,7 @@ import os
 
 import triton
 import triton.language as tl
+from fave_fast.kernels.products import halves, reciprocal_root
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait, libdevice
 
 # How the lambda of a row is had.
@@ -156,10 +157,10 @@ def _row_means(x, G: tl.constexpr):
 
 
 @triton.jit
-def _normalised(e, eps, G: tl.constexpr):
+def _normalised(e, eps, G: tl.constexpr, EXACT: tl.constexpr):
     """(e - mean) / deviation by rows of e [T, V] float32, and 1 / deviation [T, 1]."""
     centred = e - _row_means(e, G)
-    scale = tl.rsqrt(_row_means(centred * centred, G) + eps)
+    scale = reciprocal_root(_row_means(centred * centred, G) + eps, EXACT)
     return centred * scale, scale
 
 
@@ -194,7 +195,7 @@ def _tile(
     age = count - 1 - index
     if DROP:
         e *= _kept(seed, person, age, lane, drop_below, keep_scale, V)
-    normal, _ = _normalised(e, eps, D // V)
+    normal, _ = _normalised(e, eps, D // V, table_ptr.dtype.element_ty == tl.float32)
     line = (begin + index)[:, None] * D + channels
     lam = _lambda(lam_ptr, lam_length, delta, seed, person, line, age, real, lane, channels, D, V, LAMBDA)
     return normal * weight + bias, lam, line, real, there[:, None]
@@ -302,7 +303,7 @@ def _rows_backward(
             if DROP:
                 kept = _kept(seed, person, age, lane, drop_below, keep_scale, V)
                 e *= kept
-            normal, scale = _normalised(e, eps, G)
+            normal, scale = _normalised(e, eps, G, table_ptr.dtype.element_ty == tl.float32)
             weight_grad += grad * normal
             bias_grad += grad
             if row_grad_ptr is not None:
@@ -326,7 +327,14 @@ def _dot(a, b, PRODUCT: tl.constexpr, PRECISION: tl.constexpr):
     a, b = a.to(PRODUCT), b.to(PRODUCT)
     if _INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, input_precision=PRECISION)
+    K: tl.constexpr = a.shape[1]
+    if PRECISION == "tf32x3" and K > 128:
+        # The tensor cores cut off what a sum cannot hold: over 256 terms twice as much as PyTorch's float32 loses.
+        a0, a1, b0, b1 = halves(a, b, a.shape[0], K, b.shape[1])
+        product = tl.dot(a0, b0, input_precision=PRECISION) + tl.dot(a1, b1, input_precision=PRECISION)
+    else:
+        product = tl.dot(a, b, input_precision=PRECISION)
+    return product
 
 
 @triton.jit

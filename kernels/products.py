@@ -5,7 +5,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _halves(a, b, R: tl.constexpr, K: tl.constexpr, N: tl.constexpr):
+def halves(a, b, R: tl.constexpr, K: tl.constexpr, N: tl.constexpr):
     """The even and the odd places of the sum in the product of a [R, K] and b [K, N]."""
     a_even, a_odd = tl.split(tl.reshape(a, [R, K // 2, 2]))
     b_even, b_odd = tl.split(tl.permute(tl.reshape(b, [K // 2, 2, N]), [0, 2, 1]))
@@ -20,7 +20,7 @@ def dot(a, b):
         K: tl.constexpr = a.shape[1]
         N: tl.constexpr = b.shape[1]
         if K >= 64:
-            a0, a1, b0, b1 = _halves(a, b, R, K, N)
+            a0, a1, b0, b1 = halves(a, b, R, K, N)
             product = dot(a0, b0) + dot(a1, b1)
         else:
             product = tl.dot(a, b, input_precision="ieee")

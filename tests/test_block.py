@@ -103,12 +103,16 @@ def errors(got: list[Tensor], want: list[Tensor]) -> list[float]:
     return [error(a, b) for a, b in pairs if b.dim() > 1] + [vectors]
 
 
-def check(case: Case) -> None:
-    want, got = case.oracle(), case.outcome("triton")
-    assert all(one.isfinite().all() for one in got)
-    limits = [2 * one for one in errors(case.outcome("reference"), want)]
-    found = errors(got, want)
-    assert all(one <= limit for one, limit in zip(found, limits, strict=True)), f"{found} against {limits}"
+def check(*cases: Case) -> None:
+    """The error is at most twice that of PyTorch; of several cases, the root of their mean squares."""
+    found, limits = [], []
+    for case in cases:
+        want, got = case.oracle(), case.outcome("triton")
+        assert all(one.isfinite().all() for one in got)
+        found.append(errors(got, want))
+        limits.append(errors(case.outcome("reference"), want))
+    mean, limit = (torch.tensor(each).square().mean(0).sqrt() for each in (found, limits))
+    assert (mean <= 2 * limit).all(), f"{mean.tolist()} against {(2 * limit).tolist()}"
 
 
 @pytest.mark.parametrize("dual", [False, True])
@@ -253,8 +257,12 @@ def test_odd_shapes(dtype: torch.dtype, last: bool, users: int) -> None:
     generator = torch.Generator().manual_seed(users)
     lengths = torch.randint(1, 51, (users,), generator=generator).tolist()
     lengths[0], lengths[-1] = 50, 200
+    # What a norm's root or a softmax's sum is rounded by is common to a row or to one of four heads. Of one row, the
+    # errors of equally exact code differ by chance, like variances of 4 degrees of freedom: one in ten by more than
+    # twice. Of 8 draws, which have 32, one in 10,000.
+    draws = 8 if users <= 3 else 1
     for dual in (False, True):
-        check(Case(lengths, 128, 4, 512, dtype, False, False, last, dual, 0.3))
+        check(*(Case(lengths, 128, 4, 512, dtype, False, False, last, dual, 0.3, seed) for seed in range(draws)))
 
 
 @pytest.mark.gpu

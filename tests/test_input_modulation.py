@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import math
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -168,24 +171,33 @@ def distance(value: Tensor, exact: Tensor) -> float:
     return (value.double() - exact.double()).norm().item()
 
 
-def check_errors(case: Case, dtype: torch.dtype, packed: bool, dual: bool, dropout: float) -> None:
-    """All values and gradients: at most twice the error of the same-dtype PyTorch code, or that of rounding."""
-    rounded = case.to(dtype)
-    wide = rounded.to(torch.float64)
-    lam = Drawn(0.5)
+def check_errors(cases: Sequence[Case], dtype: torch.dtype, packed: bool, dual: bool, dropout: float) -> None:
+    """All values and gradients: at most twice the error of the same-dtype PyTorch code, or that of rounding.
+
+    Of several cases, the root of their mean squares.
+    """
+    found: dict[str, list[float]] = defaultdict(list)
+    plain, rounding = copy.deepcopy(found), copy.deepcopy(found)
     # The times' weights have gradients of up to 10^5 through the derivative of sin(999 t): beyond float16.
     size = 2.0**-6 if dtype == torch.float16 and dual else 1.0
-    exact = gradients(wide, wide.call(lam, packed, dual, dropout, "reference"), size)
-    plain = gradients(rounded, rounded.call(lam, packed, dual, dropout, "reference"), size)
-    ours = gradients(rounded, rounded.call(lam, packed, dual, dropout), size)
-    # An interpreter's second run would say nothing.
-    again = gradients(rounded, rounded.call(lam, packed, dual, dropout), size) if DEVICE.type == "cuda" else ours
-    for name, value in ours.items():
-        assert value.dtype == dtype
-        assert torch.equal(value, again[name]), name
-        rounding = torch.finfo(dtype).eps / 2 * exact[name].norm().item()
-        bound = max(2 * distance(plain[name], exact[name]), rounding)
-        assert distance(value, exact[name]) <= bound, name
+    for case in cases:
+        rounded = case.to(dtype)
+        wide = rounded.to(torch.float64)
+        lam = Drawn(0.5)
+        exact = gradients(wide, wide.call(lam, packed, dual, dropout, "reference"), size)
+        theirs = gradients(rounded, rounded.call(lam, packed, dual, dropout, "reference"), size)
+        ours = gradients(rounded, rounded.call(lam, packed, dual, dropout), size)
+        # An interpreter's second run would say nothing.
+        again = gradients(rounded, rounded.call(lam, packed, dual, dropout), size) if DEVICE.type == "cuda" else ours
+        for name, value in ours.items():
+            assert value.dtype == dtype
+            assert torch.equal(value, again[name]), name
+            found[name].append(distance(value, exact[name]))
+            plain[name].append(distance(theirs[name], exact[name]))
+            rounding[name].append(torch.finfo(dtype).eps / 2 * exact[name].norm().item())
+    for name in found:
+        error, limit, least = (math.hypot(*each[name]) for each in (found, plain, rounding))
+        assert error <= max(2 * limit, least), name
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -291,7 +303,7 @@ SMALL = [(1, 1, 64, False, 0.3, True), (3, 9, 32, False, 0.3, False), (2, 5, 32,
 def test_errors_are_those_of_pytorch(
     count: int, longest: int, d: int, dual: bool, dropout: float, packed: bool, dtype: torch.dtype
 ) -> None:
-    check_errors(make(count, longest, d), dtype, packed, dual, dropout)
+    check_errors([make(count, longest, d)], dtype, packed, dual, dropout)
 
 
 @pytest.mark.gpu
@@ -299,13 +311,15 @@ def test_errors_are_those_of_pytorch(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("dual", "dropout"), [(False, 0.0), (False, 0.3), (True, 0.0), (True, 0.3)])
 @pytest.mark.parametrize("d", [16, 64, 128, 256])
-def test_errors_are_those_of_pytorch_on_the_gpu(
-    d: int, dual: bool, dropout: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+def test_errors_are_those_of_pytorch_on_the_gpu(d: int, dual: bool, dropout: float, dtype: torch.dtype) -> None:
     for count, longest in ((1, 1), (1, 50), (2, 49), (3, 200), (63, 50), (132, 7), (513, 50)):
+        # A norm's root is rounded once a row: of one row, equally exact code errs by more or less by chance.
+        draws = 8 if count <= 3 else 1
         for packed in (False, True):
-            check_errors(make(count, longest, d, seed=count), dtype, packed, dual, dropout)
+            check_errors(
+                [make(count, longest, d, seed=count + 100 * draw) for draw in range(draws)],
+                dtype, packed, dual, dropout,
+            )  # fmt: skip
 
 
 @kernels
