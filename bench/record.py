@@ -108,7 +108,8 @@ class Recorder:
     def finish(self, rows: Sequence[Row], absent: dict[str, str], **more: Any) -> Run:
         """The run as plain values."""
         name = torch.cuda.get_device_name() if self.on_gpu else "cpu"
-        limits = CEILINGS.get(name) or ceilings("cuda" if self.on_gpu else "cpu")
+        # A quick run measures nothing, so it has no floors either.
+        limits = {} if more.get("quick") else CEILINGS.get(name) or ceilings("cuda" if self.on_gpu else "cpu")
         return {
             "suite": self.suite,
             "date": self._began.date().isoformat(),
@@ -127,13 +128,21 @@ class Recorder:
 
 
 def _plain(row: Row, limits: dict[str, float]) -> dict[str, Any]:
-    product = limits.get("bf16") or limits["fp32"]
-    # What a cache may hold from the call before has no floor in the memory's speed.
-    read = row.floor_bytes if row.clock == COLD or row.floor_bytes > LARGEST_CACHE else 0
-    floor = 1e6 * max(read / limits["bytes"], row.floor_operations / product)
+    floor = None
+    if limits:
+        # What a cache may hold from the call before has no floor in the memory's speed.
+        read = row.floor_bytes if row.clock == COLD or row.floor_bytes > LARGEST_CACHE else 0
+        product = limits.get("bf16") or limits["fp32"]
+        floor = 1e6 * max(read / limits["bytes"], row.floor_operations / product)
     values: dict[str, Any] = {"op": row.op, "case": row.case, "clock": row.clock, "who": row.who, "ours": row.ours}
     values["us"] = {name: round(value, 2) for name, value in vars(row.time).items()}
-    more = {"floor_us": floor or None, "prepared_s": row.prepared_s, "peak_bytes": row.peak_bytes, "ndcg@20": row.ndcg}
+    more = {
+        "floor_us": floor or None,
+        "prepared_s": row.prepared_s,
+        "peak_bytes": row.peak_bytes,
+        "ndcg@20": row.ndcg,
+        "recall@20": row.recall,
+    }
     values |= {name: round(value, 3) for name, value in more.items() if value is not None}
     return values
 
@@ -194,6 +203,10 @@ def stored(folder: Path) -> Iterator[Run]:
             continue
 
 
+def _quality(row: dict[str, Any]) -> str:
+    return "".join(f", {name} {row[name.lower()]:.3g}" for name in ("NDCG@20", "recall@20") if name.lower() in row)
+
+
 def card(run: Run) -> str:
     """A run's rows as text, each with its share of the floor."""
     lines = [
@@ -205,7 +218,7 @@ def card(run: Run) -> str:
         us = row["us"]
         floor = f"{row['floor_us']:9.1f}" if "floor_us" in row else " " * 9
         before = f", prepared in {row['prepared_s']:.1f} s" if "prepared_s" in row else ""
-        clock = row["clock"].replace(HOST, "host") + (f", NDCG@20 {row['ndcg@20']:.2f}" if "ndcg@20" in row else "")
+        clock = row["clock"].replace(HOST, "host") + _quality(row)
         lines.append(
             f"{row['op']:<14} {row['case']:<38} {row['who']:<32} {us['median']:10.1f} {us['p20']:10.1f} "
             f"{us['p80']:10.1f} {us['p99']:10.1f} {floor} {clock}{before}"

@@ -6,6 +6,7 @@ No time is asserted anywhere.
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import subprocess
 import sys
@@ -128,29 +129,39 @@ def test_a_red_check_prints_no_time(
 # The suites, at tiny sizes
 
 
-def test_latency_and_topk_are_measured_beside_their_peers_and_drawn(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(suites, "absent", lambda *packages: {"FAISS": "not installed: pip install faiss-cpu"})
-    common = ["--quick", "--device", "cpu", "--out", str(tmp_path)]
-    for suite in ("latency", "topk"):
-        assert run.main(["--suite", suite, *common]) == 0
-    last = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert last["absent"]["FAISS"] == "not installed: pip install faiss-cpu"
-    [path] = tmp_path.glob("*.json")
-    latency, topk = record.read(path)
-    assert topk == last
-    assert latency["suite"] == "latency"
-    assert latency["quick"] is True
-    contenders = {row["who"].split(",")[0]: row["ours"] for row in latency["rows"] if row["op"] == "request"}
-    assert contenders == {"fave_fast fp32": True, "PyTorch eager fp32": False, "FMRec": False, "DiffuRec": False}
-    for row in (*latency["rows"], *topk["rows"]):
+def rows_are_sound(found: dict[str, Any]) -> None:
+    for row in found["rows"]:
         assert 0 < row["us"]["p20"] <= row["us"]["median"] <= row["us"]["p80"] <= row["us"]["p99"]
-    assert {"torch", "numpy"} <= latency["versions"].keys()
-    assert latency["machine"]["kind"] in path.name
-    plot.draw(record.read(path), tmp_path)
+
+
+def test_latency_is_measured_beside_its_peers_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--suite", "latency", "--quick", "--batch", "2", "--device", "cpu", "--out", str(tmp_path)]
+    assert run.main(command) == 0
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    [path] = tmp_path.glob("*.json")
+    [found] = record.read(path)
+    assert found == last
+    assert found["suite"] == "latency"
+    assert found["quick"] is True
+    contenders = {row["who"].split(",")[0]: row["ours"] for row in found["rows"] if row["op"] == "request"}
+    assert contenders == {"fave_fast fp32": True, "PyTorch eager fp32": False, "FMRec": False, "DiffuRec": False}
+    rows_are_sound(found)
+    assert {"torch", "numpy"} <= found["versions"].keys()
+    assert found["machine"]["kind"] in path.name
     drawn = sorted(one.name.removeprefix(f"{path.stem}-") for one in tmp_path.glob("*.png"))
-    assert drawn == ["latency.png", "steps.png", "topk-host.png", "users-per-second.png"]
+    assert drawn == ["latency.png", "steps.png", "users-per-second.png"]
+
+
+def test_topk_runs_as_a_file_of_the_checkout_and_names_who_is_absent(tmp_path: Path) -> None:
+    options = ["--suite", "topk", "--quick", "--device", "cpu", "--out", str(tmp_path)]
+    command = [sys.executable, str(ROOT / "bench" / "run.py"), *options]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    rows_are_sound(found)
+    for name, package in (("FAISS", "faiss"), ("FlashInfer", "flashinfer")):
+        assert (name in found["absent"]) is (importlib.util.find_spec(package) is None)
+    assert [one.name.split("-topk")[1] for one in tmp_path.glob("*.png")] == ["-host.png"]
 
 
 def test_growth_is_measured_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,14 +176,11 @@ def test_growth_is_measured_and_drawn(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [one.name for one in plot.draw([found], tmp_path)] == [f"{path.stem}-growth.png"]
 
 
-def test_the_file_and_the_pytest_benchmarks_run_from_the_checkout(tmp_path: Path) -> None:
-    for command in (
-        [str(ROOT / "bench" / "run.py"), "--help"],
-        ["-m", "pytest", "bench", "-q", "--benchmark-disable", "-k", "score_topk or rank_count or infer", "-p",
-         "no:cacheprovider"],
-    ):  # fmt: skip
-        done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
+def test_the_pytest_benchmarks_run_from_the_checkout() -> None:
+    options = ["-q", "--benchmark-disable", "-k", "score_topk or infer", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "bench", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
