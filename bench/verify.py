@@ -89,8 +89,8 @@ def answers_are_the_steps(recommender: Recommender, step: Step, request: Histori
     graphs = recommender._graphs
     if graphs is not None:
         # One that holds so many items may be of a larger batch, whose encoder's kernel may be the other one.
-        large = [batch for batch in graphs.batches if batch >= users and batch * graphs.items_each >= len(ids)]
-        if large and step.encoder_backend(large[0]) != step.encoder_backend(users):
+        used = graphs.batch_of(request)
+        if used is not None and step.encoder_backend(used) != step.encoder_backend(users):
             return
     if not (np.array_equal(found[0], scores.cpu()) and np.array_equal(found[1], items.cpu())):
         raise AssertionError(f"the engine's lists of {len(request.offsets) - 1} histories are not those of its kernels")

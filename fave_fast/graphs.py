@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from fave_fast import _C
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+_ITEMS_EACH, _MORE_ITEMS = 64, 1024
 SMALL_BATCH = 8  # histories; up to here the cluster kernel answers sooner than one program a history
 
 Ints = npt.NDArray[np.int64]
@@ -210,25 +211,24 @@ class StepGraphs:
     Attributes:
         k: K of the lists.
         batches: the batch sizes, ascending.
-        items_each: items that a graph holds for each user of its batch; they may be spread unevenly.
     """
 
-    def __init__(self, step: Step, k: int, batches: Sequence[int] = BATCHES, items_each: int = 64) -> None:
+    def __init__(self, step: Step, k: int, batches: Sequence[int] = BATCHES) -> None:
         """Capture, the largest first; waits for the device.
 
         Raises:
             BackendError: the step's backend cannot run here.
         """
-        self.k, self.batches, self.items_each = k, tuple(sorted(batches)), items_each
+        self.k, self.batches = k, tuple(sorted(batches))
         self._step = step
         self._lock = threading.Lock()
         table = step.table
         device, most = table.device, self.batches[-1]
-        words = (2 * (most + 1) + most * items_each, 3 * most * k)
+        words = (2 * (most + 1) + self.items(most), 3 * most * k)
         self._request_host, self._response_host = (torch.zeros(n, dtype=torch.int32).pin_memory() for n in words)
         self._request, self._response = (torch.zeros(n, dtype=torch.int32, device=device) for n in words)
         self._endpoint = torch.zeros(most, table.shape[1], dtype=table.dtype, device=device)
-        sizes = [workspace_bytes(self._endpoint[:b], table, k, b * items_each) for b in self.batches]
+        sizes = [workspace_bytes(self._endpoint[:b], table, k, self.items(b)) for b in self.batches]
         self._workspace = torch.empty(max(sizes), dtype=torch.uint8, device=device)
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._completion = Completion(self._stream)
@@ -236,19 +236,29 @@ class StepGraphs:
         self._pool = torch.cuda.graph_pool_handle()
         self._captured = {batch: self._capture(batch) for batch in reversed(self.batches)}
 
-    def fitting(self, histories: Histories) -> CapturedStep | None:
-        """The smallest graph that takes these histories."""
+    @staticmethod
+    def items(batch: int) -> int:
+        """How many items in all the graph of `batch` histories holds, spread as they come.
+
+        All of them are excluded from the lists, though only the last L of a history are read: one history of a thousand
+        items is no reason to take a graph for sixteen.
+        """
+        return _ITEMS_EACH * batch + _MORE_ITEMS
+
+    def batch_of(self, histories: Histories) -> int | None:
+        """The batch of the smallest graph that takes these histories, or None."""
         users, items = len(histories.offsets) - 1, len(histories.ids)
-        for batch in self.batches:
-            if batch >= users and batch * self.items_each >= items:
-                return self._captured[batch]
-        return None
+        return next((batch for batch in self.batches if batch >= users and self.items(batch) >= items), None)
+
+    def fitting(self, histories: Histories) -> CapturedStep | None:
+        """The smallest graph that takes these histories, or None."""
+        batch = self.batch_of(histories)
+        return None if batch is None else self._captured[batch]
 
     def _capture(self, batch: int) -> CapturedStep:
         from fave_fast.kernels.submit import carry
 
-        items = batch * self.items_each
-        host, request = (_Request(words, batch, items) for words in (self._request_host, self._request))
+        host, request = (_Request(words, batch, self.items(batch)) for words in (self._request_host, self._request))
         response_host, response = (_Response(words, batch, self.k) for words in (self._response_host, self._response))
         pdl = launches_overlap(self._step.table.device)
         exclude = Exclusions(request.ids, request.exclude_offsets)

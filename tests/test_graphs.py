@@ -172,7 +172,8 @@ def test_graphs_take_memory_on_their_own_stream(monkeypatch: pytest.MonkeyPatch)
     served = recommender()
     served.warmup(batches=(1, 256))
     assert served._graphs is not None
-    assert streams == 2 * [served._graphs._stream]
+    assert streams
+    assert set(streams) == {served._graphs._stream}
 
 
 def test_many_callers_get_their_own_lists(warm: Recommender) -> None:
