@@ -63,7 +63,7 @@ def timed(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Any]:
         if benchmark.stats is not None:  # not with --benchmark-disable
             spent = Time.of([1e6 * seconds for seconds in benchmark.stats.stats.data])
             row = Row(op, case, who, spent, clock=CLOCK)
-            benchmark.extra_info |= {"op": op, "case": case, "who": who, "ours": row.ours}
+            benchmark.extra_info |= record.plain(row, {})
             request.config.stash.setdefault(ROWS, []).append(row)
         return result
 

@@ -123,11 +123,12 @@ class Recorder:
             "ceilings": limits,
             "absent": absent,
             **more,
-            "rows": [_plain(row, limits) for row in rows],
+            "rows": [plain(row, limits) for row in rows],
         }
 
 
-def _plain(row: Row, limits: dict[str, float]) -> dict[str, Any]:
+def plain(row: Row, limits: dict[str, float]) -> dict[str, Any]:
+    """A row as plain values, with its floor by the ceilings `limits`; without any where they are empty."""
     floor = None
     if limits:
         # What a cache may hold from the call before has no floor in the memory's speed.
