@@ -3,9 +3,9 @@
 FILE is one of `bench/results`, of which the last run of each suite counts, or what `pytest bench --benchmark-only
 --benchmark-json FILE` wrote. For every case the ratio ours / peer, both of one run, is compared with that of the latest
 stored run of the same suite, options and machine kind; of 20th percentiles, for what else a machine does makes calls
-slower, never faster. A case is worse if ours lost more than 15 % against every peer
-that both runs have: where it lost against one alone, it is the peer that changed. Exit code 1 if a case is worse, 0 if
-none is, 2 if there is nothing to compare with.
+slower, never faster. A case is worse if ours lost more than 15 % against every peer that both runs have: where it lost
+against one alone, it is the peer that changed. Exit code 1 if a case is worse, 0 if none is, 2 if there is nothing to
+compare with.
 """
 
 from __future__ import annotations

@@ -195,6 +195,8 @@ def topk(run: Run) -> Iterator[tuple[str, Figure]]:
 def training(run: Run) -> Iterator[tuple[str, Figure]]:
     """A step of either stage, or whatever else the rows are: bars for each case."""
     cases = list(dict.fromkeys(row["case"] for row in run["rows"]))
+    if not cases:
+        return
     figure, panels = plt.subplots(1, len(cases), figsize=(4.4 * len(cases), 4), squeeze=False)
     for axes, case in zip(panels[0], cases, strict=True):
         rows = [row for row in run["rows"] if row["case"] == case]
@@ -206,10 +208,7 @@ def training(run: Run) -> Iterator[tuple[str, Figure]]:
 
 def step_on_cpu(run: Run) -> Iterator[tuple[str, Figure]]:
     """The CPU's step beside its peers, bars for each case."""
-    rows = [row for row in run["rows"] if row["op"] == "step"]
-    cases = list(dict.fromkeys(row["case"] for row in rows))
-    if cases:
-        yield from training({**run, "rows": rows})
+    yield from training({**run, "rows": [row for row in run["rows"] if row["op"] == "step"]})
 
 
 def growth(run: Run) -> Iterator[tuple[str, Figure]]:
@@ -282,9 +281,39 @@ def pareto(run: Run) -> Iterator[tuple[str, Figure]]:
     yield "pareto", figure
 
 
+def quality(run: Run) -> Iterator[tuple[str, Figure]]:
+    """NDCG@20 of each setting with its 95 % interval over seeds, a panel for each data set."""
+    rows = [row for row in run["summary"]["rows"] if "filtered NDCG@20" in row["figures"]]
+    datasets = list(dict.fromkeys(row["dataset"] for row in rows))
+    if not datasets:
+        return
+    figure, panels = plt.subplots(1, len(datasets), figsize=(5.6 * len(datasets), 4), squeeze=False)
+    for axes, dataset in zip(panels[0], datasets, strict=True):
+        mine = [row for row in rows if row["dataset"] == dataset]
+        found = [row["figures"]["filtered NDCG@20"] for row in mine]
+        axes.errorbar(
+            [one["mean"] for one in found], range(len(mine)), xerr=[one["half"] or 0 for one in found], fmt="o",
+            color=OURS, capsize=4,
+        )  # fmt: skip
+        names = [f"{row['setting']}, {row['weights']} ({len(row['seeds'])} seeds)" for row in mine]
+        axes.set_yticks(range(len(mine)), names, fontsize=7)
+        axes.set(xlabel="NDCG@20, filtered, per cent")
+        axes.set_title(dataset, fontsize=9)
+        axes.margins(y=0.2)
+        axes.grid(axis="x", alpha=0.3)
+    titled(figure, "Quality on test targets", run)
+    yield "quality", figure
+
+
 FIGURES: dict[str, Callable[[Run], Iterator[tuple[str, Figure]]]] = {
-    "latency": latency, "topk": topk, "steps": pareto, "training": training, "cpu": step_on_cpu, "growth": growth,
-}  # fmt: skip
+    "latency": latency,
+    "topk": topk,
+    "steps": pareto,
+    "quality": quality,
+    "training": training,
+    "cpu": step_on_cpu,
+    "growth": growth,
+}
 
 
 def draw(runs: Iterable[Run], folder: Path) -> list[Path]:
@@ -292,7 +321,7 @@ def draw(runs: Iterable[Run], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for run in runs:
-        if not run["rows"] or run["suite"] not in FIGURES:
+        if run["suite"] not in FIGURES:
             continue
         for name, figure in FIGURES[run["suite"]](run):
             path = folder / f"{run['date']}-{run['machine']['kind']}-{name}.png"

@@ -142,6 +142,8 @@ def quality(arguments: argparse.Namespace, command: Sequence[str]) -> record.Run
         if done.returncode not in (0, 1):  # 1: some trainings did not end, the others count
             raise InputError(f"{' '.join(line[1:])} ended with exit code {done.returncode}")
     summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    if not summary["rows"]:
+        raise InputError(f"{folder}: no training ended; expected more --seconds, or fewer logs and seeds")
     return recorder.finish([], {}, summary=summary)
 
 

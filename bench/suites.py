@@ -360,6 +360,7 @@ def training(options: Options) -> Iterator[Row]:
 def cpu(options: Options) -> Iterator[Row]:
     """A whole step on the CPU in both dtypes, beside PyTorch, ONNX Runtime and OpenVINO: `bench/cpu.py`."""
     options.absent.update(absent("onnx", "onnxruntime", "openvino"))
+    torch.set_num_threads(cpu_bench.THREADS)  # as many as its peers are given
     cases = {name: lengths for name, lengths in cpu_bench.CASES.items() if len(lengths) in options.batches}
 
     def named(rows: Iterator[Row]) -> Iterator[Row]:

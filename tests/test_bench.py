@@ -27,6 +27,12 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = ModelConfig(d=16, blocks=1, heads=2, ffn_mult=1, max_length=6, source_block=-1)
 
 
+@pytest.fixture(autouse=True)
+def _no_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measuring them takes seconds and half a gigabyte."""
+    monkeypatch.setattr(record, "ceilings", lambda device: {"bytes": 1e10, "fp32": 1e11})
+
+
 @pytest.fixture
 def model() -> FAVE:
     torch.manual_seed(0)
