@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from bench import check, counters, growth, plot, record, run, sampling, suites, verify
-from bench.measure import HOST, Row, Time
+from bench.measure import HOST, WARM, Row, Time
 from bench.sampling import DiffuRec, FMRec, Lists
 from fave_fast.config import ModelConfig
 from fave_fast.model import FAVE
@@ -289,6 +289,8 @@ def test_a_floor_of_bytes_needs_more_than_a_cache_holds() -> None:
     large = Row("op", "B 1", "cpp", time, floor_bytes=1 << 30, clock=HOST)
     assert record.plain(small, limits)["floor_us"] == 2.0
     assert record.plain(large, limits)["floor_us"] == pytest.approx((1 << 30) / 1e6)
+    million_on_a_gpu = Row("op", "B 1", "triton", time, floor_bytes=256_000_256, clock=WARM)
+    assert record.plain(million_on_a_gpu, {"bytes": 4.35e12, "bf16": 740e12})["floor_us"] == pytest.approx(58.851)
 
 
 # Nsight's counters
