@@ -113,6 +113,7 @@ class Step:
         endpoint: Tensor | None = None,
         out: tuple[Tensor, Tensor] | None = None,
         workspace: Tensor | None = None,
+        overlap: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Scores float32 [B, K] and ids int64 [B, K], as `score_topk`; arguments as there and in `encode_ids`.
 
@@ -120,12 +121,15 @@ class Step:
         """
         plan = plan or self.plan(len(offsets) - 1)
         if plan is not None:
-            plan.refill(offsets)
+            plan.refill(offsets, overlap)
         endpoint = encode_ids(
             self.weights, self.path, ids, offsets, plan=plan, out=endpoint,
-            backend=self.encoder_backend(len(offsets) - 1),
+            backend=self.encoder_backend(len(offsets) - 1), overlap=overlap,
         )  # fmt: skip
-        return score_topk(endpoint, self.table, k, exclude, deny, out=out, workspace=workspace, backend=self.backend)
+        return score_topk(
+            endpoint, self.table, k, exclude, deny,
+            out=out, workspace=workspace, backend=self.backend, overlap=overlap,
+        )  # fmt: skip
 
 
 class _Request:
@@ -268,6 +272,7 @@ class StepGraphs:
             self._step(
                 request.ids, request.offsets, exclude, self.k,
                 plan=plan, endpoint=endpoint, out=(response.scores, response.ids), workspace=self._workspace,
+                overlap=True,
             )  # fmt: skip
 
         with torch.cuda.stream(self._stream), torch.no_grad():
