@@ -51,7 +51,7 @@ class Growth:
         self.absent = absent
         self.on_gpu = device.type == "cuda"
         self.batch = 64 if self.on_gpu else 1
-        self.who = f"{'triton' if self.on_gpu else 'cpp'} {dtype}"
+        self.who = f"fave_fast {dtype}"
 
     def rows(self, axes: Sequence[str]) -> Iterator[Row]:
         """The axes asked for, one after another."""
