@@ -1,8 +1,9 @@
 """How time and memory grow with N, B, L, K and threads; `python bench/growth.py [--device cpu|cuda]`.
 
 One size moves at a time, from B = 64 (1 on a CPU), N = 100,000, L = 50, K = 20. `score_topk` is the exact top K of
-random queries, `step` the whole of a request's device work, histories to lists. Memory is what a call takes beyond the
-catalogue and the weights. The run is added to the day's file of results; a size that does not fit is listed as absent.
+random queries, `step` the whole of a request's device work, histories to lists. Memory is all that it needs at its
+peak: catalogue, weights and what a call takes; on a CPU, beyond the interpreter and its libraries. The run is added to
+the day's file of results; a size that does not fit is listed as absent.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class Growth:
         self.device, self.dtype, self.seconds, self.largest = device, DTYPES[dtype], seconds, largest
         self.absent = absent
         self.on_gpu = device.type == "cuda"
+        self.before = _status("VmRSS")  # the interpreter and its libraries
         self.batch = 64 if self.on_gpu else 1
         self.who = f"fave_fast {dtype}"
 
@@ -79,9 +81,13 @@ class Growth:
 
     def batches(self) -> Iterator[Row]:
         """B, both the top K and the whole step."""
-        table, step = self._table(N), self._step(L)
-        for batch in BATCHES if self.on_gpu else BATCHES[:10]:
+        batches = BATCHES if self.on_gpu else BATCHES[:10]
+        table = self._table(N)
+        for batch in batches:
             yield self._topk(table, batch, K)
+        del table
+        step = self._step(L)
+        for batch in batches:
             yield self._whole(step, batch, L)
 
     def lengths(self) -> Iterator[Row]:
@@ -131,19 +137,21 @@ class Growth:
 
     def _row(self, op: str, case: str, call: Callable[[], object], read: int = 0, operations: int = 0) -> Row:
         _give_back()
+        peak: int | None
         if self.on_gpu:
-            call()
-            torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
             call()
             torch.cuda.synchronize()
-            peak = torch.cuda.max_memory_allocated() - before
+            peak = torch.cuda.max_memory_allocated()
             spent, clock = time_us(call, 30, cold=False), WARM
         else:
-            peak = _peak_on_host(call)
+            known = _reset_peak()
+            call()
+            peak = max(0, _status("VmHWM") - self.before) if known else None
             spent, clock = host_us(lambda _: call(), self.seconds, least=5), HOST
-        print(f"{op:<12} {case:<44} {spent.median:12.1f} us {peak / 2**20:10.2f} MiB", file=sys.stderr, flush=True)
+        print(
+            f"{op:<12} {case:<44} {spent.median:12.1f} us {(peak or 0) / 2**20:10.1f} MiB", file=sys.stderr, flush=True
+        )
         return Row(op, case, self.who, spent, read, operations, clock, peak_bytes=peak)
 
     def _table(self, items: int) -> Tensor:
@@ -167,19 +175,14 @@ class Growth:
         return int(found.group(1)) << 10 if found else 1 << 62
 
 
-def _peak_on_host(call: Callable[[], object]) -> int:
-    """Bytes of the process's memory at its peak in the first call of a size, beyond what it had before.
-
-    The first: the native engine keeps its scratch memory for the next. 0 where Linux does not say.
-    """
+def _reset_peak() -> bool:
+    """Let the process's peak of memory start anew; False where Linux does not do so."""
     return_freed_memory()
     try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts anew
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     except OSError:
-        return 0
-    before = _status("VmRSS")
-    call()
-    return max(0, _status("VmHWM") - before)
+        return False
+    return True
 
 
 def _status(name: str) -> int:

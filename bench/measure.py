@@ -52,7 +52,7 @@ class Row:
     floor_operations: int = 0
     clock: str = COLD
     prepared_s: float | None = None  # compiling, capturing, building an index: before anything was timed
-    peak_bytes: int | None = None  # memory beyond what was there before, at its peak
+    peak_bytes: int | None = None  # memory at its peak, catalogue and weights included
     recall: float | None = None  # the share of the exact top 20 that these lists hold, where they are approximate
     ndcg: float | None = None  # NDCG@20 of these lists on test targets, filtered, per cent
 

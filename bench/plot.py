@@ -239,7 +239,7 @@ def growth(run: Run) -> Iterator[tuple[str, Figure]]:
         above.legend(fontsize=7)
         with_memory = [row for row in axis_rows[axis] if row.get("peak_bytes")]
         curves(below, with_memory, axis, lambda row: row["peak_bytes"] / 2**20)
-        below.set(xlabel=words[axis], ylabel="MiB beyond catalogue and weights")
+        below.set(xlabel=words[axis], ylabel="MiB: catalogue, weights, call")
         floors = {size(row, axis) or 0: row["floor_us"] for row in axis_rows[axis] if "floor_us" in row and axis == "N"}
         if floors:
             above.plot(sorted(floors), [floors[at] for at in sorted(floors)], "k:", label="floor")
