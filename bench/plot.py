@@ -76,6 +76,9 @@ def curves(axes: Axes, rows: Sequence[Row], name: str, value: Callable[[Row], fl
             low, high = ([row["us"][at] for row in some] for at in ("p20", "p80"))
             axes.fill_between(x, low, high, color=colour(who, ours, peers), alpha=0.15, linewidth=0)
     axes.set(xscale="log", yscale="log")
+    low, high = axes.get_ylim()
+    if high < 4 * low:  # or what hardly changes would look as if it did
+        axes.set_ylim((low * high) ** 0.5 / 2, (low * high) ** 0.5 * 2)
     axes.grid(which="major", alpha=0.3)
 
 
