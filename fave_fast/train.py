@@ -480,9 +480,9 @@ class Trainer:
             progress = self.progress
             torch.manual_seed(step_seed(self.seed, number, progress.stage, progress.epoch, progress.step))
             return
-        torch.set_rng_state(tensors["rng"][number])
+        torch.set_rng_state(tensors["rng"][number].clone())  # a row of a larger tensor crashes torch 2.13
         if "rng_cuda" in tensors and self.device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["rng_cuda"][number], self.device)
+            torch.cuda.set_rng_state(tensors["rng_cuda"][number].clone(), self.device)
 
     def start_afresh(self) -> None:
         """Forget an earlier run's metrics and state at the same place."""

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 import multiprocessing
@@ -8,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -26,7 +27,7 @@ from fave_fast import checkpoint as checkpoints
 from fave_fast import cli, evaluate, flow, ranks, steps, train
 from fave_fast.config import Config, dump_yaml
 from fave_fast.data import Windows, load_interactions, split
-from fave_fast.errors import FailedElsewhere, InputError
+from fave_fast.errors import DataError, FailedElsewhere, InputError
 from fave_fast.evaluate import rank_targets
 from fave_fast.model import FAVE
 from fave_fast.ranks import Ranks
@@ -60,12 +61,28 @@ def work(connection: Connection) -> None:
             return
         os.environ.update(variables)
         try:
-            with ranks.joined() as joined:
-                result = function(joined, *arguments)
+            if function is command:  # which joins by itself
+                result = function(*arguments)
+            else:
+                with ranks.joined() as joined:
+                    result = function(joined, *arguments)
             connection.send((True, result))
-        except Exception as error:
-            import traceback; traceback.print_exc()
+        except (Exception, SystemExit) as error:
             connection.send((False, error))
+
+
+def command(name: str, words: list[str]) -> tuple[str, str]:
+    """What a command of the package prints to stdout and stderr."""
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as errors:
+        try:
+            code = COMMANDS[name].main(words)
+        except SystemExit as exit:
+            return out.getvalue(), f"{errors.getvalue()}{exit.code}"
+    assert code == 0
+    return out.getvalue(), errors.getvalue()
+
+
+COMMANDS: dict[str, Any] = {"train": train, "evaluate": evaluate}
 
 
 class Crew:
@@ -101,10 +118,7 @@ class Crew:
         return [result for _, result in outcomes]
 
     def close(self) -> None:
-        for _, connection in self._members:
-            connection.close()
         for process, _ in self._members:
-            process.join(10)
             process.kill()
 
 
@@ -351,32 +365,35 @@ def test_an_error_of_one_rank_is_one_of_all(crew: Crew) -> None:
     ]  # fmt: skip
 
 
-def dies(number: int, port: int, how: str) -> None:
-    """Rank 0 waits for something else, as for a GPU, rank 1 for all; rank 2 dies."""
-    os.environ.update(environment(number, 3, port))
+DIES = """
+import os, signal, sys, threading
+from fave_fast import cli, ranks
+
+def main(_):
     with ranks.joined() as here:
         here.any(False)
-        if number == 2 and how == "killed":
+        if here.number == 0:
+            threading.Event().wait()  # as for a GPU
+        if here.number == 2 and sys.argv[1] == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
-        if number == 2:
+        if here.number == 2:
             raise ValueError("no memory")
-        if number == 0:
-            threading.Event().wait()
         here.any(False)
 
-
-def ends(number: int, port: int, how: str) -> None:
-    """`dies` as a command."""
-    cli.run(lambda _: dies(number, port, how) or 0)  # type: ignore[func-returns-value]
+cli.run(main)
+"""
 
 
 @pytest.mark.parametrize(("how", "code"), [("killed", -signal.SIGKILL), ("raises", 1)])
 def test_the_death_of_a_rank_ends_the_others(how: str, code: int) -> None:
+    """One that waits for something else and one that waits for the dead."""
     port = free_port()
-    script = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_ranks as t; t.ends("
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", f"{script}{number}, {port}, {how!r})"], stderr=subprocess.PIPE, text=True
+            [sys.executable, "-c", DIES, how],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **environment(number, 3, port)},
         )
         for number in range(3)
     ]
@@ -421,19 +438,15 @@ def test_each_rank_has_the_gpu_of_its_number(monkeypatch: pytest.MonkeyPatch) ->
         cli.resolve_device("auto")
 
 
-def torchrun(command: str, *options: Any) -> subprocess.Popen[str]:
-    """A command of the package by two ranks."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", free_port()]
-    words = [*launch, "-m", f"fave_fast.{command}", *options]
-    return subprocess.Popen([*map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def test_commands(tiny_log: Path, tiny_config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Train without end, Ctrl-C, evaluate: one rank speaks."""
+def test_ctrl_c(tiny_log: Path, tiny_config: Config, tmp_path: Path) -> None:
+    """Through torchrun, which hands the signal on."""
     schedule = replace(tiny_config.train, epochs=10**6, patience=10**6)
     (tmp_path / "settings.yaml").write_text(dump_yaml(replace(tiny_config, train=schedule)))
-    out = tmp_path / "model.pt"
-    process = torchrun("train", "--data", tiny_log, "--config", tmp_path / "settings.yaml", "--out", out)
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    options = ["--data", tiny_log, "--config", tmp_path / "settings.yaml", "--out", tmp_path / "model.pt"]
+    process = subprocess.Popen(
+        [sys.executable, *launch, "-m", "fave_fast.train", *options], stderr=subprocess.PIPE, text=True
+    )
     assert process.stderr is not None
     try:
         assert any(line.startswith("stage 1 epoch   1") for line in iter(process.stderr.readline, ""))
@@ -441,20 +454,38 @@ def test_commands(tiny_log: Path, tiny_config: Config, tmp_path: Path, capsys: p
         _, errors = process.communicate(timeout=SOON)
     finally:
         process.kill()
-    assert errors.count("interrupted: ") == 1
-    assert (tmp_path / "model.pt.resume").exists()
-    process = torchrun("evaluate", "--ckpt", out, "--data", tiny_log, "--json")
-    answer, errors = process.communicate(timeout=SOON)
-    assert process.returncode == 0, errors
-    assert evaluate.main(["--ckpt", str(out), "--data", str(tiny_log), "--json"]) == 0
-    results = [json.loads(text) for text in (answer, capsys.readouterr().out)]
-    assert {**results[0], "seconds": 0} == {**results[1], "seconds": 0}
-
-
-def test_bad_usage_is_said_once(tmp_path: Path) -> None:
-    process = torchrun("train", "--data", tmp_path / "no.csv", "--out", tmp_path / "model.pt")
-    _, errors = process.communicate(timeout=SOON)
-    assert [line for line in errors.splitlines() if line.startswith("error: ")] == [
-        f"error: {tmp_path / 'no.csv'}: cannot read the log: No such file or directory; expected a readable file"
+    assert [line for line in errors.splitlines() if "--resume" in line] == [
+        f"interrupted: {tmp_path / 'model.pt'} is usable as it is; --resume with the same options goes on"
     ]
-    assert "exitcode  : 2" in errors
+    assert checkpoints.load(tmp_path / "model.pt").facts["best_epoch"] >= 1
+    assert (tmp_path / "model.pt.resume").exists()
+
+
+def test_evaluate_s_figures_are_one_process_s_and_printed_once(
+    crew: Crew, tiny_checkpoint: Path, tiny_log: Path
+) -> None:
+    words = ["--ckpt", str(tiny_checkpoint), "--data", str(tiny_log), "--json", "--batch-size", "7"]
+    [(alone, _)] = crew.run(1, command, "evaluate", words)
+    (first, _), *others = crew.run(3, command, "evaluate", words)
+    assert {**json.loads(first), "seconds": 0} == {**json.loads(alone), "seconds": 0}
+    assert others == [("", "")] * 2
+
+
+def test_bad_usage_is_said_once(crew: Crew, tmp_path: Path) -> None:
+    files = ["--data", str(tmp_path / "no.csv"), "--out", str(tmp_path / "model.pt")]
+    (_, first), *others = crew.run(2, command, "train", [*files, "--frobnicate"])
+    assert first == "python -m fave_fast.train: error: unrecognized arguments: --frobnicate (see --help)\n2"
+    assert others == [("", "2")]
+    outcomes = crew.outcomes(2, command, "train", files)
+    assert [type(error) for _, error in outcomes] == [DataError, FailedElsewhere]
+    assert str(outcomes[0][1]).startswith(f"{tmp_path / 'no.csv'}: cannot read the log")
+
+
+def test_another_rank_s_error_is_not_said_again(capsys: pytest.CaptureFixture[str]) -> None:
+    def failing(_: Any) -> int:
+        raise FailedElsewhere("rank 0: no such file")
+
+    with pytest.raises(SystemExit) as ended:
+        cli.run(failing)
+    assert ended.value.code == 2
+    assert capsys.readouterr() == ("", "")
