@@ -12,7 +12,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -59,8 +58,7 @@ def time_us(call: Callable[[], object]) -> Time:
         start = time.perf_counter()
         call()
         times.append(1e6 * (time.perf_counter() - start))
-    tenths = statistics.quantiles(times, n=10)
-    return Time(statistics.median(times), tenths[1], tenths[7])
+    return Time.of(times)
 
 
 class Step(nn.Module):

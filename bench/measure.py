@@ -1,19 +1,24 @@
 """How everything here is timed, and the floor that a time is compared with.
 
-Times are those of device events around one CUDA-graph replay (launch gaps of Python excluded), the L2 cache flushed
-before each, as a median with the 20th and 80th percentile over many replays.
+`time_us`: device events around one CUDA-graph replay (launch gaps of Python excluded), the L2 cache flushed before each
+or not. `host_us`: the wall clock around one call, answer on the host included. Both: a median with the 20th, 80th and
+99th percentile over many repeats, after calls that warm up and are not counted.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import statistics
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
+import numpy as np
 import torch
 
-# Measured ceilings: copy (read plus write), read only, bf16 matrix product. A GPU that is not listed gets no floor.
+COLD, WARM, HOST = "device, cold L2", "device, warm L2", "host to host, warm"  # clocks
+
+# Measured ceilings: bytes read a second, bf16 product. For what is not listed, `ceilings` measures them.
 CEILINGS: dict[str, dict[str, float]] = {
     "NVIDIA H200": {"bytes": 4.35e12, "bf16": 740e12},
     "NVIDIA H100 80GB HBM3": {"bytes": 3.0e12, "bf16": 740e12},
@@ -27,6 +32,12 @@ class Time:
     median: float
     p20: float
     p80: float
+    p99: float
+
+    @classmethod
+    def of(cls, times: Sequence[float]) -> Time:
+        """Of single calls, in microseconds."""
+        return cls(*(float(value) for value in np.percentile(times, (50, 20, 80, 99))))
 
 
 @dataclass(frozen=True)
@@ -39,6 +50,14 @@ class Row:
     time: Time
     floor_bytes: int = 0
     floor_operations: int = 0
+    clock: str = COLD
+    prepared_s: float | None = None  # compiling, capturing, building an index: before anything was timed
+    peak_bytes: int | None = None  # memory beyond what was there before, at its peak
+
+    @property
+    def ours(self) -> bool:
+        """Whether this package did it: `who` begins with one of its backends, or with its name."""
+        return self.who.replace(",", " ").split()[0] in ("triton", "cpp", "fused", "fave_fast")
 
     def floor_us(self, gpu: str) -> float | None:
         """The larger of the two floors in microseconds, or None on a GPU without known ceilings."""
@@ -78,9 +97,39 @@ def time_us(call: Callable[[], object], repeats: int = 60, graph: bool = True, c
         run()
         stop.record()
     torch.cuda.synchronize()
-    times = sorted(1e3 * start.elapsed_time(stop) for start, stop in spans)
-    tenths = statistics.quantiles(times, n=10)
-    return Time(statistics.median(times), tenths[1], tenths[7])
+    return Time.of([1e3 * start.elapsed_time(stop) for start, stop in spans])
+
+
+def host_us(call: Callable[[int], object], seconds: float = 1.0, least: int = 20, most: int = 5000) -> Time:
+    """Time `call`, which gets the number of the call and waits for its answer, by the wall clock."""
+    for at in range(3):
+        call(at)
+    begun, times = time.perf_counter(), []
+    while len(times) < least or (time.perf_counter() - begun < seconds and len(times) < most):
+        started = time.perf_counter()
+        call(len(times))
+        times.append(1e6 * (time.perf_counter() - started))
+    return Time.of(times)
+
+
+@cache
+def ceilings(device: str) -> dict[str, float]:
+    """Bytes that can be read a second, and operations of a product (bf16 on a GPU, fp32 on a CPU), here and now.
+
+    By the fastest of a few sums over more memory than any cache holds, and of a few square products.
+    """
+    on_gpu = device == "cuda"
+    words = torch.ones((1 << 30) if on_gpu else (1 << 27), dtype=torch.float32, device=device)
+    side = 8192 if on_gpu else 1536
+    square = torch.randn(side, side, device=device, dtype=torch.bfloat16 if on_gpu else torch.float32)
+
+    def fastest(call: Callable[[], object]) -> float:
+        if on_gpu:
+            return time_us(call, 10, graph=False, cold=False).p20
+        return host_us(lambda _: call(), 0.3, least=5).p20
+
+    read, product = fastest(words.sum), fastest(lambda: torch.mm(square, square))
+    return {"bytes": 1e6 * words.nbytes / read, "bf16" if on_gpu else "fp32": 1e6 * 2 * side**3 / product}
 
 
 def table(rows: list[Row], gpu: str) -> str:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.measure import Row, table, time_us
+from bench.measure import COLD, WARM, Row, table, time_us
 from fave_fast.ops import Exclusions, score_topk
 from fave_fast.ops.score_topk import workspace_bytes
 
@@ -73,17 +74,18 @@ def check(batch: int, items: Tensor, exclude: Exclusions | None) -> None:
         raise AssertionError(f"lists of {batch} rows among {len(items) - 1} items are not the reference's")
 
 
-def measure(batch: int, items: Tensor) -> Iterator[Row]:
-    """Ours with and without exclusions, matmul + topk, and the product alone."""
+def measure(batch: int, items: Tensor, cold: bool = True) -> Iterator[Row]:
+    """Ours with and without exclusions, matmul + topk, and the product alone, from a cold L2 cache or a warm one."""
     n = len(items) - 1
     queries = torch.randn(batch, D, device="cuda").to(items.dtype)
     kinds: list[tuple[str, Exclusions | None]] = [("triton", None)]
     if (n, batch) in WITH_EXCLUSIONS:
         kinds.append((f"triton, {EXCLUDED} excluded a row", exclusions(batch, n)))
     case = f"B {batch}, N {n}, bfloat16"
-    size = {
+    size: dict[str, Any] = {
         "floor_bytes": (n + batch) * D * items.dtype.itemsize + batch * K * 12,
         "floor_operations": 2 * batch * n * D,
+        "clock": COLD if cold else WARM,
     }
     for who, some in kinds:
         check(batch, items, some)
@@ -96,18 +98,18 @@ def measure(batch: int, items: Tensor) -> Iterator[Row]:
         ) -> None:
             score_topk(queries, items, K, some, out=out, workspace=workspace, backend="triton")
 
-        yield Row("score_topk", case, who, time_us(ours), **size)
+        yield Row("score_topk", case, who, time_us(ours, cold=cold), **size)
         del out, workspace, ours
     slow = batch * n > SLOW
     repeats = 5 if slow else 30
     scores = torch.empty(batch, n, dtype=items.dtype, device="cuda")
-    alone = time_us(lambda: torch.mm(queries, items[1:].T, out=scores), repeats, graph=not slow)
+    alone = time_us(lambda: torch.mm(queries, items[1:].T, out=scores), repeats, not slow, cold)
     yield Row("score_topk", case, "torch.mm alone", alone, **size)
-    peer = time_us(lambda: torch.mm(queries, items[1:].T, out=scores).topk(K), repeats, graph=not slow)
+    peer = time_us(lambda: torch.mm(queries, items[1:].T, out=scores).topk(K), repeats, not slow, cold)
     yield Row("score_topk", case, "torch.mm + topk", peer, **size)
     top_k = flashinfer_top_k()
     if top_k is not None:
-        other = time_us(lambda: top_k(torch.mm(queries, items[1:].T, out=scores), K), repeats, graph=not slow)
+        other = time_us(lambda: top_k(torch.mm(queries, items[1:].T, out=scores), K), repeats, not slow, cold)
         yield Row("score_topk", case, "torch.mm + FlashInfer top_k", other, **size)
 
 

@@ -583,9 +583,13 @@ def soak(
     threads: int,
     change_every: float,
     largest: int,
+    alone: bool = True,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Run it; what was found, ready for JSON, with "ok"."""
+    """Run it; what was found, ready for JSON, with "ok".
+
+    Unless `alone`, other processes use the device: how much of its memory is taken is not judged.
+    """
     tally, book = Tally(), Book(first_catalogue(recommender, reference))
     deny = [*recommender.checkpoint.item_ids.ids[5:200:7], "never-there"]
     batchers = [MicroBatcher(recommender, max_queue=64 * threads, deny=denied) for denied in (None, deny)]
@@ -608,7 +612,7 @@ def soak(
     else:
         for batcher in batchers:
             batcher.close()
-    return _report(tally, recommender, batchers, series, min(60.0, seconds / 3), elapsed)
+    return _report(tally, recommender, batchers, series, min(60.0, seconds / 3), elapsed, alone)
 
 
 def _watch(
@@ -633,8 +637,11 @@ def _report(
     series: Sequence[Memory],
     warm: float,
     elapsed: float,
+    alone: bool,
 ) -> dict[str, Any]:
     grown = growth(series, warm)
+    if not alone:
+        grown.pop("device", None)
     errors = list(tally.errors)
     errors += [f"{name} memory grew by {mib} MiB" for name, mib in grown.items() if mib > BOUNDS_MIB[name]]
     if not tally.counts["checked"]:
@@ -659,7 +666,7 @@ def _batcher_report(found: Statistics) -> dict[str, Any]:
     return report | {"waits_us": dict(found.waits_us)}
 
 
-def _return_freed_memory() -> None:
+def return_freed_memory() -> None:
     """Have the C library give large blocks back when they are freed; its heaps, one a thread, would keep them."""
     with contextlib.suppress(AttributeError, OSError):  # another library than glibc
         mallopt = ctypes.CDLL(None).mallopt
@@ -677,6 +684,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--largest", type=whole_number(1), default=512, help="histories of a direct call, at most")
     parser.add_argument("--change-every", type=float, default=0.25, help="seconds; 0: the catalogue stays")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--beside-others", action="store_true", help="other processes use the device's memory, too")
     parser.add_argument("--dtype", default="fp32", choices=sorted(DTYPES))
     parser.add_argument("--backend", default="auto", choices=BACKENDS)
     return parser
@@ -685,7 +693,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     arguments = _parser().parse_args(argv)
-    _return_freed_memory()
+    return_freed_memory()
     device, dtype = resolve_device(arguments.device), DTYPES[arguments.dtype]
     checkpoint = random_checkpoint() if arguments.ckpt is None else checkpoints.load(arguments.ckpt)
     recommender = Recommender(checkpoint, device=device, dtype=dtype, backend=arguments.backend)
@@ -699,6 +707,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         threads=arguments.threads,
         change_every=arguments.change_every,
         largest=arguments.largest,
+        alone=not arguments.beside_others,
     )
     for error in result["errors"]:
         print(error, file=sys.stderr)

@@ -1,9 +1,9 @@
-"""A training step of either stage: samples a second, milliseconds, and device memory at its peak.
+"""A training step of either stage: microseconds, and device memory at its peak.
 
-`python -m bench.training [--data FILE]`, on a GPU. Case `L 50` is B = 512 histories of 50 items, 12,101 items, four
-blocks, dropout 0.3, bf16; case `Beauty` the full batches of an epoch of its log, the network the same. A step is
-everything from the windows' places on the host to changed weights; times are wall-clock over many steps, the device
-waited for at the end.
+`python -m bench.training [--data FILE]`, meant for a GPU. Case `L 50` is B = 512 histories of 50 items, 12,101 items,
+four blocks, dropout 0.3, bf16; case `Beauty` the full batches of an epoch of its log, the network the same. A step is
+everything from the windows' places on the host to changed weights; times are wall-clock over rounds of steps, the
+device waited for at the end of each.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bench.cpu import processor
+from bench.measure import Row, Time
 from fave_fast import dual, losses
 from fave_fast.config import Config
 from fave_fast.data import IdMap, Interactions, Windows, load_interactions, split
@@ -29,6 +31,8 @@ from fave_fast.steps import FusedSteps, ReferenceSteps, Steps
 from fave_fast.train import epoch_batches, make_optimiser
 
 B, L, N = 512, 50, 12_101
+CLOCK = "wall clock, over rounds of steps"
+PEERS = ("torch.func.jvp", "compiled dual", "torch.compile")
 Batch = tuple[np.ndarray, np.ndarray]
 
 
@@ -52,9 +56,9 @@ def real(path: Path) -> tuple[Interactions, Config, list[Batch]]:
     return data, config, [windows.positions(part) for part in numbers if len(part) == B]
 
 
-def make(kind: str, stage: int, data: Interactions, config: Config) -> Steps:
+def make(kind: str, stage: int, data: Interactions, config: Config, device: torch.device) -> Steps:
     torch.manual_seed(0)
-    model = FAVE(config.model, data.num_items).cuda().train()
+    model = FAVE(config.model, data.num_items).to(device).train()
     model.item_embedding.weight.requires_grad_(stage == 1)
     fused = kind.startswith("fused")
     dtype = torch.float32 if kind.endswith("fp32") else torch.bfloat16
@@ -80,23 +84,28 @@ def jvp(
     return Prediction(result[0], result[2]), result[1]
 
 
-def measure(steps: Steps, batches: list[Batch], seconds: float) -> tuple[float, float | None]:
-    """Samples a second, and GiB at the peak, None of captured steps, whose memory the allocator does not count."""
-    # Twice over what is to be timed: once to compile, once to capture.
-    for _ in range(2):
-        for seed, batch in enumerate(batches):
-            steps.take(*batch, seed)
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    started, samples = time.perf_counter(), 0
-    while time.perf_counter() - started < seconds:
-        for seed, batch in enumerate(batches):
-            steps.take(*batch, seed)
-            samples += len(batch[0])
-        torch.cuda.synchronize()
-    speed = samples / (time.perf_counter() - started)
+def measure(steps: Steps, batches: list[Batch], seconds: float) -> tuple[Time, int | None]:
+    """A step's time, over rounds of all batches, and bytes at the peak.
+
+    None for captured steps, whose memory the allocator does not count, and on a CPU.
+    """
+    on_gpu = torch.cuda.is_available()
     captured = isinstance(steps, FusedSteps) and steps.capture
-    return speed, None if captured else torch.cuda.max_memory_allocated() / 2**30
+    # Twice over what is to be timed: once to compile, once to capture.
+    for _ in range(2 if on_gpu else 1):
+        for seed, batch in enumerate(batches):
+            steps.take(*batch, seed)
+    if on_gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    begun, times = time.perf_counter(), []
+    while not times or time.perf_counter() - begun < seconds:
+        started = time.perf_counter()
+        for seed, batch in enumerate(batches):
+            loss = steps.take(*batch, seed)
+        float(loss)  # the device is done
+        times.append(1e6 * (time.perf_counter() - started) / len(batches))
+    return Time.of(times), torch.cuda.max_memory_allocated() if on_gpu and not captured else None
 
 
 def check() -> None:
@@ -167,53 +176,88 @@ def cases(data: Path | None) -> Iterator[tuple[str, tuple[Interactions, Config, 
         yield "Beauty", real(data)
 
 
+def rows(
+    data: Path | None, seconds: float, device: torch.device, absent: dict[str, str], only: Sequence[str] | None = None
+) -> Iterator[Row]:
+    """Every case, stage and contender; who cannot run is entered in `absent` with its reason.
+
+    On a CPU, where nothing of the fused path runs, smaller batches through the reference network.
+    """
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        check()
+    else:
+        absent["fused"] = "its steps are captured in CUDA graphs, and this is a CPU"
+
+    def row(case: str, stage: int, who: str, steps: Steps, batches: list[Batch]) -> Iterator[Row]:
+        case = f"B {len(batches[0][0])}, {case}, stage {stage}"
+        if only is not None and who not in only:
+            return
+        started = time.perf_counter()
+        try:
+            spent, memory = measure(steps, batches, seconds)
+        except Exception as error:  # a peer that does not run says so
+            absent[f"{who}, {case}"] = f"{type(error).__name__}: {str(error)[:300]}"
+            return
+        seconds_before = time.perf_counter() - started - seconds
+        named = who if on_gpu or who in PEERS else f"fave_fast {who}"
+        yield Row("training_step", case, named, spent, clock=CLOCK, prepared_s=seconds_before, peak_bytes=memory)
+
+    made = list(cases(data)) if on_gpu else [("L 50", full_length())]
+    kinds = ("fused", "fused, no graph", "eager", "fused, fp32", "eager, fp32") if on_gpu else ("eager", "eager, fp32")
+    for case, (log, config, batches) in made:
+        for stage in (1, 2):
+            for who in kinds:
+                some = batches if who == "fused" or who == "fused, fp32" else batches[:8]
+                yield from row(case, stage, who, make(who, stage, log, config, device), _some(some, device))
+    if on_gpu:
+        log, config, batches = full_length(1_000_000)
+        yield from row("L 50, N 1000000", 1, "fused", make("fused", 1, log, config, device), batches)
+    log, config, batches = made[0][1]
+    explicit, plain = losses.predict_with_tangent, "eager" if on_gpu else "eager, fp32"
+    forms: dict[str, Callable[..., Any]] = {"torch.func.jvp": jvp, "compiled dual": torch.compile(dual.predict)}
+    for who, form in forms.items():
+        losses.predict_with_tangent = form
+        try:
+            yield from row("L 50", 2, who, make(plain, 2, log, config, device), _some(batches, device))
+        finally:
+            losses.predict_with_tangent = explicit
+    steps = make(plain, 1, log, config, device)
+    assert isinstance(steps, ReferenceSteps)
+    steps.model.forward = torch.compile(steps.model.forward)
+    yield from row("L 50", 1, "torch.compile", steps, _some(batches, device))
+
+
+def _some(batches: list[Batch], device: torch.device) -> list[Batch]:
+    """All of them, on a CPU the first users of one."""
+    return batches if device.type == "cuda" else [(batches[0][0][:32], batches[0][1][:32])]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--data", type=Path, help="Beauty's log")
     parser.add_argument("--seconds", type=float, default=1.0, help="of each timing")
     parser.add_argument("--only", help="leave out who is not among these, a / between two")
-    parser.add_argument("--profile", action="store_true", help="also list the kernels of each step")
+    parser.add_argument("--profile", action="store_true", help="list the kernels of steps launched one by one instead")
     arguments = parser.parse_args()
-    check()
-    rows: list[dict[str, Any]] = []
-
-    def row(case: str, stage: int, who: str, steps: Steps, batches: list[Batch]) -> None:
-        if arguments.only is not None and who not in arguments.only.split("/"):
-            return
-        try:
-            speed, memory = measure(steps, batches, arguments.seconds)
-        except Exception as error:  # a peer that does not run says so
-            print(f"{case}, stage {stage}, {who}: {type(error).__name__}: {str(error)[:300]}", flush=True)
-            return
-        rows.append({"case": case, "stage": stage, "who": who, "samples_per_second": speed, "peak_gib": memory})
-        peak = "" if memory is None else f"{memory:6.2f} GiB"
-        print(f"{case:9} stage {stage} {who:24} {speed:12,.0f} samples/s {1e3 * B / speed:8.3f} ms {peak}", flush=True)
-
-    made = list(cases(arguments.data))
-    for case, (log, config, batches) in made:
-        for stage in (1, 2):
-            for who in ("fused", "fused, no graph", "eager", "fused, fp32", "eager, fp32"):
-                some = batches if who.startswith("fused") and "no" not in who else batches[:8]
-                row(case, stage, who, make(who, stage, log, config), some)
-            if arguments.profile:
-                print(profile(make("fused, no graph", stage, log, config), batches[0]), flush=True)
-                if stage == 1 and arguments.only is None:
-                    print("eager:\n" + profile(make("eager", stage, log, config), batches[0]), flush=True)
-    log, config, batches = full_length(1_000_000)
-    row("1 M items", 1, "fused", make("fused", 1, log, config), batches)
-    log, config, batches = made[0][1]
-    explicit = losses.predict_with_tangent
-    forms: list[tuple[int, str, Callable[..., Any]]] = [(2, "torch.func.jvp", jvp)]
-    forms.append((2, "compiled dual", torch.compile(dual.predict)))
-    for stage, who, form in forms:
-        losses.predict_with_tangent = form
-        row("L 50", stage, who, make("eager", stage, log, config), batches)
-    losses.predict_with_tangent = explicit
-    steps = make("eager", 1, log, config)
-    assert isinstance(steps, ReferenceSteps)
-    steps.model.forward = torch.compile(steps.model.forward)
-    row("L 50", 1, "torch.compile", steps, batches)
-    print(json.dumps({"gpu": torch.cuda.get_device_name(), "rows": rows}))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if arguments.profile:
+        for case, (log, config, batches) in cases(arguments.data):
+            for stage in (1, 2):
+                for who in ("fused, no graph", "eager"):
+                    print(f"{case}, stage {stage}, {who}:")
+                    print(profile(make(who, stage, log, config, device), batches[0]), flush=True)
+        return
+    absent: dict[str, str] = {}
+    found = []
+    for row in rows(arguments.data, arguments.seconds, device, absent, arguments.only and arguments.only.split("/")):
+        found.append(row)
+        peak = "" if row.peak_bytes is None else f"{row.peak_bytes / 2**30:6.2f} GiB"
+        print(f"{row.case:28} {row.who:24} {row.time.median:10.0f} us a step {peak}", flush=True)
+    for who, reason in absent.items():
+        print(f"{who}: {reason}")
+    where = torch.cuda.get_device_name() if device.type == "cuda" else processor()
+    print(json.dumps({"device": where, "rows": [row.as_dict(where) for row in found]}))
 
 
 if __name__ == "__main__":

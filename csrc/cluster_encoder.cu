@@ -38,7 +38,7 @@ class OnDevice {
 
 }  // namespace
 
-void launch_cluster_encoder(const ClusterEncoderCall& call, int tiles, int device, std::uint64_t stream) {
+void launch_cluster_encoder(const ClusterEncoderCall& call, int tiles, bool overlap, int device, std::uint64_t stream) {
   static std::atomic<bool> prepared[kDevices];
   const OnDevice here(device);
   if (device >= kDevices || !prepared[device].load(std::memory_order_acquire)) {
@@ -60,7 +60,7 @@ void launch_cluster_encoder(const ClusterEncoderCall& call, int tiles, int devic
   config.dynamicSmemBytes = sizeof(Shared);
   config.stream = reinterpret_cast<cudaStream_t>(static_cast<std::uintptr_t>(stream));
   config.attrs = attributes;
-  config.numAttrs = 2;
+  config.numAttrs = overlap ? 2 : 1;
   check(cudaLaunchKernelEx(&config, encode_kernel, call), "launch");
 }
 

@@ -32,7 +32,8 @@ struct ClusterEncoderCall {
 };
 
 // Launches on `stream` (cudaStream_t) of `device` and returns. No history has more than 16 * tiles items; `tiles` is 1,
-// 2 or 4. Throws std::runtime_error with the runtime's error.
-void launch_cluster_encoder(const ClusterEncoderCall& call, int tiles, int device, std::uint64_t stream);
+// 2 or 4. With `overlap` the launch before it, which is a kernel's, need not have ended. Throws std::runtime_error with
+// the runtime's error.
+void launch_cluster_encoder(const ClusterEncoderCall& call, int tiles, bool overlap, int device, std::uint64_t stream);
 
 }  // namespace fave_fast

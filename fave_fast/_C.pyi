@@ -68,6 +68,7 @@ def encode_cluster(
     rotary: bool,
     causal: bool,
     tiles: int,
+    overlap: bool,
     device: int,
     stream: int,
 ) -> None: ...

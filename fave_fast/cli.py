@@ -21,6 +21,7 @@ from fave_fast.data import Interactions, load_interactions
 from fave_fast.errors import FailedElsewhere, InputError
 from fave_fast.model import DTYPES
 from fave_fast.ops import BACKENDS
+from fave_fast.profiling import TRACED_STEPS
 
 FORMATS = ("auto", "inter", "csv", "parquet", "jsonl", "npz", "movielens", "amazon", "steam")
 
@@ -88,6 +89,12 @@ def add_run_options(parser: argparse.ArgumentParser, dtype_help: str) -> None:
     """Options of every command that runs the network."""
     add_device_options(parser, dtype_help)
     parser.add_argument("--backend", default="auto", choices=BACKENDS, help="who computes the catalogue operations")
+
+
+def add_profile_option(parser: argparse.ArgumentParser) -> None:
+    """Where a trace goes."""
+    what = f"folder for a torch.profiler trace of the first steps or batches, up to {TRACED_STEPS}"
+    parser.add_argument("--profile", metavar="DIR", help=what)
 
 
 def whole_number(least: int) -> Callable[[str], int]:

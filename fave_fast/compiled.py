@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fave_fast.one_step import OneStep
 
-Mode = Literal["max-autotune", "reduce-overhead"]
+Mode = Literal["default", "max-autotune", "reduce-overhead"]
 
 
 @dataclass(frozen=True)

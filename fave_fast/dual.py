@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from fave_fast.model import FAVE, Block, Dropout, Prediction, RMSNorm, TimeEmbedding, rotate
 from fave_fast.ops.attention import softmax_attention
 from fave_fast.ops.block import gelu_dual, linear_dual, norm_dual
+from fave_fast.profiling import ranged
 
 Pair = tuple[Tensor, Tensor]
 
 
+@ranged("fave/jvp")
 def predict(
     model: FAVE, history: Tensor, x_t: Tensor, t: Tensor, r: Tensor, lam: Tensor, v: Tensor
 ) -> tuple[Prediction, Tensor]:

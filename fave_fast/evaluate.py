@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,6 +29,7 @@ from fave_fast.metrics import CUTOFFS, coverage, intra_list_diversity, rank_metr
 from fave_fast.model import DTYPES, FAVE
 from fave_fast.ops import Exclusions, rank_count, score_topk
 from fave_fast.ops.encoder import MAX_ROWS, EncoderWeights, InputPath, Plan, encode_ids, planned_rows
+from fave_fast.profiling import Trace
 from fave_fast.ranks import ALONE, Ranks, joined
 
 LIST_LENGTH = 20
@@ -76,12 +77,14 @@ def rank_targets(
     batch_size: int | None = None,
     backend: str = "auto",
     ranks: Ranks = ALONE,
+    after_batch: Callable[[], None] = lambda: None,
 ) -> Ranking:
     """Rank the items at the flat positions `targets` [U], each given what comes before it in its sequence.
 
     The model must be in evaluation mode. `full=False` leaves out raw ranks and lists. Memory: batches of users (512 by
-    default, 4,096 on a GPU) times tiles of the catalogue, never users times items. Several ranks share the batches,
-    which are the same for any number of ranks, and so is the ranking; each gets all of it.
+    default, 4,096 on a GPU) times tiles of the catalogue, never users times items. `after_batch` is called after each.
+    Several ranks share the batches, which are the same for any number of ranks, and so is the ranking; each gets all
+    of it.
     """
     starts = target_starts(data, targets)
     table = model.item_embedding.weight
@@ -100,6 +103,7 @@ def rank_targets(
         if full:
             raw.append(rank_count(endpoint, table, wanted, backend=backend))
             lists.append(score_topk(endpoint, table, LIST_LENGTH, exclude, backend=backend)[1])
+        after_batch()
 
     def whole(parts: list[Tensor], *width: int) -> Tensor:
         """Int64 [U, ...] of all ranks."""
@@ -172,6 +176,7 @@ def evaluate(
     batch_size: int | None = None,
     backend: str = "auto",
     ranks: Ranks = ALONE,
+    after_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """All figures of one split as a plain dictionary, the object that `--json` prints; the same on each of `ranks`.
 
@@ -183,7 +188,9 @@ def evaluate(
     parts = split(data, config.data)
     targets = parts.val if split_name == "val" else parts.test
     model = checkpoint.build_model().to(device, dtype)
-    ranking = rank_targets(model, config, data, targets, batch_size=batch_size, backend=backend, ranks=ranks)
+    ranking = rank_targets(
+        model, config, data, targets, batch_size=batch_size, backend=backend, ranks=ranks, after_batch=after_batch
+    )
     if ranking.raw is None or ranking.lists is None:
         raise AssertionError("a full ranking has raw ranks and lists")
     return {
@@ -222,13 +229,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=cli.whole_number(1), default=argparse.SUPPRESS, help=users)
     cli.add_log_options(parser)
     cli.add_run_options(parser, "of weights and scores")
+    cli.add_profile_option(parser)
     with joined() as ranks:
         with ranks.together():
             arguments = parser.parse_args(argv)
             device = cli.resolve_device(arguments.device)
             checkpoint = checkpoints.load(arguments.ckpt)
             data = _log_of(checkpoint, arguments)
-        with ranks.together():  # what can be wrong now is the same on all ranks
+            trace = Trace(arguments.profile if ranks.first else None, "evaluate")
+        with ranks.together(), trace:  # what can be wrong now is the same on all ranks
             result = evaluate(
                 checkpoint,
                 data,
@@ -238,7 +247,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 batch_size=getattr(arguments, "batch_size", None),
                 backend=arguments.backend,
                 ranks=ranks,
+                after_batch=trace.step,
             )
+        cli.say_decisions(trace.notes())
         if ranks.first:
             print(json.dumps(result) if arguments.json else table(result))
     return 0

@@ -21,6 +21,7 @@ from fave_fast.model import FAVE, Block, Prediction, RMSNorm
 from fave_fast.ops.attention import Tables, rotary_by_age
 from fave_fast.ops.block import BlockDropout, BlockWeights, block, block_dual
 from fave_fast.ops.input_modulation import Drawn, Draws, Times, input_modulation, input_modulation_dual
+from fave_fast.profiling import ranged
 
 _EIGHT = 8  # elements of 16 bits that a matrix product wants rows to be multiples of
 
@@ -41,6 +42,7 @@ class Packed:
         return self.offsets[1:] - 1
 
 
+@ranged("fave/input")
 def pack(items: Tensor, starts: Tensor, ends: Tensor, max_length: int, rows: int, fillers: int) -> Packed:
     """The last `max_length` items of items[start:end] for each history; on the tensors' device, without waiting for it.
 
@@ -101,6 +103,7 @@ class Network:
         h, source = self._blocks((e,))
         return Prediction(_normed(model.final_norm, h[0][: packed.count].to(x_t.dtype)), source)
 
+    @ranged("fave/jvp")
     def predict_with_tangent(self, x_t: Tensor, t: Tensor, r: Tensor, v: Tensor) -> tuple[Prediction, Tensor]:
         """`predict`, and the endpoint's derivative [B, D] along [v, 1, 0]."""
         packed, model = self.packed, self.model

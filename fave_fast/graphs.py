@@ -26,12 +26,14 @@ from fave_fast.ops.encoder import OP as ENCODER
 from fave_fast.ops.score_topk import OP as SCORE_TOPK
 from fave_fast.ops.score_topk import beyond_kernels, workspace_bytes
 from fave_fast.ops.tuning import launches_overlap, multiprocessors
+from fave_fast.profiling import ranged
 from fave_fast.submit import Completion, Submission
 
 if TYPE_CHECKING:
     from fave_fast import _C
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+_ITEMS_EACH, _MORE_ITEMS = 64, 1024
 SMALL_BATCH = 8  # histories; up to here the cluster kernel answers sooner than one program a history
 
 Ints = npt.NDArray[np.int64]
@@ -98,6 +100,7 @@ class Step:
             return None
         return Plan.empty(users, planned_rows(self.weights.model.config.max_length), device)
 
+    @ranged("fave/step")
     def __call__(
         self,
         ids: Tensor,
@@ -110,6 +113,7 @@ class Step:
         endpoint: Tensor | None = None,
         out: tuple[Tensor, Tensor] | None = None,
         workspace: Tensor | None = None,
+        overlap: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Scores float32 [B, K] and ids int64 [B, K], as `score_topk`; arguments as there and in `encode_ids`.
 
@@ -117,12 +121,15 @@ class Step:
         """
         plan = plan or self.plan(len(offsets) - 1)
         if plan is not None:
-            plan.refill(offsets)
+            plan.refill(offsets, overlap)
         endpoint = encode_ids(
             self.weights, self.path, ids, offsets, plan=plan, out=endpoint,
-            backend=self.encoder_backend(len(offsets) - 1),
+            backend=self.encoder_backend(len(offsets) - 1), overlap=overlap,
         )  # fmt: skip
-        return score_topk(endpoint, self.table, k, exclude, deny, out=out, workspace=workspace, backend=self.backend)
+        return score_topk(
+            endpoint, self.table, k, exclude, deny,
+            out=out, workspace=workspace, backend=self.backend, overlap=overlap,
+        )  # fmt: skip
 
 
 class _Request:
@@ -158,6 +165,7 @@ class CapturedStep:
         line = submission.completion.line
         self._request = None if line is None else self._native(line)
 
+    @ranged("fave/step")
     def run(self, histories: Histories, exclude: bool) -> tuple[Floats, Ints]:
         """Scores float32 [B, K] and item numbers int64 [B, K], 0 where a list ends early.
 
@@ -207,25 +215,24 @@ class StepGraphs:
     Attributes:
         k: K of the lists.
         batches: the batch sizes, ascending.
-        items_each: items that a graph holds for each user of its batch; they may be spread unevenly.
     """
 
-    def __init__(self, step: Step, k: int, batches: Sequence[int] = BATCHES, items_each: int = 64) -> None:
+    def __init__(self, step: Step, k: int, batches: Sequence[int] = BATCHES) -> None:
         """Capture, the largest first; waits for the device.
 
         Raises:
             BackendError: the step's backend cannot run here.
         """
-        self.k, self.batches, self.items_each = k, tuple(sorted(batches)), items_each
+        self.k, self.batches = k, tuple(sorted(batches))
         self._step = step
         self._lock = threading.Lock()
         table = step.table
         device, most = table.device, self.batches[-1]
-        words = (2 * (most + 1) + most * items_each, 3 * most * k)
+        words = (2 * (most + 1) + self.items(most), 3 * most * k)
         self._request_host, self._response_host = (torch.zeros(n, dtype=torch.int32).pin_memory() for n in words)
         self._request, self._response = (torch.zeros(n, dtype=torch.int32, device=device) for n in words)
         self._endpoint = torch.zeros(most, table.shape[1], dtype=table.dtype, device=device)
-        sizes = [workspace_bytes(self._endpoint[:b], table, k, b * items_each) for b in self.batches]
+        sizes = [workspace_bytes(self._endpoint[:b], table, k, self.items(b)) for b in self.batches]
         self._workspace = torch.empty(max(sizes), dtype=torch.uint8, device=device)
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._completion = Completion(self._stream)
@@ -233,31 +240,44 @@ class StepGraphs:
         self._pool = torch.cuda.graph_pool_handle()
         self._captured = {batch: self._capture(batch) for batch in reversed(self.batches)}
 
-    def fitting(self, histories: Histories) -> CapturedStep | None:
-        """The smallest graph that takes these histories."""
+    @staticmethod
+    def items(batch: int) -> int:
+        """How many items in all the graph of `batch` histories holds, spread as they come.
+
+        All of them are excluded from the lists, though only the last L of a history are read: one history of a thousand
+        items is no reason to take a graph for sixteen.
+        """
+        return _ITEMS_EACH * batch + _MORE_ITEMS
+
+    def batch_of(self, histories: Histories) -> int | None:
+        """The batch of the smallest graph that takes these histories, or None."""
         users, items = len(histories.offsets) - 1, len(histories.ids)
-        for batch in self.batches:
-            if batch >= users and batch * self.items_each >= items:
-                return self._captured[batch]
-        return None
+        return next((batch for batch in self.batches if batch >= users and self.items(batch) >= items), None)
+
+    def fitting(self, histories: Histories) -> CapturedStep | None:
+        """The smallest graph that takes these histories, or None."""
+        batch = self.batch_of(histories)
+        return None if batch is None else self._captured[batch]
 
     def _capture(self, batch: int) -> CapturedStep:
         from fave_fast.kernels.submit import carry
 
-        items = batch * self.items_each
-        host, request = (_Request(words, batch, items) for words in (self._request_host, self._request))
+        host, request = (_Request(words, batch, self.items(batch)) for words in (self._request_host, self._request))
         response_host, response = (_Response(words, batch, self.k) for words in (self._response_host, self._response))
         pdl = launches_overlap(self._step.table.device)
         exclude = Exclusions(request.ids, request.exclude_offsets)
-        plan, endpoint = self._step.plan(batch), self._endpoint[:batch]
+        endpoint = self._endpoint[:batch]
 
         def work() -> None:
             self._step(
                 request.ids, request.offsets, exclude, self.k,
                 plan=plan, endpoint=endpoint, out=(response.scores, response.ids), workspace=self._workspace,
+                overlap=True,
             )  # fmt: skip
 
         with torch.cuda.stream(self._stream), torch.no_grad():
+            # Taken here: memory that another thread's kernels have yet to read may be free on the stream outside.
+            plan = self._step.plan(batch)
             carry(host.words, request.words, pdl=False)
             work()  # compiles what is not compiled yet, on the histories of no request
             self._stream.synchronize()

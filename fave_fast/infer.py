@@ -24,6 +24,7 @@ from fave_fast.errors import DataError, InputError
 from fave_fast.files import check_writable, replacing
 from fave_fast.graphs import BATCHES
 from fave_fast.model import DTYPES
+from fave_fast.profiling import Trace
 
 _JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
 _LATENCY_REQUESTS = 200
@@ -237,7 +238,7 @@ def _sink(output: str | None) -> Iterator[_Sink]:
                 yield _Sink(file)
 
 
-def _answer_all(recommender: Recommender, arguments: argparse.Namespace) -> None:
+def _answer_all(recommender: Recommender, arguments: argparse.Namespace, trace: Trace) -> None:
     counts, started = Counts(), time.perf_counter()
     deny = read_deny(arguments.deny) if arguments.deny else None
     if deny is not None:
@@ -259,6 +260,7 @@ def _answer_all(recommender: Recommender, arguments: argparse.Namespace) -> None
                 counts.users += 1
                 counts.unknown += answer.unknown
                 counts.popular += answer.popular
+            trace.step()
     cli.say(counts.line(time.perf_counter() - started))
 
 
@@ -273,7 +275,7 @@ def sample_requests(recommender: Recommender) -> list[Request]:
     ]
 
 
-def sample_table(recommender: Recommender, k: int) -> str:
+def sample_table(recommender: Recommender, k: int, after_request: Callable[[], None] = lambda: None) -> str:
     """Lists for the sample users, and the latency of single requests on this machine."""
     requests = sample_requests(recommender)
     facts = recommender.checkpoint.facts
@@ -281,11 +283,12 @@ def sample_table(recommender: Recommender, k: int) -> str:
     shown = min(k, 8)
     for request in requests:
         (answer,) = recommender.recommend([request.history], k)
+        after_request()
         recent = ", ".join(map(str, request.history[-5:]))
         lines.append(f"user {request.user}: {len(request.history)} items, the last {recent}")
         pairs = zip(answer.items[:shown], answer.scores[:shown], strict=True)
         lines.append("  next: " + "  ".join(f"{item} ({score:.2f})" for item, score in pairs))
-    timings = latencies(recommender, [request.history for request in requests], k)
+    timings = latencies(recommender, [request.history for request in requests], k, after_request)
     p50, p95, p99 = (_duration(value) for value in np.percentile(timings, (50, 95, 99)))
     lines += ["", f"one request, history to top-{k}: p50 {p50}, p95 {p95}, p99 {p99}"]
     return "\n".join([*lines, f"({len(timings)} requests one after the other, on {recommender.device})"])
@@ -295,13 +298,19 @@ def _duration(seconds: float) -> str:
     return f"{1e3 * seconds:.2f} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.0f} us"
 
 
-def latencies(recommender: Recommender, histories: Sequence[Sequence[ItemId]], k: int) -> list[float]:
+def latencies(
+    recommender: Recommender,
+    histories: Sequence[Sequence[ItemId]],
+    k: int,
+    after_request: Callable[[], None] = lambda: None,
+) -> list[float]:
     """Seconds of single requests, one after the other, after a tenth of them to warm up."""
     timings = []
     for number in range(_LATENCY_REQUESTS + _LATENCY_REQUESTS // 10):
         started = time.perf_counter()
         recommender.recommend([histories[number % len(histories)]], k)
         timings.append(time.perf_counter() - started)
+        after_request()
     return timings[_LATENCY_REQUESTS // 10 :]
 
 
@@ -322,6 +331,7 @@ def _parser() -> cli.Parser:
     parser.add_argument("--seed", type=cli.whole_number(0), help="of what is drawn; none: as trained")
     cli.add_log_options(parser)
     cli.add_run_options(parser, "of weights and scores")
+    cli.add_profile_option(parser)
     return parser
 
 
@@ -352,10 +362,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     seconds = recommender.warmup(arguments.topk, [*(size for size in BATCHES if size < largest), largest])
     if seconds > 0:
         cli.say(f"note: one step captured for up to {largest} histories at a time, in {seconds:.2f} s")
-    if arguments.input is None:
-        print(sample_table(recommender, arguments.topk))
-    else:
-        _answer_all(recommender, arguments)
+    with Trace(arguments.profile, "infer") as trace:
+        if arguments.input is None:
+            print(sample_table(recommender, arguments.topk, trace.step))
+        else:
+            _answer_all(recommender, arguments, trace)
+    cli.say_decisions(trace.notes())
     missed = {reason: count for reason, count in recommender.batches.items() if reason != "captured"}
     if missed:
         cli.say("note: batches that were not captured: " + ", ".join(f"{missed[why]} for {why}" for why in missed))

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from fave_fast.config import ModelConfig
 from fave_fast.ops.attention import rotary_tables
+from fave_fast.profiling import ranged
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -193,6 +194,7 @@ class FAVE(nn.Module):
         with torch.no_grad():
             self.item_embedding.weight[0].zero_()
 
+    @ranged("fave/input")
     def embed_history(self, history: Tensor) -> Tensor:
         """e_s of eq. (9): history ids [B, L] -> [B, L, D], by embedding, dropout and LayerNorm."""
         embedded: Tensor = self.embedding_norm(self.embedding_dropout(self.item_embedding(history)))
@@ -208,6 +210,7 @@ class FAVE(nn.Module):
         noise = torch.randn(shape, device=device, generator=generator)
         return noise.mul_(self.config.delta).add_(self.config.delta)
 
+    @ranged("fave/input")
     def modulate(self, embedded: Tensor, x_t: Tensor, t: Tensor, r: Tensor, lam: Tensor) -> Tensor:
         """E of eq. (9): e_s [B, L, D] + lambda [B, L, D] * (x_t [B, D] + z), z from t and r [B]."""
         return embedded + lam * (x_t + self.time_features(t, r))[:, None, :]
@@ -230,6 +233,7 @@ class FAVE(nn.Module):
         ages = torch.arange(length - 1, -1, -1, device=device)
         return rotary_tables(ages, self.config.d // self.config.heads)
 
+    @ranged("fave/encoder")
     def encode(self, modulated: Tensor, present: Tensor, forward_mode: bool = False) -> Prediction:
         """E [B, L, D] and `present` bool [B, L] (False at padding) through all blocks.
 

@@ -14,6 +14,7 @@ from fave_fast.config import FlowConfig
 from fave_fast.flow import InferenceNoise, anchor_positions
 from fave_fast.model import FAVE
 from fave_fast.ops.encoder import input_constants
+from fave_fast.profiling import ranged
 
 _MIN_GROUP = 8
 _MAX_GROUP = 256
@@ -90,6 +91,7 @@ class OneStep(nn.Module):
         """
         return self.best(self.encode(history), exclude, deny)
 
+    @ranged("fave/encoder")
     def encode(self, history: Tensor) -> Tensor:
         """The endpoint [B, D] of histories [B, L]."""
         embedded = self.embedding_norm(F.embedding(history, self.table))
@@ -101,6 +103,7 @@ class OneStep(nn.Module):
         endpoint: Tensor = self.network.encode(e.to(self.table.dtype), history != 0).endpoint
         return endpoint
 
+    @ranged("fave/topk")
     def best(self, queries: Tensor, exclude: Tensor, deny: Tensor) -> tuple[Tensor, Tensor]:
         """`forward` from the endpoints [B, D] on."""
         width, most = self.table.shape[0], min(self.k, self.num_items)

@@ -23,6 +23,7 @@ from fave_fast.fused import Network, pack, rotary_of
 from fave_fast.model import FAVE
 from fave_fast.ops.adam import ClippedAdam
 from fave_fast.ops.registry import Implementation, Op, triton_kernels
+from fave_fast.profiling import ranged
 from fave_fast.ranks import ALONE, Ranks
 
 Positions = npt.NDArray[np.int64]
@@ -77,6 +78,7 @@ class ReferenceSteps:
         some_unused = min(matching, weights.alpha, weights.beta) == 0
         self._objective = self.ranks.averaged(Objective(self.model, self.config, self.stage, self.dtype), some_unused)
 
+    @ranged("fave/step")
     def take(self, starts: Positions, targets: Positions, seed: int) -> Tensor:
         """As `Steps`; all draws come from PyTorch's global generator. The mean of all ranks' losses is the batch's."""
         device = self.model.item_embedding.weight.device
@@ -122,6 +124,7 @@ class FusedSteps:
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             self._pool = torch.cuda.graph_pool_handle()
 
+    @ranged("fave/step")
     def take(self, starts: Positions, targets: Positions, seed: int) -> Tensor:
         """As `Steps`. Lambda and dropout come from `seed`, the rest from PyTorch's generator of the device."""
         device = self._items.device

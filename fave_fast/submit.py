@@ -81,7 +81,9 @@ class Completion:
             return
         from fave_fast.kernels import submit as kernels
 
-        kernels.hand_over(answer, host, self._counts, self._flag, pdl=launches_overlap(self.stream.device))
+        # In a graph a kernel starts early only behind a kernel: it says what depends on what.
+        pdl = torch.cuda.is_current_stream_capturing() and launches_overlap(self.stream.device)
+        kernels.hand_over(answer, host, self._counts, self._flag, pdl=pdl)
 
     def run(self, graph: CUDAGraph, graph_exec: int, timeout: float) -> None:
         """One run of `graph`, as in `Submission.run`."""

@@ -46,6 +46,7 @@ from fave_fast.files import check_writable, replacing
 from fave_fast.metrics import rank_metrics
 from fave_fast.model import DTYPES, FAVE
 from fave_fast.ops.rank_count import OP as RANK_COUNT
+from fave_fast.profiling import Trace
 from fave_fast.ranks import ALONE, Ranks, joined
 from fave_fast.steps import FusedSteps, ReferenceSteps, Steps, steps_for
 
@@ -54,6 +55,7 @@ _RESUME_KIND = "fave_fast training state"
 _SAMPLE_USERS = 5
 _SELECTION = "NDCG@20"
 _SAVE_SHARE = 10  # between epochs the state is written once in this many times what writing it took
+_WARM_STEPS = 10  # not traced: kernels are compiled and steps captured
 _SHOW_SECONDS = 0.5  # between two looks at the loss for the progress bar
 
 _logger = logging.getLogger(__name__)
@@ -113,11 +115,12 @@ class Trainer:
         backend: str = "auto",
         tensorboard: Callable[[str, float, int], None] | None = None,
         ranks: Ranks = ALONE,
+        after_step: Callable[[], None] = lambda: None,
     ) -> None:
         self.data, self.config, self.seed = data, config, seed
         self.out = None if out is None else check_writable(out)
         self.device = device or torch.device("cpu")
-        self.dtype, self.backend, self.tensorboard = dtype, backend, tensorboard
+        self.dtype, self.backend, self.tensorboard, self._after_step = dtype, backend, tensorboard, after_step
         self.ranks = ranks
         self._writes = out is not None and ranks.first
         self._kind = resolve_steps(self.device, dtype, backend, ranks.count)
@@ -206,6 +209,7 @@ class Trainer:
             shown = started
             for numbers in batches[done:]:
                 total += self._train_step(numbers)
+                self._after_step()
                 progress.step += 1
                 samples += len(numbers)
                 bar.update()
@@ -595,14 +599,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tensorboard", metavar="FOLDER", help="also write TensorBoard events there")
     cli.add_log_options(parser)
     cli.add_run_options(parser, "bf16 runs products in bf16 and keeps weights in fp32")
+    cli.add_profile_option(parser)
     with joined() as ranks:
         with ranks.together():
             arguments = parser.parse_args(argv)
-            trainer = _prepare(arguments, ranks)
-        return _report(trainer.run(), arguments.out)
+            trace = Trace(arguments.profile if ranks.first else None, "train", skip=_WARM_STEPS)
+            trainer = _prepare(arguments, ranks, trace)
+        with trace:
+            outcome = trainer.run()
+        cli.say_decisions(trace.notes())
+        return _report(outcome, arguments.out)
 
 
-def _prepare(arguments: argparse.Namespace, ranks: Ranks) -> Trainer:
+def _prepare(arguments: argparse.Namespace, ranks: Ranks, trace: Trace) -> Trainer:
     """The trainer at the place where its run is to begin."""
     out = check_writable(arguments.out)
     if out.resolve() == Path(arguments.data).resolve():
@@ -623,6 +632,7 @@ def _prepare(arguments: argparse.Namespace, ranks: Ranks) -> Trainer:
         backend=arguments.backend,
         tensorboard=writer,
         ranks=ranks,
+        after_step=trace.step,
     )
     cli.say_decisions(trainer.split.decisions)
     cli.say(

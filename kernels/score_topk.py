@@ -108,6 +108,7 @@ def scan(
     DENY: tl.constexpr,
     TMA: tl.constexpr,
     PDL: tl.constexpr,
+    OVERLAP: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """Group maxima [rows, tiles * BN / G], and where SPANS the maxima [rows, spans] of `tiles_of_span` tiles each.
@@ -117,6 +118,7 @@ def scan(
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
+    if OVERLAP:
         tl.extra.cuda.gdc_wait()
     GROUPS: tl.constexpr = BN // G
     row_blocks = tl.cdiv(rows, M)
@@ -516,6 +518,7 @@ def score_topk(
     group_width: int,
     scan_shapes: dict[str, int],
     finish_shapes: dict[str, int],
+    overlap: bool,
 ) -> None:
     """Write the lists of queries [B, D] over table [N + 1, D] to scores [B, k] float32 and ids [B, k] int64.
 
@@ -539,6 +542,7 @@ def score_topk(
         group_width: likewise that of groups.
         scan_shapes: M, BN, BK, num_warps, num_stages, TMA.
         finish_shapes: M, R, BK, num_warps, REGISTERS (a thread's at most, or 0), PDL.
+        overlap: `scan` too may start while what was launched before it ends, a kernel.
     """
     rows, d = queries.shape
     items = len(table) - 1
@@ -548,7 +552,6 @@ def score_topk(
     nested = spans > 0
     width = tiles_of_span * (bn // group)
     pdl = bool(finish_shapes["PDL"])
-    early = {"launch_pdl": True} if pdl else {}
     scan[(triton.cdiv(rows, m) * triton.cdiv(tiles, tiles_of_chunk),)](
         queries,
         table,
@@ -573,9 +576,10 @@ def score_topk(
         DENY=deny is not None,
         TMA=tma,
         PDL=pdl,
+        OVERLAP=overlap,
         INTERPRETED=not queries.is_cuda,
         num_warps=scan_shapes["num_warps"],
-        **early,
+        **({"launch_pdl": True} if overlap else {}),
     )
     r = min(finish_shapes["R"], triton.next_power_of_2(capacity * group))
     ranked = max(128, triton.next_power_of_2(k))
@@ -611,6 +615,6 @@ def score_topk(
         EXCLUDE=excluded is not None,
         PDL=pdl,
         num_warps=finish_shapes["num_warps"],
-        **early,
+        **({"launch_pdl": True} if pdl else {}),
         **({"maxnreg": finish_shapes["REGISTERS"]} if finish_shapes["REGISTERS"] else {}),
     )

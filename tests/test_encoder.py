@@ -371,7 +371,7 @@ def emulated(emulator: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Emulated
     """Backend cpp is the emulation; call it with how far apart the threads that take turns are."""
     strides = [1]
 
-    def launch(arguments: dict[str, int | float | bool], tiles: int, device: torch.device) -> None:
+    def launch(arguments: dict[str, int | float | bool], tiles: int, device: torch.device, overlap: bool) -> None:
         kinds = {float: ctypes.c_float, bool: ctypes.c_bool}
         numbers = ("users", "padded_length", "longest", "blocks")
 

@@ -14,7 +14,7 @@ from fave_fast.checkpoint import Checkpoint
 from fave_fast.config import Config, FlowConfig, ModelConfig
 from fave_fast.data import IdMap
 from fave_fast.engine import Recommender
-from fave_fast.graphs import BATCHES, SMALL_BATCH, Histories
+from fave_fast.graphs import BATCHES, SMALL_BATCH, Histories, Step
 from fave_fast.model import FAVE
 
 pytestmark = pytest.mark.gpu
@@ -158,6 +158,22 @@ def test_items_come_and_go_without_a_new_capture() -> None:
     assert served._graphs is not graphs
     served.best_items(*some)
     assert set(served.batches) == {"captured"}
+
+
+def test_graphs_take_memory_on_their_own_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is free on another stream may still be read there, by kernels that another thread has launched."""
+    streams, plan = [], Step.plan
+
+    def noted(step: Step, users: int) -> Any:
+        streams.append(torch.cuda.current_stream())
+        return plan(step, users)
+
+    monkeypatch.setattr(Step, "plan", noted)
+    served = recommender()
+    served.warmup(batches=(1, 256))
+    assert served._graphs is not None
+    assert streams
+    assert set(streams) == {served._graphs._stream}
 
 
 def test_many_callers_get_their_own_lists(warm: Recommender) -> None:

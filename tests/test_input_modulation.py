@@ -311,10 +311,7 @@ def test_errors_are_those_of_pytorch(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("dual", "dropout"), [(False, 0.0), (False, 0.3), (True, 0.0), (True, 0.3)])
 @pytest.mark.parametrize("d", [16, 64, 128, 256])
-def test_errors_are_those_of_pytorch_on_the_gpu(
-    d: int, dual: bool, dropout: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+def test_errors_are_those_of_pytorch_on_the_gpu(d: int, dual: bool, dropout: float, dtype: torch.dtype) -> None:
     for count, longest in ((1, 1), (1, 50), (2, 49), (3, 200), (63, 50), (132, 7), (513, 50)):
         # A norm's root is rounded once a row: of one row, equally exact code errs by more or less by chance.
         draws = 8 if count <= 3 else 1

@@ -32,6 +32,7 @@ from torch.nn import functional as F
 from fave_fast.ops.registry import Implementation, Op, interpreting, not_interpreted, triton_kernels
 from fave_fast.ops.tiles import whole_rows
 from fave_fast.ops.tuning import Shapes, tile_shapes
+from fave_fast.profiling import ranged
 
 MAX_SCORES = 1 << 26  # 256 MiB of float32; autograd keeps about four times that
 _CHUNK_SCORES = 1 << 24
@@ -40,6 +41,7 @@ _KERNEL_WIDTHS = (16, 32, 64, 128, 256)
 _Run = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
+@ranged("fave/loss")
 def cross_entropy(endpoint: Tensor, table: Tensor, targets: Tensor, *, backend: str = "auto") -> Tensor:
     """Mean over rows of log sum_j exp(e . t_j) - e . t_target, j over the items 1 to N; differentiable once.
 

@@ -24,6 +24,7 @@ from fave_fast.ops import encoder_cluster, encoder_cpu, native
 from fave_fast.ops.attention import rotary_by_age
 from fave_fast.ops.registry import Implementation, Op, interpreting, not_interpreted, triton_kernels
 from fave_fast.ops.tuning import launches_overlap, tile_shapes
+from fave_fast.profiling import ranged
 
 if TYPE_CHECKING:  # what is below imports nothing of what is above it
     from fave_fast.config import FlowConfig
@@ -179,16 +180,15 @@ class Plan:
         order, table = torch.empty(users, dtype=torch.int32), torch.empty(programs, 3, dtype=torch.int32)
         return cls(order.to(device), table.to(device), rows)
 
-    def refill(self, offsets: Tensor) -> None:
+    def refill(self, offsets: Tensor, overlap: bool = False) -> None:
         """`of` the lengths between `offsets` [B + 1], into the same memory, by one launch of a Triton kernel.
 
-        B is at most `MAX_PLANNED`.
+        B is at most `MAX_PLANNED`. `overlap` as in `encode_ids`.
         """
         from fave_fast.kernels import encoder as kernels
 
-        kernels.plan(
-            offsets, self.order, self.programs, rows=self.rows, smallest=MIN_SLOT, pdl=launches_overlap(offsets.device)
-        )
+        pdl = overlap and launches_overlap(offsets.device)
+        kernels.plan(offsets, self.order, self.programs, rows=self.rows, smallest=MIN_SLOT, pdl=pdl)
 
     def trimmed(self) -> Plan:
         """Without the programs that have no users; waits for the device."""
@@ -207,8 +207,10 @@ class _Call:
     padded_length: int | None
     plan: Plan | None
     out: Tensor
+    overlap: bool
 
 
+@ranged("fave/encoder")
 @torch.no_grad()
 def encode(
     weights: EncoderWeights,
@@ -245,9 +247,10 @@ def encode(
     if e.dtype not in (weights.matrices.dtype, torch.float32):
         raise ValueError(f"e is {e.dtype}; expected {weights.matrices.dtype} or torch.float32")
     padded_length = e.shape[1] if e.dim() == 3 else None
-    return _run(weights, None, e.reshape(-1, e.shape[-1]), bounds, padded_length, plan, out, backend)
+    return _run(weights, None, e.reshape(-1, e.shape[-1]), bounds, padded_length, plan, out, backend, False)
 
 
+@ranged("fave/encoder")
 @torch.no_grad()
 def encode_ids(
     weights: EncoderWeights,
@@ -258,6 +261,7 @@ def encode_ids(
     plan: Plan | None = None,
     out: Tensor | None = None,
     backend: str = "auto",
+    overlap: bool = False,
 ) -> Tensor:
     """The endpoint of each history from its item ids: `encode` with the input path of eq. (9) in front.
 
@@ -270,6 +274,7 @@ def encode_ids(
         plan: as in `encode`.
         out: as in `encode`.
         backend: as in `encode`.
+        overlap: what precedes this on the stream is a kernel, beside whose end this may start.
 
     Returns:
         [B, D] in the weights' dtype.
@@ -284,7 +289,7 @@ def encode_ids(
             f"ids are {ids.dtype} {list(ids.shape)}; expected int32 or int64, [total] with offsets or [B, L] without"
         )
     padded_length = ids.shape[1] if offsets is None else None
-    return _run(weights, path, ids.reshape(-1), offsets, padded_length, plan, out, backend)
+    return _run(weights, path, ids.reshape(-1), offsets, padded_length, plan, out, backend, overlap)
 
 
 def _run(
@@ -296,6 +301,7 @@ def _run(
     plan: Plan | None,
     out: Tensor | None,
     backend: str,
+    overlap: bool,
 ) -> Tensor:
     matrices, config = weights.matrices, weights.model.config
     if weights.model.training:
@@ -323,7 +329,7 @@ def _run(
         raise ValueError(f"the plan is for {len(plan.order)} histories; expected {users}")
     run = OP.resolve(backend, matrices.device, matrices.dtype, weights.beyond)
     if users > 0:
-        run(_Call(weights, path, rows.contiguous(), bounds, padded_length, plan, out))
+        run(_Call(weights, path, rows.contiguous(), bounds, padded_length, plan, out, overlap))
     return out
 
 
@@ -436,7 +442,7 @@ def _run_triton(call: _Call) -> None:
         causal=config.attention == "causal",
         exact=weights.matrices.dtype == torch.float32 or interpreting(),
         tma=bool(shapes["TMA"]),
-        pdl=launches_overlap(call.out.device),
+        pdl=call.overlap and launches_overlap(call.out.device),
         M=rows,
         CHUNK=min(shapes["CHUNK"], hidden),
         num_warps=max(shapes["num_warps"], 8 if rows > 64 else 4),

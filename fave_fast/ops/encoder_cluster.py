@@ -113,7 +113,7 @@ def run(call: _Call) -> None:
     """One launch on the current stream; nothing is allocated."""
     longest = call.weights.model.config.max_length if call.padded_length is None else call.padded_length
     tiles = 1 if longest <= TILE else 2 if longest <= 2 * TILE else 4
-    launch(arguments(call), tiles, call.out.device)
+    launch(arguments(call), tiles, call.out.device, call.overlap)
 
 
 def arguments(call: _Call) -> dict[str, int | float | bool]:
@@ -149,8 +149,8 @@ def arguments(call: _Call) -> dict[str, int | float | bool]:
     }
 
 
-def launch(arguments: dict[str, int | float | bool], tiles: int, device: torch.device) -> None:
-    """Launch on the current stream of `device` clusters that hold 16 * `tiles` rows."""
+def launch(arguments: dict[str, int | float | bool], tiles: int, device: torch.device, overlap: bool) -> None:
+    """Launch on the current stream of `device` clusters that hold 16 * `tiles` rows; `overlap` as in `encode_ids`."""
     stream = torch.cuda.current_stream(device).cuda_stream
     extension = importlib.import_module("fave_fast._C")
-    extension.encode_cluster(**arguments, tiles=tiles, device=device.index, stream=stream)
+    extension.encode_cluster(**arguments, tiles=tiles, overlap=overlap, device=device.index, stream=stream)

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from fave_fast.ops import philox
 from fave_fast.ops.registry import Implementation, Op, not_interpreted, triton_kernels
 from fave_fast.ops.tuning import launches_overlap, tile_shapes
+from fave_fast.profiling import ranged
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ _Run = Callable[[_Call], tuple[Tensor, Tensor | None]]
 _KERNEL_CHANNELS = (16, 32, 64, 128, 256)
 
 
+@ranged("fave/input")
 def input_modulation(
     ids: Tensor,
     table: Tensor,
@@ -159,6 +161,7 @@ def input_modulation(
     return _resolve(backend, call)(call)[0]
 
 
+@ranged("fave/input")
 def input_modulation_dual(
     ids: Tensor,
     table: Tensor,

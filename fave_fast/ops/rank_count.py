@@ -20,6 +20,7 @@ from fave_fast.ops.exclusions import Exclusions
 from fave_fast.ops.registry import Implementation, Op, cpu_extension, interpreting, not_interpreted, triton_kernels
 from fave_fast.ops.tiles import Tile, Tiles, whole_rows
 from fave_fast.ops.tuning import multiprocessors, tile_shapes
+from fave_fast.profiling import ranged
 
 # (scores [B, T], NaN where there is no candidate; first id; target scores [B]; targets [B]; counts [B], added to)
 _Count = Callable[[Tensor, int, Tensor, Tensor, Tensor], None]
@@ -30,6 +31,7 @@ _Run = Callable[[Tiles, Tensor, Tensor, Tensor | None], None]
 _FEW_ROWS, _FEW_SCORES = 64, 1 << 23
 
 
+@ranged("fave/rank")
 @torch.no_grad()
 def rank_count(
     queries: Tensor,

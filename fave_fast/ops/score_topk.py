@@ -24,10 +24,11 @@ from fave_fast.ops.registry import Implementation, Op, not_interpreted, triton_k
 from fave_fast.ops.score_topk_cpu import ByteTable
 from fave_fast.ops.tiles import Tiles
 from fave_fast.ops.tuning import Shapes, launches_overlap, multiprocessors, tile_shapes
+from fave_fast.profiling import ranged
 
 _Out = tuple[Tensor, Tensor]
 # (tiles; K; deny; where scores [B, K] and ids [B, K] go, or None; workspace or None; the table in 8 bits or None)
-_Run = Callable[[Tiles, int, Tensor | None, _Out | None, Tensor | None, ByteTable | None], _Out]
+_Run = Callable[[Tiles, int, Tensor | None, _Out | None, Tensor | None, ByteTable | None, bool], _Out]
 
 MAX_K = 1024  # of the kernels
 MAX_WIDTH = 256  # D of the kernels
@@ -36,6 +37,7 @@ MAX_WORKSPACE = 512 << 20  # bytes of group maxima at a time
 ROWS_AT_LEAST = 128  # at a time, though they need more
 
 
+@ranged("fave/topk")
 @torch.no_grad()
 def score_topk(
     queries: Tensor,
@@ -49,6 +51,7 @@ def score_topk(
     workspace: Tensor | None = None,
     table_bytes: ByteTable | None = None,
     backend: str = "auto",
+    overlap: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The K best items of each row, out of the items 1 to N.
 
@@ -71,6 +74,7 @@ def score_topk(
             scan of a quarter of the bytes. Other backends do without.
         backend: auto, reference, triton (K up to 1,024, D up to 256, N up to 2^31 - 2^12), or cpp (CPU; float32 and
             bfloat16, K up to 65,536, D up to 65,536, N up to 2^31 - 2).
+        overlap: what precedes this on the stream is a kernel, beside whose end the triton backend may start.
 
     Returns:
         Scores [B, K] float32, and ids [B, K] int64; where fewer than K candidates remain, -inf and 0.
@@ -98,7 +102,7 @@ def score_topk(
     if table_bytes is not None:
         table_bytes.require(table)
     run = OP.resolve(backend, queries.device, queries.dtype, beyond_kernels(queries.shape[1], k, table.shape[0]))
-    return run(tiles, k, deny, out, workspace, table_bytes)
+    return run(tiles, k, deny, out, workspace, table_bytes, overlap)
 
 
 def workspace_bytes(queries: Tensor, table: Tensor, k: int, excluded: int = 0) -> int:
@@ -120,6 +124,7 @@ def _run(
     out: tuple[Tensor, Tensor] | None,
     workspace: Tensor | None,
     table_bytes: ByteTable | None,
+    overlap: bool,
 ) -> tuple[Tensor, Tensor]:
     scores, ids = _lists(tiles, k, deny)
     return (scores, ids) if out is None else (out[0].copy_(scores), out[1].copy_(ids))
@@ -314,6 +319,7 @@ def _run_triton(
     out: tuple[Tensor, Tensor] | None,
     workspace: Tensor | None,
     table_bytes: ByteTable | None,
+    overlap: bool,
 ) -> tuple[Tensor, Tensor]:
     from fave_fast.kernels import score_topk as kernels
 
@@ -344,6 +350,7 @@ def _run_triton(
     buffers = plan.buffers(workspace)
     deny = None if deny is None else deny.contiguous()
     excluded = None if exclude is None else (exclude.ids.contiguous(), exclude.offsets.contiguous())
+    overlap = overlap and launches_overlap(device)
     for start in range(0, batch, plan.rows):
         part = slice(start, min(start + plan.rows, batch))
         kernels.score_topk(
@@ -365,6 +372,7 @@ def _run_triton(
             group_width=plan.group_width,
             scan_shapes=scan,
             finish_shapes=plan.finish,
+            overlap=overlap,
         )
     return out
 
@@ -376,6 +384,7 @@ def _run_cpp(
     out: tuple[Tensor, Tensor] | None,
     workspace: Tensor | None,
     table_bytes: ByteTable | None,
+    overlap: bool,
 ) -> tuple[Tensor, Tensor]:
     if out is None:
         count = tiles.queries.shape[0]

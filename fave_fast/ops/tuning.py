@@ -52,9 +52,10 @@ def multiprocessors(device: torch.device) -> int:
 
 @functools.cache
 def launches_overlap(device: torch.device) -> bool:
-    """Whether a kernel on `device` may start while the one before it still runs: from compute capability 9.0 on.
+    """Whether a kernel on `device` can start while the kernel before it still runs: from compute capability 9.0 on.
 
-    A kernel that is launched so (`launch_pdl`) waits for the one before it before it reads or writes device memory, so
-    that whoever waits for it has waited for all before it.
+    A kernel that is launched so (`launch_pdl`) waits for the one before it before it reads or writes device memory: who
+    waits for it has waited for all before. What precedes it on the stream has to be a kernel: nothing promises that it
+    waits for a copy.
     """
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
