@@ -9,14 +9,16 @@ import argparse
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Sequence
-from typing import NoReturn
+from typing import IO, NoReturn
 
 import torch
 
+from fave_fast import ranks
 from fave_fast.config import DataConfig
 from fave_fast.data import Interactions, load_interactions
-from fave_fast.errors import InputError
+from fave_fast.errors import FailedElsewhere, InputError
 from fave_fast.model import DTYPES
 from fave_fast.ops import BACKENDS
 from fave_fast.profiling import TRACED_STEPS
@@ -38,6 +40,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line on stderr and exit code 2."""
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+    def _print_message(self, message: str, file: IO[str] | None = None) -> None:  # type: ignore[override]
+        if ranks.is_first():
+            super()._print_message(message, file)
 
 
 def add_log_options(parser: argparse.ArgumentParser) -> None:
@@ -109,29 +115,43 @@ def whole_number(least: int) -> Callable[[str], int]:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device called `name`; `auto` is the GPU where there is one.
+    """The device called `name`; `auto` is the GPU where there is one. Of several ranks each has the GPU of its number.
 
     Raises:
         InputError: no such device here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
         raise InputError(f"--device is {name!r}; expected auto, cpu, cuda or cuda:N") from None
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"--device is {name!r}; expected auto, cpu, cuda or cuda:N")
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cpu":
+        return device
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    local = ranks.local_number()
+    if local is None:
         if (device.index or 0) >= count:
             raise InputError(f"--device is {name!r}; this machine has {count} CUDA devices that PyTorch can use")
+        return device
+    if ":" in name:
+        raise InputError(f"--device is {name!r} for several ranks; expected cuda: each takes the GPU of its number")
+    if local >= count:
+        raise InputError(
+            f"rank {local} of this machine has no GPU of its own: there are {count}; expected --nproc-per-node of at "
+            "most as many, or --device cpu"
+        )
+    device = torch.device("cuda", local)
+    torch.cuda.set_device(device)  # NCCL and Triton launch on the current one
     return device
 
 
 def say(line: str) -> None:
-    """A line for the person at the terminal, on stderr, so that results on stdout stay clean."""
-    print(line, file=sys.stderr, flush=True)
+    """A line for the person at the terminal, on stderr, so that results on stdout stay clean; by rank 0 alone."""
+    if ranks.is_first():
+        print(line, file=sys.stderr, flush=True)
 
 
 def say_decisions(decisions: Iterable[str]) -> None:
@@ -142,12 +162,15 @@ def say_decisions(decisions: Iterable[str]) -> None:
 
 def run(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
     """Run a command's `main` and leave with its exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    level = logging.INFO if ranks.is_first() else logging.ERROR
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     try:
         code = main(None)
         sys.stdout.flush()
+    except FailedElsewhere:
+        code = 2
     except InputError as error:
-        say(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr, flush=True)
         code = 2
     except KeyboardInterrupt:
         say("interrupted")
@@ -156,4 +179,12 @@ def run(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
         # The reader of stdout went away (| head, say): no error, but Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    except Exception:
+        if not ranks.unfinished():
+            raise
+        traceback.print_exc()
+        code = 1
+    if ranks.unfinished():  # threads and GPUs that wait for the others would never end
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)

@@ -29,3 +29,7 @@ class Overloaded(RuntimeError):
 
 class Closed(RuntimeError):
     """A request to something that was closed, or that waited there when it was."""
+
+
+class FailedElsewhere(InputError):
+    """An `InputError` of another of several ranks, which says it."""

@@ -30,6 +30,7 @@ from fave_fast.model import DTYPES, FAVE
 from fave_fast.ops import Exclusions, rank_count, score_topk
 from fave_fast.ops.encoder import MAX_ROWS, EncoderWeights, InputPath, Plan, encode_ids, planned_rows
 from fave_fast.profiling import Trace
+from fave_fast.ranks import ALONE, Ranks, joined
 
 LIST_LENGTH = 20
 Positions = npt.NDArray[np.int64]
@@ -75,12 +76,15 @@ def rank_targets(
     full: bool = True,
     batch_size: int | None = None,
     backend: str = "auto",
+    ranks: Ranks = ALONE,
     after_batch: Callable[[], None] = lambda: None,
 ) -> Ranking:
     """Rank the items at the flat positions `targets` [U], each given what comes before it in its sequence.
 
     The model must be in evaluation mode. `full=False` leaves out raw ranks and lists. Memory: batches of users (512 by
     default, 4,096 on a GPU) times tiles of the catalogue, never users times items. `after_batch` is called after each.
+    Several ranks share the batches, which are the same for any number of ranks, and so is the ranking; each gets all
+    of it.
     """
     starts = target_starts(data, targets)
     table = model.item_embedding.weight
@@ -88,7 +92,8 @@ def rank_targets(
     if batch_size is None:
         batch_size = 4096 if table.device.type == "cuda" else 512
     order, filtered, raw, lists = [], [], [], []
-    for rows in _batches(np.minimum(targets - starts, config.model.max_length), batch_size):
+    batches = list(_batches(np.minimum(targets - starts, config.model.max_length), batch_size))
+    for rows in batches[::-1][ranks.number :: ranks.count]:  # the longest histories first, dealt out
         endpoint = encoder(data, starts[rows], targets[rows])
         seen = Exclusions(*map(torch.from_numpy, history_exclusions(data.items, starts[rows], targets[rows])))
         wanted = _moved(torch.from_numpy(data.items[targets[rows]].astype(np.int64)), table.device)
@@ -99,11 +104,17 @@ def rank_targets(
             raw.append(rank_count(endpoint, table, wanted, backend=backend))
             lists.append(score_topk(endpoint, table, LIST_LENGTH, exclude, backend=backend)[1])
         after_batch()
-    place = torch.cat(order).argsort()
+
+    def whole(parts: list[Tensor], *width: int) -> Tensor:
+        """Int64 [U, ...] of all ranks."""
+        result = torch.zeros(len(targets), *width, dtype=torch.int64)
+        for rows, part in zip(order, parts, strict=True):
+            result[rows] = part.cpu()
+        return ranks.sum(result)
+
     if not full:
-        return Ranking(torch.cat(filtered).cpu()[place], None, None)
-    filtered_ranks, raw_ranks, top = (torch.cat(parts).cpu()[place] for parts in (filtered, raw, lists))
-    return Ranking(filtered_ranks, raw_ranks, top)
+        return Ranking(whole(filtered), None, None)
+    return Ranking(whole(filtered), whole(raw), whole(lists, LIST_LENGTH))
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:
@@ -164,9 +175,10 @@ def evaluate(
     dtype: torch.dtype = torch.float32,
     batch_size: int | None = None,
     backend: str = "auto",
+    ranks: Ranks = ALONE,
     after_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """All figures of one split as a plain dictionary, the object that `--json` prints.
+    """All figures of one split as a plain dictionary, the object that `--json` prints; the same on each of `ranks`.
 
     Raises:
         DataError: the split cannot be made.
@@ -177,7 +189,7 @@ def evaluate(
     targets = parts.val if split_name == "val" else parts.test
     model = checkpoint.build_model().to(device, dtype)
     ranking = rank_targets(
-        model, config, data, targets, batch_size=batch_size, backend=backend, after_batch=after_batch
+        model, config, data, targets, batch_size=batch_size, backend=backend, ranks=ranks, after_batch=after_batch
     )
     if ranking.raw is None or ranking.lists is None:
         raise AssertionError("a full ranking has raw ranks and lists")
@@ -218,32 +230,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     cli.add_log_options(parser)
     cli.add_run_options(parser, "of weights and scores")
     cli.add_profile_option(parser)
-    arguments = parser.parse_args(argv)
-    device = cli.resolve_device(arguments.device)
-    checkpoint = checkpoints.load(arguments.ckpt)
-    config = checkpoint.config
-    data = cli.load_log(arguments, config.data)
+    with joined() as ranks:
+        with ranks.together():
+            arguments = parser.parse_args(argv)
+            device = cli.resolve_device(arguments.device)
+            checkpoint = checkpoints.load(arguments.ckpt)
+            data = _log_of(checkpoint, arguments)
+            trace = Trace(arguments.profile if ranks.first else None, "evaluate")
+        with ranks.together(), trace:  # what can be wrong now is the same on all ranks
+            result = evaluate(
+                checkpoint,
+                data,
+                arguments.split,
+                device=device,
+                dtype=DTYPES[arguments.dtype],
+                batch_size=getattr(arguments, "batch_size", None),
+                backend=arguments.backend,
+                ranks=ranks,
+                after_batch=trace.step,
+            )
+        cli.say_decisions(trace.notes())
+        if ranks.first:
+            print(json.dumps(result) if arguments.json else table(result))
+    return 0
+
+
+def _log_of(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Interactions:
+    """The log with the checkpoint's item numbers; a note where it is not the one that the model was trained on."""
+    data = cli.load_log(arguments, checkpoint.config.data)
     facts = checkpoint.facts
     if (data.num_users, data.num_interactions) != (facts["users"], facts["interactions"]):
         cli.say(
             f"note: {arguments.data} has {data.num_users:,} users and {data.num_interactions:,} interactions, but the "
             f"model was trained on {facts['dataset']} with {facts['users']:,} and {facts['interactions']:,}"
         )
-    data = translate(data, checkpoint, arguments.data)
-    with Trace(arguments.profile, "evaluate") as trace:
-        result = evaluate(
-            checkpoint,
-            data,
-            arguments.split,
-            device=device,
-            dtype=DTYPES[arguments.dtype],
-            batch_size=getattr(arguments, "batch_size", None),
-            backend=arguments.backend,
-            after_batch=trace.step,
-        )
-    cli.say_decisions(trace.notes())
-    print(json.dumps(result) if arguments.json else table(result))
-    return 0
+    return translate(data, checkpoint, arguments.data)
 
 
 if __name__ == "__main__":

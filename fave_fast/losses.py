@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -25,6 +26,19 @@ class Losses:
     target: Tensor
     source: Tensor
     consistency: Tensor
+
+
+@dataclass(frozen=True)
+class Share:
+    """A part of a batch that several ranks have in common; its losses' means, weighted by shares, are the batch's."""
+
+    part: float  # of the batch's samples; 0: this rank has none, and what it computes counts for nothing
+    summed: Callable[[Tensor], Tensor]  # over ranks
+
+    def divisor(self, count: Tensor) -> Tensor:
+        """What a sum over `count` places is to be divided by, where ranks' counts go otherwise than their samples."""
+        everywhere = self.summed(count * float(self.part > 0))
+        return everywhere.clamp_min(1) * self.part if self.part > 0 else count.clamp_min(1)
 
 
 def _squared(error: Tensor, reduction: Reduction) -> Tensor:
@@ -62,12 +76,17 @@ def absent_items(history: Tensor, num_items: int, generator: torch.Generator | N
 
 
 def source_loss(
-    model: FAVE, source: Tensor, history: Tensor, kind: Literal["sampled", "dense"], generator: torch.Generator | None
+    model: FAVE,
+    source: Tensor,
+    history: Tensor,
+    kind: Literal["sampled", "dense"],
+    generator: torch.Generator | None,
+    share: Share | None = None,
 ) -> Tensor:
     """L_src of eq. (13): squared error of D(E_u) against the 0/1 history vector A_u.
 
     `sampled`: mean over the history's positions (A_u = 1) and as many drawn absent items (A_u = 0), memory B x L x D.
-    `dense`: mean over all N items. source is E_u [B, D], history int64 [B, L].
+    `dense`: mean over all N items. source is E_u [B, D], history int64 [B, L]. `share`: where B is a rank's part.
     """
     decoder = model.history_decoder
     if kind == "dense":
@@ -79,7 +98,8 @@ def source_loss(
     weights = torch.cat((history != 0, counts), dim=1).to(source.dtype)
     wanted = torch.cat((torch.ones_like(history), torch.zeros_like(history)), dim=1)
     error = (decoder.at(source, items) - wanted).square() * weights
-    return error.sum() / weights.sum().clamp_min(1)
+    count = weights.sum()
+    return error.sum() / (count.clamp_min(1) if share is None else share.divisor(count))
 
 
 def predict_with_tangent(
@@ -115,8 +135,10 @@ class Network(Protocol):
 class _Reference:
     """The reference network on left-padded histories [B, L]; lambda is drawn when it is first needed."""
 
-    def __init__(self, model: FAVE, history: Tensor, generator: torch.Generator | None) -> None:
-        self.model, self.history, self.generator = model, history, generator
+    def __init__(
+        self, model: FAVE, history: Tensor, generator: torch.Generator | None, share: Share | None = None
+    ) -> None:
+        self.model, self.history, self.generator, self.share = model, history, generator, share
         self._lam: Tensor | None = None
 
     def _lambda(self, like: Tensor) -> Tensor:
@@ -138,27 +160,38 @@ class _Reference:
     def source_loss(
         self, source: Tensor, kind: Literal["sampled", "dense"], generator: torch.Generator | None
     ) -> Tensor:
-        return source_loss(self.model, source, self.history, kind, generator)
+        return source_loss(self.model, source, self.history, kind, generator, self.share)
 
 
 def stage1_losses(
-    model: FAVE, config: Config, history: Tensor, targets: Tensor, generator: torch.Generator | None = None
+    model: FAVE,
+    config: Config,
+    history: Tensor,
+    targets: Tensor,
+    generator: torch.Generator | None = None,
+    share: Share | None = None,
 ) -> Losses:
     """Stage 1: rec L_rec + alpha L_tgt + beta L_src with x_0 ~ N(0, I), r = 1 and heavy-tailed t.
 
-    history int64 [B, L] left-padded with 0, targets int64 [B].
+    history int64 [B, L] left-padded with 0, targets int64 [B]; `share`: where these are a rank's part of a batch.
     """
-    return stage1_objective(_Reference(model, history, generator), model, config, targets, generator)
+    return stage1_objective(_Reference(model, history, generator, share), model, config, targets, generator)
 
 
 def stage2_losses(
-    model: FAVE, config: Config, history: Tensor, targets: Tensor, generator: torch.Generator | None = None
+    model: FAVE,
+    config: Config,
+    history: Tensor,
+    targets: Tensor,
+    generator: torch.Generator | None = None,
+    share: Share | None = None,
 ) -> Losses:
     """Stage 2, eq. (24): match L_match + gamma L_cons + alpha L_tgt + beta L_src from the configured prior.
 
-    The item embeddings stay as they are: the trainer freezes them. With gamma = 0 no tangent is computed.
+    The item embeddings stay as they are: the trainer freezes them. With gamma = 0 no tangent is computed. `share` as in
+    `stage1_losses`.
     """
-    return stage2_objective(_Reference(model, history, generator), model, config, targets, generator)
+    return stage2_objective(_Reference(model, history, generator, share), model, config, targets, generator)
 
 
 def stage1_objective(

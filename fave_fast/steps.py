@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fave_fast import losses
 from fave_fast.config import Config
@@ -24,6 +24,7 @@ from fave_fast.model import FAVE
 from fave_fast.ops.adam import ClippedAdam
 from fave_fast.ops.registry import Implementation, Op, triton_kernels
 from fave_fast.profiling import ranged
+from fave_fast.ranks import ALONE, Ranks
 
 Positions = npt.NDArray[np.int64]
 
@@ -41,9 +42,26 @@ class Steps(Protocol):
         """
 
 
+class Objective(nn.Module):
+    """A stage's total loss as a module that holds all passes through the network, a tangent's included.
+
+    That is what DistributedDataParallel can wrap: forward mode through a wrapped network fails.
+    """
+
+    def __init__(self, model: FAVE, config: Config, stage: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model, self.config, self.dtype = model, config, dtype
+        self.losses = losses.stage1_losses if stage == 1 else losses.stage2_losses
+
+    def forward(self, history: Tensor, targets: Tensor, share: losses.Share | None) -> Tensor:
+        """History int64 [B, L] left-padded with 0, targets int64 [B]; `share`: where these are a rank's part."""
+        with torch.autocast(history.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            return self.losses(self.model, self.config, history, targets, share=share).total
+
+
 @dataclass
 class ReferenceSteps:
-    """Steps of the reference network, on any device."""
+    """Steps of the reference network, on any device and by any number of ranks, which share each batch."""
 
     data: Interactions
     config: Config
@@ -52,17 +70,27 @@ class ReferenceSteps:
     stage: int
     dtype: torch.dtype
     backend: str = "auto"  # of nothing here
+    ranks: Ranks = ALONE
+
+    def __post_init__(self) -> None:
+        weights = self.config.loss
+        matching = weights.rec if self.stage == 1 else weights.match
+        some_unused = min(matching, weights.alpha, weights.beta) == 0
+        self._objective = self.ranks.averaged(Objective(self.model, self.config, self.stage, self.dtype), some_unused)
 
     @ranged("fave/step")
     def take(self, starts: Positions, targets: Positions, seed: int) -> Tensor:
-        """As `Steps`; all draws come from PyTorch's global generator."""
+        """As `Steps`; all draws come from PyTorch's global generator. The mean of all ranks' losses is the batch's."""
         device = self.model.item_embedding.weight.device
+        rows, part = self.ranks.share(len(starts))
+        starts, targets = starts[rows], targets[rows]
         history = gather_histories(self.data.items, starts, targets, self.config.model.max_length)
         ids = torch.from_numpy(history).to(device)
         wanted = torch.from_numpy(self.data.items[targets].astype(np.int64)).to(device)
-        objective = losses.stage1_losses if self.stage == 1 else losses.stage2_losses
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            total = objective(self.model, self.config, ids, wanted).total
+        share = losses.Share(part, self.ranks.sum) if self.ranks.count > 1 else None
+        total: Tensor = self._objective(ids, wanted, share)
+        if share is not None:
+            total = total * (self.ranks.count * part)  # gradients are averaged as if the shares were equal
         total.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip)
         self.optimiser.step()

@@ -7,9 +7,11 @@ validation targets, `filtered` NDCG@20, and the best weights of both stages are 
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import hashlib
 import json
+import logging
 import math
 import signal
 import sys
@@ -45,6 +47,7 @@ from fave_fast.metrics import rank_metrics
 from fave_fast.model import DTYPES, FAVE
 from fave_fast.ops.rank_count import OP as RANK_COUNT
 from fave_fast.profiling import Trace
+from fave_fast.ranks import ALONE, Ranks, joined
 from fave_fast.steps import FusedSteps, ReferenceSteps, Steps, steps_for
 
 STAGES = (1, 2)
@@ -54,6 +57,8 @@ _SELECTION = "NDCG@20"
 _SAVE_SHARE = 10  # between epochs the state is written once in this many times what writing it took
 _WARM_STEPS = 10  # not traced: kernels are compiled and steps captured
 _SHOW_SECONDS = 0.5  # between two looks at the loss for the progress bar
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -94,7 +99,8 @@ class State:
 class Trainer:
     """One run over one data set. Only this class and the engine hold state.
 
-    `out` is the checkpoint to write; the state for --resume and the metrics lie beside it. None writes no file.
+    `out` is the checkpoint to write; the state for --resume and the metrics lie beside it. None writes no file. Several
+    ranks train the same model and share each batch; all read the state, the first one writes.
     """
 
     def __init__(
@@ -108,23 +114,29 @@ class Trainer:
         dtype: torch.dtype = torch.float32,
         backend: str = "auto",
         tensorboard: Callable[[str, float, int], None] | None = None,
+        ranks: Ranks = ALONE,
         after_step: Callable[[], None] = lambda: None,
     ) -> None:
         self.data, self.config, self.seed = data, config, seed
         self.out = None if out is None else check_writable(out)
         self.device = device or torch.device("cpu")
         self.dtype, self.backend, self.tensorboard, self._after_step = dtype, backend, tensorboard, after_step
-        self._kind = resolve_steps(self.device, dtype, backend)
+        self.ranks = ranks
+        self._writes = out is not None and ranks.first
+        self._kind = resolve_steps(self.device, dtype, backend, ranks.count)
         self.split: Split = split(data, config.data)
         self.windows = Windows(data.offsets, self.split.train_end)
         self.progress = Progress()
         torch.manual_seed(seed)
         self.model = FAVE(config.model, data.num_items).to(self.device)
+        if ranks.number:  # the same weights, but draws of its own
+            torch.manual_seed(step_seed(seed, ranks.number))
         self.best_weights = _copy(self.model)
         self.stage_weights = self.best_weights
         self.optimiser = self._make_optimiser(config.train.lr)
         self._steps: Steps | None = None
-        self.interrupted = False
+        self._asked = False  # to end, here
+        self.interrupted = False  # by what all ranks agreed on
         self.curve: list[dict[str, Any]] = []  # an object an evaluation, as in the metrics file
         self._saved_at, self._saving_took = time.monotonic(), 0.0
         self._last: dict[str, float] = {}  # loss and speed of the epoch that ended last
@@ -146,26 +158,33 @@ class Trainer:
 
     def run(self) -> Outcome:
         """Train from where the run stands to the end, or to the first interruption."""
-        with _on_interrupt(self.interrupt):
+        # A launcher may hand on a signal that each process has got itself, and kills who takes too long.
+        with _on_interrupt(self.interrupt, first_only=self.ranks.count == 1):
             while not self.progress.finished and not self.interrupted:
                 self._run_epoch()
                 if not self.interrupted:
                     self._end_epoch()
         if self.interrupted:
             self._save_state()
-        elif self.out is not None:
+        elif self._writes:
             self.resume_path.unlink(missing_ok=True)
         result = self.make_checkpoint()
         self._save(result)
         return Outcome(result, self.progress, self.interrupted)
 
     def interrupt(self) -> None:
-        """End `run` after the step under way; any thread may call it."""
-        self.interrupted = True
+        """End `run` after the step under way, or the one after it; any thread may call it, on any rank."""
+        self._asked = True
+
+    def _agree(self, due: bool = False) -> bool:
+        """Whether all ranks are to write the state, which is `due` by the first one's clock; `interrupted` likewise."""
+        self.interrupted, save = self.ranks.any(self._asked, due and self.ranks.first)
+        return save
 
     def _save(self, checkpoint: Checkpoint) -> None:
-        if self.out is not None:
-            checkpoints.save(checkpoint, self.out)
+        with self.ranks.together():
+            if self._writes and self.out is not None:
+                checkpoints.save(checkpoint, self.out)
 
     def _stage_epochs(self) -> int:
         return self.config.train.epochs if self.progress.stage == 1 else self.config.train.epochs_stage2
@@ -176,7 +195,7 @@ class Trainer:
 
     def _make_steps(self) -> Steps:
         options = self.data, self.config, self.model, self.optimiser, self.progress.stage, self.dtype, self.backend
-        return self._kind(*options)
+        return FusedSteps(*options) if self._kind is FusedSteps else ReferenceSteps(*options, ranks=self.ranks)
 
     def _run_epoch(self) -> None:
         progress = self.progress
@@ -185,9 +204,8 @@ class Trainer:
         total = torch.full((), progress.loss, device=self.device)
         started, samples = time.perf_counter(), 0
         label = f"stage {progress.stage}, epoch {progress.epoch + 1} of at most {self._stage_epochs()}"
-        with tqdm(
-            total=len(batches), initial=done, desc=label, unit="batch", disable=not sys.stderr.isatty(), leave=False
-        ) as bar:
+        shows = sys.stderr.isatty() and self.ranks.first
+        with tqdm(total=len(batches), initial=done, desc=label, unit="batch", disable=not shows, leave=False) as bar:
             shown = started
             for numbers in batches[done:]:
                 total += self._train_step(numbers)
@@ -196,24 +214,27 @@ class Trainer:
                 samples += len(numbers)
                 bar.update()
                 now = time.perf_counter()
-                if now - shown > _SHOW_SECONDS and not bar.disable:  # reading the loss makes the host wait
+                # Reading the loss makes the host wait. Of several ranks it is this one's.
+                if now - shown > _SHOW_SECONDS and not bar.disable:
                     bar.set_postfix_str(
                         f"loss {float(total) / progress.step:.4f}, {samples / (now - started):,.0f} samples/s"
                     )
                     shown = now
+                due = self._agree(time.monotonic() - self._saved_at > self.config.train.checkpoint_seconds)
                 if self.interrupted:
                     break
-                if time.monotonic() - self._saved_at > self.config.train.checkpoint_seconds:
-                    progress.loss = float(total)
+                if due:
+                    progress.loss = float(self.ranks.mean(total))
                     progress.seconds += time.perf_counter() - started
                     started, samples = time.perf_counter(), 0
                     self._save_state()
-        loss = float(total)  # the device is done, and the clock may be read
+        loss = float(self.ranks.mean(total))  # the device is done, and the clock may be read
         elapsed = time.perf_counter() - started
         progress.seconds += elapsed
         if progress.step > done:
             progress.loss = loss
-            self._log_epoch(progress.loss / progress.step, samples / elapsed)
+            with self.ranks.together():
+                self._log_epoch(progress.loss / progress.step, samples / elapsed)
 
     def _train_step(self, numbers: npt.NDArray[np.int64]) -> Tensor:
         progress = self.progress
@@ -242,7 +263,7 @@ class Trainer:
         if ended:
             self._end_stage()
         # The state has several times the model's size: an epoch may take less than writing it.
-        if time.monotonic() - self._saved_at > _SAVE_SHARE * self._saving_took:
+        if self._agree(time.monotonic() - self._saved_at > _SAVE_SHARE * self._saving_took):
             self._save_state()
 
     def _evaluate(self) -> bool:
@@ -288,7 +309,9 @@ class Trainer:
         """Filtered metrics on the validation targets, served as always: one step in fp32."""
         self.model.eval()
         state = torch.get_rng_state()
-        ranking = rank_targets(self.model, self.config, self.data, self.split.val, full=False, backend=self.backend)
+        ranking = rank_targets(
+            self.model, self.config, self.data, self.split.val, full=False, backend=self.backend, ranks=self.ranks
+        )
         torch.set_rng_state(state)
         return rank_metrics(ranking.filtered)
 
@@ -303,7 +326,7 @@ class Trainer:
             **{f"val_filtered_{name}": value for name, value in metrics.items()},
         }
         self.curve.append(line)
-        if self.out is not None:
+        if self._writes:
             with self.metrics_path.open("a", encoding="utf-8") as file:
                 file.write(_json_lines([line]))
         mark = " (best)" if metrics[_SELECTION] > progress.best else ""
@@ -363,21 +386,23 @@ class Trainer:
             return
         started = time.monotonic()
         state = self.state()
-        checkpoints.write_envelope(self.resume_path, _RESUME_KIND, state.plain, state.tensors)
+        with self.ranks.together():
+            if self._writes:
+                checkpoints.write_envelope(self.resume_path, _RESUME_KIND, state.plain, state.tensors)
         self._saved_at = time.monotonic()
         self._saving_took = self._saved_at - started
 
     def state(self) -> State:
-        """Where the run stands; its tensors are those that training changes, not copies."""
+        """Where the run stands, asked by all ranks at once; its tensors are those that training changes, no copies."""
         tensors = {f"model/{name}": value for name, value in self.model.state_dict().items()}
         tensors |= {f"best/{name}": value for name, value in self.best_weights.items()}
         tensors |= {f"stage/{name}": value for name, value in self.stage_weights.items()}
         state = self.optimiser.state_dict()
         for index, values in state["state"].items():
             tensors |= {f"optimiser/{index}/{name}": value for name, value in values.items()}
-        tensors["rng"] = torch.get_rng_state()
+        tensors["rng"] = self.ranks.stacked(torch.get_rng_state())
         if self.device.type == "cuda":
-            tensors["rng_cuda"] = torch.cuda.get_rng_state(self.device)
+            tensors["rng_cuda"] = self.ranks.stacked(torch.cuda.get_rng_state(self.device))
         progress = asdict(self.progress)
         for name in ("best", "stage_best"):
             progress[name] = progress[name] if math.isfinite(progress[name]) else None  # JSON knows no infinity
@@ -410,8 +435,9 @@ class Trainer:
                     f"{self.resume_path}: belongs to a run with another {name}; expected the options of that run"
                 )
         self._restore(State(plain, tensors))
-        with replacing(self.metrics_path) as part:
-            part.write_text(_json_lines(self.curve), encoding="utf-8")
+        if self._writes:
+            with replacing(self.metrics_path) as part:
+                part.write_text(_json_lines(self.curve), encoding="utf-8")
 
     def start_stage2(self, state: State) -> None:
         """Begin stage 2 where a run of `config.stage1()` ended: at the bits of a run from the beginning.
@@ -445,28 +471,48 @@ class Trainer:
             index, key = name.split("/")
             moments.setdefault(int(index), {})[key] = value
         self.optimiser.load_state_dict({"state": moments, "param_groups": self.optimiser.state_dict()["param_groups"]})
-        torch.set_rng_state(tensors["rng"])
+        self._restore_draws(tensors)
+
+    def _restore_draws(self, tensors: dict[str, Tensor]) -> None:
+        number, before = self.ranks.number, len(tensors["rng"])
+        if before != self.ranks.count:
+            _logger.warning(
+                "%d ranks go on with a run of %d: its windows are the same, what is drawn for them is not",
+                self.ranks.count, before,
+            )  # fmt: skip
+        if number >= before:
+            progress = self.progress
+            torch.manual_seed(step_seed(self.seed, number, progress.stage, progress.epoch, progress.step))
+            return
+        torch.set_rng_state(tensors["rng"][number].clone())  # a row of a larger tensor crashes torch 2.13
         if "rng_cuda" in tensors and self.device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["rng_cuda"], self.device)
+            torch.cuda.set_rng_state(tensors["rng_cuda"][number].clone(), self.device)
 
     def start_afresh(self) -> None:
         """Forget an earlier run's metrics and state at the same place."""
-        self.metrics_path.unlink(missing_ok=True)
-        self.resume_path.unlink(missing_ok=True)
+        if self._writes:
+            self.metrics_path.unlink(missing_ok=True)
+            self.resume_path.unlink(missing_ok=True)
 
 
-def resolve_steps(device: torch.device, dtype: torch.dtype, backend: str) -> type[ReferenceSteps] | type[FusedSteps]:
+def resolve_steps(
+    device: torch.device, dtype: torch.dtype, backend: str, ranks: int = 1
+) -> type[ReferenceSteps] | type[FusedSteps]:
     """How a training with these options takes its steps.
 
     Raises:
         BackendError: the backend cannot run here, in a step or in an evaluation.
     """
     RANK_COUNT.resolve(backend, device, torch.float32)  # before an epoch is spent, not after
-    return steps_for(device, dtype, backend)
+    kind = steps_for(device, dtype, backend)
+    if kind is FusedSteps and ranks > 1:
+        _logger.warning("%d ranks train by the reference network: captured steps do not average gradients yet", ranks)
+        return ReferenceSteps
+    return kind
 
 
 def step_seed(*numbers: int) -> int:
-    """Of the generators on the device, for step (seed, stage, epoch, step): below 2^63, unlike for any other step."""
+    """Of generators, for step (seed, stage, epoch, step), say: below 2^63, and unlike for any other numbers."""
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()) >> 1
 
 
@@ -508,13 +554,14 @@ def epoch_batches(
 
 
 @contextlib.contextmanager
-def _on_interrupt(callback: Callable[[], None]) -> Iterator[None]:
-    """Call `callback` at the first Ctrl-C (or SIGTERM); the second Ctrl-C acts as always."""
+def _on_interrupt(callback: Callable[[], None], first_only: bool) -> Iterator[None]:
+    """Call `callback` at Ctrl-C (or SIGTERM); with `first_only`, the second Ctrl-C acts as always."""
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def handle(number: int, frame: FrameType | None) -> None:
         callback()
-        signal.signal(number, previous[signal.Signals(number)])
+        if first_only:
+            signal.signal(number, previous[signal.Signals(number)])
 
     try:
         for number in previous:
@@ -553,7 +600,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     cli.add_log_options(parser)
     cli.add_run_options(parser, "bf16 runs products in bf16 and keeps weights in fp32")
     cli.add_profile_option(parser)
-    arguments = parser.parse_args(argv)
+    with joined() as ranks:
+        with ranks.together():
+            arguments = parser.parse_args(argv)
+            trace = Trace(arguments.profile if ranks.first else None, "train", skip=_WARM_STEPS)
+            trainer = _prepare(arguments, ranks, trace)
+        with trace:
+            outcome = trainer.run()
+        cli.say_decisions(trace.notes())
+        return _report(outcome, arguments.out)
+
+
+def _prepare(arguments: argparse.Namespace, ranks: Ranks, trace: Trace) -> Trainer:
+    """The trainer at the place where its run is to begin."""
     out = check_writable(arguments.out)
     if out.resolve() == Path(arguments.data).resolve():
         raise InputError(f"{out}: is the log; expected another file to write to")
@@ -561,9 +620,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = preset(arguments.preset)
     if arguments.config is not None:
         config = load_yaml(arguments.config, config)
-    writer = _tensorboard(arguments.tensorboard)
+    writer = _tensorboard(arguments.tensorboard) if ranks.first else None
     data = cli.load_log(arguments, config.data)
-    trace = Trace(arguments.profile, "train", skip=_WARM_STEPS)
     trainer = Trainer(
         data,
         config,
@@ -573,6 +631,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         dtype=DTYPES[arguments.dtype],
         backend=arguments.backend,
         tensorboard=writer,
+        ranks=ranks,
         after_step=trace.step,
     )
     cli.say_decisions(trainer.split.decisions)
@@ -580,18 +639,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{data.name}: {data.num_users:,} users, {data.num_items:,} items, {data.num_interactions:,} interactions; "
         f"{len(trainer.windows):,} training windows; {trainer.split.description}"
     )
+    if ranks.count > 1:
+        cli.say(f"{ranks.count} ranks share each batch of {config.train.batch_size}")
     if arguments.resume:
         trainer.resume()
         cli.say(f"resuming at stage {trainer.progress.stage}, epoch {trainer.progress.epoch + 1}")
     else:
         trainer.start_afresh()
-    with trace:
-        outcome = trainer.run()
-    cli.say_decisions(trace.notes())
-    return _report(outcome, out)
+    return trainer
 
 
-def _report(outcome: Outcome, out: Path) -> int:
+def _report(outcome: Outcome, out: str) -> int:
     progress = outcome.progress
     if outcome.interrupted:
         cli.say(f"interrupted: {out} is usable as it is; --resume with the same options goes on")
