@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
@@ -92,6 +92,7 @@ class Recommender:
         self._gate = _Gate()
         self._counting = threading.Lock()
         self.batches: Counter[str] = Counter()  # on a GPU: "captured", or the reason why no graph took one
+        self.on_step: Callable[[float, float], None] | None = None  # hears each batch's seconds; `Step` says which
 
     @classmethod
     def from_pretrained(
@@ -337,7 +338,7 @@ class Recommender:
             path = InputPath.pack(self._model, flow, InferenceNoise.draw(self._model, flow, seed))
             if seed == flow.seed:  # a caller's own seeds may be many: not kept
                 self._paths[seed] = path
-        return Step(self._weights, path, self.backend)
+        return Step(self._weights, path, self.backend, self.on_step)
 
     def _best(
         self, histories: Histories, k: int, exclude: bool, denied: Tensor | None, seeds: range

@@ -22,7 +22,7 @@ from fave_fast.demo import run_demo
 from fave_fast.engine import ItemId, Recommendation, Recommender
 from fave_fast.errors import DataError, InputError
 from fave_fast.files import check_writable, replacing
-from fave_fast.graphs import BATCHES
+from fave_fast.graphs import batches_up_to
 from fave_fast.model import DTYPES
 
 _JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
@@ -349,7 +349,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         backend=arguments.backend,
     )
     largest = 1 if arguments.input is None else arguments.batch_size
-    seconds = recommender.warmup(arguments.topk, [*(size for size in BATCHES if size < largest), largest])
+    seconds = recommender.warmup(arguments.topk, batches_up_to(largest))
     if seconds > 0:
         cli.say(f"note: one step captured for up to {largest} histories at a time, in {seconds:.2f} s")
     if arguments.input is None:
