@@ -134,10 +134,10 @@ def changed(path: Path) -> None:
 
 
 def test_lists_are_those_of_the_engine(tiny_checkpoint: Path, recommender: Recommender) -> None:
-    histories: list[list[ItemId]] = [[101, 103, 105], ["101", 107], [], ["never", 109, 10**30]]
+    histories: list[list[Any]] = [[101, 103, 105], ["101", 107.0], [], ["never", 109, 10**30]]
     asks: list[dict[str, Any]] = [
         {},
-        {"k": 3},
+        {"k": 3.0},
         {"k": 30, "exclude_history": False},
         {"k": 5, "deny": [102, "104", 104, "never", 111]},
         {"k": 1, "deny": recommender.recommend([histories[0]], 5)[0].items},
@@ -148,7 +148,7 @@ def test_lists_are_those_of_the_engine(tiny_checkpoint: Path, recommender: Recom
         found = RecommendResponse.model_validate_json(answer.content, strict=True)
         assert found.model == checkpoints.content_digest(recommender.checkpoint)
         expected = recommender.recommend(
-            histories, ask.get("k", 20), ask.get("exclude_history", True), deny=ask.get("deny")
+            histories, int(ask.get("k", 20)), ask.get("exclude_history", True), deny=ask.get("deny")
         )
         assert [Recommendation(**one.model_dump()) for one in found.lists] == expected
     assert [one["popular"] for one in answers[0].json()["lists"]] == [False, False, True, False]
@@ -264,7 +264,7 @@ def test_any_body_is_answered_or_refused_with_its_fault(tiny_checkpoint: Path, r
         if answer.status_code == 200:
             found = RecommendResponse.model_validate_json(answer.content, strict=True)
             expected = recommender.recommend(
-                body["histories"], body.get("k", 20), body.get("exclude_history", True), deny=body.get("deny")
+                body["histories"], int(body.get("k", 20)), body.get("exclude_history", True), deny=body.get("deny")
             )
             assert [Recommendation(**one.model_dump()) for one in found.lists] == expected
 

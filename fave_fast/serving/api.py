@@ -5,17 +5,40 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, StrictBool, StrictInt, StringConstraints, create_model
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    StrictBool,
+    StrictInt,
+    StringConstraints,
+    WithJsonSchema,
+    create_model,
+)
 
 from fave_fast.errors import InputError
 from fave_fast.ops.score_topk import MAX_K
 
 MAX_ID_CHARACTERS = 256
 
-Text = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=MAX_ID_CHARACTERS)]
-Id = StrictInt | Text
-ID_BRANCHES = frozenset({"int", "constrained-str"})  # what Pydantic calls the two in the place of an error
+
+def _whole(value: object) -> object:
+    """JSON has one kind of number: 12.0 is 12."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[StrictInt, BeforeValidator(_whole)]
+# A float comes last, so that no other id pays for a call into Python.
+Id = Annotated[
+    StrictInt | Annotated[str, StringConstraints(strict=True, min_length=1, max_length=MAX_ID_CHARACTERS)] | Whole,
+    WithJsonSchema(
+        {"anyOf": [{"type": "integer"}, {"type": "string", "minLength": 1, "maxLength": MAX_ID_CHARACTERS}]}
+    ),
+]
 ID_MEANING = f"a whole number or a text of 1 to {MAX_ID_CHARACTERS} characters"
+ID_DEPTHS = {"histories": 4, "deny": 3}  # parts of an id's place in an error; what follows says which kind it is not
 
 
 @dataclass(frozen=True)
@@ -52,7 +75,7 @@ class RecommendRequest(BaseModel):
         description="One list of item ids for each user, oldest first. Ids that the catalogue does not hold are "
         "skipped; a history without any known item is answered with the most popular items."
     )
-    k: StrictInt = Field(description="Length of the lists.")
+    k: Whole = Field(description="Length of the lists.")
     exclude_history: StrictBool = Field(True, description="Never recommend an item of the user's own history.")
     deny: list[Id] = Field(default=[], description="Items that are not to be recommended; unknown ones change nothing.")
 
@@ -63,7 +86,7 @@ def request_model(limits: Limits, k: int) -> type[RecommendRequest]:
     Lists are read up to their first fault: a body may hold as many as it has bytes.
     """
     history = Annotated[list[Id], FailFast(), Field(max_length=limits.history)]
-    histories = Annotated[list[history], FailFast()]  # type: ignore[valid-type]
+    histories = Annotated[list[history], FailFast()]
     of_base = RecommendRequest.model_fields
 
     def field(name: str, default: Any, **bounds: Any) -> Any:
@@ -74,7 +97,7 @@ def request_model(limits: Limits, k: int) -> type[RecommendRequest]:
         __base__=RecommendRequest,
         __doc__=RecommendRequest.__doc__,
         histories=(histories, field("histories", ..., min_length=1, max_length=limits.histories)),
-        k=(StrictInt, field("k", k, ge=1, le=limits.k)),
+        k=(Whole, field("k", k, ge=1, le=limits.k)),
         deny=(Annotated[list[Id], FailFast()], field("deny", [], max_length=limits.deny)),
     )
 

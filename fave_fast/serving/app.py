@@ -19,7 +19,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 import fave_fast
 from fave_fast.errors import Closed, InputError, Overloaded
 from fave_fast.serving.api import (
-    ID_BRANCHES,
+    ID_DEPTHS,
     ID_MEANING,
     FieldProblem,
     FieldProblems,
@@ -211,7 +211,8 @@ def _field_problems(error: Exception) -> list[dict[str, Any]]:
     problems: dict[tuple[int | str, ...], FieldProblem] = {}
     for one in error.errors():
         place, message, kind = tuple(one["loc"]), one["msg"], one["type"]
-        if place[-1] in ID_BRANCHES:  # Pydantic says what is wrong with each of the two things that an id may be
-            place, message, kind = place[:-1], f"Input should be {ID_MEANING}", "item_id"
+        depth = ID_DEPTHS.get(str(place[1]), len(place)) if len(place) > 1 else 1
+        if len(place) > depth:  # Pydantic says what is wrong with each of the things that an id may be
+            place, message, kind = place[:depth], f"Input should be {ID_MEANING}", "item_id"
         problems[place] = FieldProblem(loc=list(place), msg=message, type=kind)
     return [problem.model_dump() for problem in problems.values()]
