@@ -462,7 +462,7 @@ def test_the_page_loads_nothing_from_elsewhere(tiny_checkpoint: Path) -> None:
     assert page.status_code == 200
     assert "http" not in page.text
     policy = page.headers["Content-Security-Policy"]
-    assert policy.startswith("default-src 'none'; connect-src 'self'; script-src 'sha256-")
+    assert policy.startswith("default-src 'none'; img-src data:; connect-src 'self'; script-src 'sha256-")
 
 
 def test_the_documentation_names_limits_and_refusals(tiny_checkpoint: Path) -> None:

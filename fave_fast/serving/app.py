@@ -183,7 +183,7 @@ def _content_policy(html: str) -> str:
         (text,) = re.findall(f"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
         sources[tag] = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
     return (
-        f"default-src 'none'; connect-src 'self'; script-src 'sha256-{sources['script']}'; "
+        f"default-src 'none'; img-src data:; connect-src 'self'; script-src 'sha256-{sources['script']}'; "
         f"style-src 'sha256-{sources['style']}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
 
