@@ -29,3 +29,7 @@ class Overloaded(RuntimeError):
 
 class Closed(RuntimeError):
     """A request to something that was closed, or that waited there when it was."""
+
+
+class RankLost(RuntimeError):
+    """Another rank of a distributed group ended or hangs; the group is of no more use."""
