@@ -347,7 +347,7 @@ class ShardedRecommender(Recommender):
         with naming_the_loss("while a request was passed on", self.timeout):
             work = dist.broadcast(tensor, 0, group=group, async_op=True)
             assert work is not None
-            # Followers may wait as long as nobody asks; whoever asks may not: the group's own time is for the followers.
+            # Followers wait as long as nobody asks, which is the group's own time; whoever asks does not.
             work.wait(timedelta(seconds=self.timeout) if self.rank == 0 else _IDLE)
 
     @torch.no_grad()

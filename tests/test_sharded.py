@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +62,9 @@ def run_rank(
 class Ranks:
     """So many processes that do `work(rank, *arguments)`."""
 
-    def __init__(self, ranks: int, store: Path, work: Callable[..., object], *arguments: Any) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["fave_fast.sharded"])
+    def __init__(
+        self, context: ForkServerContext, ranks: int, store: Path, work: Callable[..., object], *arguments: Any
+    ) -> None:
         pipes = [context.Pipe(duplex=False) for _ in range(ranks)]
         self.pipes = [pipe for pipe, _ in pipes]
         self.processes = [
@@ -115,9 +115,9 @@ def answer_all(rank: int, path: Path, sizes: list[int] | None, dtype: str) -> ob
 @needs_extension
 @pytest.mark.parametrize(("sizes", "ranks", "dtype"), [*((*shards, "fp32") for shards in SHARDS), (None, 2, "bf16")])
 def test_lists_are_those_of_one_process(
-    sizes: list[int] | None, ranks: int, dtype: str, twins: Path, tmp_path: Path
+    sizes: list[int] | None, ranks: int, dtype: str, twins: Path, tmp_path: Path, processes: ForkServerContext
 ) -> None:
-    group = Ranks(ranks, tmp_path / "store", answer_all, twins, sizes, dtype)
+    group = Ranks(processes, ranks, tmp_path / "store", answer_all, twins, sizes, dtype)
     found = group.result(0)
     assert found == asked(Recommender.from_pretrained(twins, dtype=dtype, backend="cpp"))
     assert any(len(set(one.scores)) < len(one.scores) for answers in found for one in answers)
@@ -151,8 +151,8 @@ def refuse(rank: int, path: Path) -> object:
     return len(after[0].items)
 
 
-def test_misuse_is_named_and_harms_nothing(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    group = Ranks(2, tmp_path / "store", refuse, tiny_checkpoint)
+def test_misuse_is_named_and_harms_nothing(tiny_checkpoint: Path, tmp_path: Path, processes: ForkServerContext) -> None:
+    group = Ranks(processes, 2, tmp_path / "store", refuse, tiny_checkpoint)
     assert group.result(0) == 2
     assert len(group.result(1)) == 3
 
@@ -182,9 +182,9 @@ def lose_a_rank(rank: int, path: Path, signal_number: int, timeout: float, pids:
 
 @pytest.mark.parametrize(("how", "timeout"), [(signal.SIGKILL, PATIENCE), (signal.SIGSTOP, 2.0)])
 def test_a_rank_that_dies_or_hangs_is_an_error_on_the_others(
-    how: int, timeout: float, tiny_checkpoint: Path, tmp_path: Path
+    how: int, timeout: float, tiny_checkpoint: Path, tmp_path: Path, processes: ForkServerContext
 ) -> None:
-    group = Ranks(3, tmp_path / "store", lose_a_rank, tiny_checkpoint, how, timeout, tmp_path)
+    group = Ranks(processes, 3, tmp_path / "store", lose_a_rank, tiny_checkpoint, how, timeout, tmp_path)
     found = group.result(0)
     if how == signal.SIGSTOP:
         os.kill(int((tmp_path / "1").read_text()), signal.SIGKILL)
