@@ -7,19 +7,20 @@ from dataclasses import asdict
 from typing import Any
 
 from fave_fast.bulk import Count, Options, Partition, Worker
-from fave_fast.errors import InputError
-
-_RETRIES = 3  # of a partition whose worker was lost; what it had written is written again
+from fave_fast.errors import DataError, InputError
 
 
 class _Actor:
-    """A `Worker` in a process of the cluster: a row with a partition in, a row with its count out."""
+    """A `Worker` in a process of the cluster: a row with a partition in, a row with its count or its problem out."""
 
     def __init__(self, options: Options) -> None:
         self._worker = Worker(options)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return asdict(self._worker.answer(Partition(**row)))
+        try:
+            return asdict(self._worker.answer(Partition(**row))) | {"problem": ""}
+        except InputError as error:  # raised, it would come out as one of Ray's own
+            return asdict(Count()) | {"problem": str(error)}
 
 
 def over_ray(address: str, workers: int) -> Callable[[Options, Sequence[Partition]], Iterator[Count]]:
@@ -48,19 +49,16 @@ def over_ray(address: str, workers: int) -> Callable[[Options, Sequence[Partitio
         counts = rows.map(
             _Actor,
             fn_constructor_args=(options,),
-            compute=ray.data.ActorPoolStrategy(size=workers),
+            compute=ray.data.ActorPoolStrategy(size=min(workers, len(left))),
             num_gpus=1 if on_gpu else None,
             num_cpus=None if on_gpu else 1,
-            max_restarts=_RETRIES,
-            max_task_retries=_RETRIES,
         )
         try:
             for row in counts.iter_rows():
+                problem = row.pop("problem")
+                if problem:
+                    raise DataError(problem)
                 yield Count(**row)
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, InputError):
-                raise error.cause from None
-            raise
         finally:
             ray.shutdown()
 
