@@ -137,7 +137,8 @@ def _listen(host: str, port: int) -> socket.socket:
     except OverflowError:
         raise InputError(f"--port is {port}; expected at most 65535") from None
     except OSError as error:
-        raise InputError(f"cannot listen on {host}, port {port}: {error.strerror}") from None
+        reason = str(error.strerror).split(" (while")[0]  # after which the address comes once more
+        raise InputError(f"cannot listen on {host}, port {port}: {reason}") from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

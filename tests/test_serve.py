@@ -218,8 +218,9 @@ def test_bodies_that_are_no_json_or_too_large(tiny_checkpoint: Path) -> None:
     typed = {"Content-Type": "application/json"}
     requests = [("POST", RECOMMEND, {"content": body, "headers": typed}) for body, _ in RAW_BODIES]
     requests += [("POST", RECOMMEND, {"content": in_parts(), "headers": typed}), post({"histories": [[101]]})]
-    answers = Server(tiny_checkpoint).ask(*requests)
+    untyped, *answers = Server(tiny_checkpoint).ask(("POST", RECOMMEND, {"content": b"{}"}), *requests)
     assert [answer.status_code for answer in answers] == [status for _, status in RAW_BODIES] + [413, 200]
+    assert "Content-Type: application/json" in untyped.json()["detail"][0]["msg"]
     assert "4,000" in answers[-2].json()["detail"]
     assert answers[-2].headers["Connection"] == "close"
 

@@ -214,5 +214,7 @@ def _field_problems(error: Exception) -> list[dict[str, Any]]:
         depth = ID_DEPTHS.get(str(place[1]), len(place)) if len(place) > 1 else 1
         if len(place) > depth:  # Pydantic says what is wrong with each of the things that an id may be
             place, message, kind = place[:depth], f"Input should be {ID_MEANING}", "item_id"
+        if kind == "model_attributes_type":
+            message = "Input should be a JSON object, sent with Content-Type: application/json"
         problems[place] = FieldProblem(loc=list(place), msg=message, type=kind)
     return [problem.model_dump() for problem in problems.values()]
