@@ -74,6 +74,7 @@ class Statistics:
     batch_sizes: Mapping[int, int]  # requests of a call -> answered calls
     waits_us: Mapping[int, int]  # upper bound, a power of two -> requests whose turn came after at most so long
     longest_wait_us: float
+    total_wait_us: float
 
 
 class _Request(Future[Recommendation]):
@@ -179,7 +180,7 @@ class MicroBatcher:
         self._counts: Counter[str] = Counter()
         self._batch_sizes: Counter[int] = Counter()
         self._waits: Counter[int] = Counter()
-        self._longest_wait = 0  # ns
+        self._longest_wait = self._total_wait = 0  # ns
 
     def submit(
         self, history: History, *, k: int | None = None, exclude_history: bool | None = None
@@ -266,7 +267,13 @@ class MicroBatcher:
                 batch_sizes=MappingProxyType(dict(sorted(self._batch_sizes.items()))),
                 waits_us=MappingProxyType({1 << bits: count for bits, count in sorted(self._waits.items())}),
                 longest_wait_us=self._longest_wait / 1e3,
+                total_wait_us=self._total_wait / 1e3,
             )
+
+    @property
+    def closed(self) -> bool:
+        """Whether requests are refused for good: it was closed, or its worker ended by an error."""
+        return self._closed is not None
 
     def close(self, drain: bool = True) -> None:
         """Take no more requests, and return when none is open. Again, or from several threads, is no error.
@@ -391,6 +398,7 @@ class MicroBatcher:
             self._counts["cancelled"] += len(batch) - len(alive)
             self._waits.update([(wait // 1000).bit_length() for wait in waits])
             self._longest_wait = max(self._longest_wait, *waits, 0)
+            self._total_wait += sum(waits)
         groups: dict[tuple[bool, int], list[_Request]] = {}
         for request in alive:
             groups.setdefault(request.kind, []).append(request)

@@ -89,6 +89,12 @@ def load(path: str | Path) -> Checkpoint:
     return _unpack(plain, tensors, str(path))
 
 
+def content_digest(checkpoint: Checkpoint) -> str:
+    """The SHA-256 of all the content, in hexadecimal: the one that `save` writes into the file."""
+    plain, tensors = _pack(checkpoint)
+    return _digest({"kind": _KIND, "version": FORMAT_VERSION, "plain": plain}, tensors)
+
+
 def export_safetensors(checkpoint: Checkpoint, path: str | Path) -> None:
     """Write `checkpoint` as a safetensors file: the tensors, and the rest as JSON in its metadata.
 

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +24,7 @@ from fave_fast.config import Config
 from fave_fast.errors import InputError
 from fave_fast.flow import InferenceNoise
 from fave_fast.graphs import BATCHES, CapturedStep, Histories, Step, StepGraphs
-from fave_fast.model import DTYPES
+from fave_fast.model import DTYPES, FAVE
 from fave_fast.ops import Exclusions
 from fave_fast.ops.encoder import OP as ENCODER
 from fave_fast.ops.encoder import EncoderWeights, InputPath
@@ -79,7 +79,7 @@ class Recommender:
         self.checkpoint = checkpoint
         self.config: Config = checkpoint.config
         self.backend = backend
-        self._model = checkpoint.build_model().to(device, dtype).eval()
+        self._model = self._build(checkpoint).to(device, dtype).eval()
         for op in (SCORE_TOPK, ENCODER):
             op.resolve(backend, self.device, dtype)
         self._on_gpu = self.device.type == "cuda"
@@ -92,6 +92,7 @@ class Recommender:
         self._gate = _Gate()
         self._counting = threading.Lock()
         self.batches: Counter[str] = Counter()  # on a GPU: "captured", or the reason why no graph took one
+        self.on_step: Callable[[float, float], None] | None = None  # hears each batch's seconds; `Step` says which
 
     @classmethod
     def from_pretrained(
@@ -109,6 +110,10 @@ class Recommender:
             BackendError: `backend` was asked for by name and cannot run here.
         """
         return cls(checkpoints.load(path), device=device, dtype=dtype, backend=backend)
+
+    def _build(self, checkpoint: Checkpoint) -> FAVE:
+        """The network, on the CPU."""
+        return checkpoint.build_model()
 
     @property
     def device(self) -> torch.device:
@@ -337,7 +342,7 @@ class Recommender:
             path = InputPath.pack(self._model, flow, InferenceNoise.draw(self._model, flow, seed))
             if seed == flow.seed:  # a caller's own seeds may be many: not kept
                 self._paths[seed] = path
-        return Step(self._weights, path, self.backend)
+        return Step(self._weights, path, self.backend, self.on_step)
 
     def _best(
         self, histories: Histories, k: int, exclude: bool, denied: Tensor | None, seeds: range
@@ -355,7 +360,7 @@ class Recommender:
             ids, offsets = (torch.from_numpy(part).to(self.device) for part in histories)
             seen = Exclusions(ids, offsets) if exclude else None
             drawn = [self._step(seed)(ids, offsets, seen, k, denied) for seed in seeds]
-            best = drawn[0] if len(drawn) == 1 else _merge(drawn, k)
+            best = drawn[0] if len(drawn) == 1 else merge_drawn(drawn, k)
         return best[0].cpu().numpy(), best[1].cpu().numpy()
 
     def _captured(self, histories: Histories, k: int, denied: Tensor | None, seeds: range) -> CapturedStep | str:
@@ -476,7 +481,7 @@ def _rows(histories: Histories, rows: Ints) -> Histories:
     return Histories(histories.ids[start:end], offsets)
 
 
-def _merge(drawn: Sequence[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor]:
+def merge_drawn(drawn: Sequence[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor]:
     """The K best of several lists [B, K], each item with its best score; equal scores by lower item number."""
     scores, items = (torch.cat(part, dim=1) for part in zip(*drawn, strict=True))
     for by_item in (False, True):  # in the end by item, an item's best score first

@@ -26,10 +26,11 @@ ENVIRONMENT: dict[str, str] = {
     "FAVE_FAST_BACKEND": "the backend of every op that is called with backend='auto': reference, triton or cpp",
     "FAVE_FAST_ISA": "the instruction set of the C++ encoder and top K, one that is listed (default: the fastest)",
     "FAVE_FAST_NVTX": "1 when the package is imported: the parts of a step are named ranges for profilers",
+    "FAVE_FAST_TOKEN": "serve: the bearer token that requests must bring, where no --token-file is given",
     "FAVE_FAST_PURE": "1 while installing: build no C++ extension",
     "FAVE_FAST_DATA": "the tests: folder of the benchmark data sets (default: shared/data beside the checkout)",
 }
-_PACKAGES = ("torch", "numpy", "polars", "triton", "safetensors", "tensorboard")
+_PACKAGES = ("torch", "numpy", "polars", "triton", "safetensors", "tensorboard", "fastapi", "uvicorn")
 
 
 def report() -> dict[str, Any]:

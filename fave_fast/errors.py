@@ -33,3 +33,7 @@ class Closed(RuntimeError):
 
 class FailedElsewhere(InputError):
     """An `InputError` of another of several ranks, which says it."""
+
+
+class RankLost(RuntimeError):
+    """Another rank of a distributed group ended or hangs; the group is of no more use."""

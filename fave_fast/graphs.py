@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
@@ -36,6 +37,7 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _ITEMS_EACH, _MORE_ITEMS = 64, 1024
 SMALL_BATCH = 8  # histories; up to here the cluster kernel answers sooner than one program a history
 
+
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
@@ -47,6 +49,11 @@ class Histories(NamedTuple):
     offsets: Ints
 
 
+def batches_up_to(largest: int) -> list[int]:
+    """The batch sizes to capture for requests of up to `largest` histories."""
+    return [*(size for size in BATCHES if size < largest), largest]
+
+
 @dataclass(frozen=True)
 class Step:
     """From packed item numbers on a device to lists: f of eq. (25), then the top K of the whole catalogue."""
@@ -54,6 +61,7 @@ class Step:
     weights: EncoderWeights
     path: InputPath
     backend: str
+    on_step: Callable[[float, float], None] | None = None  # hears the seconds of encoder and top-K, on a CPU
 
     @property
     def table(self) -> Tensor:
@@ -122,14 +130,19 @@ class Step:
         plan = plan or self.plan(len(offsets) - 1)
         if plan is not None:
             plan.refill(offsets, overlap)
+        started = time.perf_counter()
         endpoint = encode_ids(
             self.weights, self.path, ids, offsets, plan=plan, out=endpoint,
             backend=self.encoder_backend(len(offsets) - 1), overlap=overlap,
         )  # fmt: skip
-        return score_topk(
+        encoded = time.perf_counter()
+        best = score_topk(
             endpoint, self.table, k, exclude, deny,
             out=out, workspace=workspace, backend=self.backend, overlap=overlap,
         )  # fmt: skip
+        if self.on_step is not None and endpoint.device.type == "cpu":
+            self.on_step(encoded - started, time.perf_counter() - encoded)
+        return best
 
 
 class _Request:

@@ -22,7 +22,7 @@ from fave_fast.demo import run_demo
 from fave_fast.engine import ItemId, Recommendation, Recommender
 from fave_fast.errors import DataError, InputError
 from fave_fast.files import check_writable, replacing
-from fave_fast.graphs import BATCHES
+from fave_fast.graphs import batches_up_to
 from fave_fast.model import DTYPES
 from fave_fast.profiling import Trace
 
@@ -201,19 +201,25 @@ class _Sink:
     def frame(self) -> pl.DataFrame:
         """The rows as a table: ids are whole numbers where all are, else text."""
         users = _ids([request.user for request, _ in self.rows])
-        lengths = [len(answer.items) for _, answer in self.rows]
-        items = _ids([item for _, answer in self.rows for item in answer.items])
-        scores = [score for _, answer in self.rows for score in answer.scores]
-        offsets = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64))).tolist()
-        spans = list(itertools.pairwise(offsets))
-        return pl.DataFrame(
-            {
-                "user": users,
-                "items": pl.Series([items[a:b] for a, b in spans], dtype=pl.List(items.dtype)),
-                "scores": pl.Series([scores[a:b] for a, b in spans], dtype=pl.List(pl.Float32)),
-                "popular": pl.Series([answer.popular for _, answer in self.rows], dtype=pl.Boolean),
-            }
-        )
+        answers = [answer for _, answer in self.rows]
+        items = _ids([item for answer in answers for item in answer.items])
+        return lists_frame(users, answers, items.dtype)
+
+
+def lists_frame(users: pl.Series, answers: Sequence[Recommendation], item_dtype: pl.DataType) -> pl.DataFrame:
+    """A table of lists, one row a user: user (as given), items, scores (float32) and popular."""
+    return pl.DataFrame(
+        {
+            "user": users,
+            "items": pl.Series([_typed(answer.items, item_dtype) for answer in answers], dtype=pl.List(item_dtype)),
+            "scores": pl.Series([answer.scores for answer in answers], dtype=pl.List(pl.Float32)),
+            "popular": pl.Series([answer.popular for answer in answers], dtype=pl.Boolean),
+        }
+    )
+
+
+def _typed(items: list[ItemId], dtype: pl.DataType) -> list[ItemId]:
+    return [str(item) for item in items] if dtype == pl.String else items
 
 
 def _ids(values: Sequence[ItemId]) -> pl.Series:
@@ -359,7 +365,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         backend=arguments.backend,
     )
     largest = 1 if arguments.input is None else arguments.batch_size
-    seconds = recommender.warmup(arguments.topk, [*(size for size in BATCHES if size < largest), largest])
+    seconds = recommender.warmup(arguments.topk, batches_up_to(largest))
     if seconds > 0:
         cli.say(f"note: one step captured for up to {largest} histories at a time, in {seconds:.2f} s")
     with Trace(arguments.profile, "infer") as trace:

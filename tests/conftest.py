@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Iterator
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,14 @@ def poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def processes() -> ForkServerContext:
+    """Makes processes that have the package imported already and nothing of this one's threads."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fave_fast.bulk", "fave_fast.sharded"])
+    return context
 
 
 @pytest.fixture(scope="session")

@@ -72,6 +72,7 @@ def test_the_wheel_holds_the_package_alone(wheel: Path) -> None:
     files = [*(ROOT / "kernels").glob("*.py"), *(ROOT / "kernels" / "tuning").glob("*.json")]
     kernels = {f"fave_fast/{file.relative_to(ROOT)}" for file in files}
     assert "fave_fast/kernels/tuning/generic.json" in kernels
+    assert "fave_fast/serving/page.html" in names
     assert sources | kernels | {"fave_fast/py.typed", "fave_fast/_C.pyi", "fave_fast/kernels/probe.py"} <= set(names)
     assert [name for name in names if re.fullmatch(r"fave_fast/_C\.[^/]*\.(so|pyd)", name)]
     # A top-level `kernels` would shadow the package of that name.

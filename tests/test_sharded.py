@@ -1,0 +1,216 @@
+"""Real ranks on this machine, by gloo: lists of one process, to the bit, and errors instead of hangs."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fave_fast import checkpoint as checkpoints
+from fave_fast.engine import Recommendation, Recommender
+from fave_fast.errors import InputError, RankLost
+from fave_fast.ops.registry import why_no_extension
+from fave_fast.sharded import ShardedRecommender, even_sizes, pack_keys, unpack_keys
+
+PATIENCE = 60.0  # seconds until a test gives up
+
+ASKS: list[dict[str, Any]] = [
+    {"histories": [[101, 103, 105]]},
+    {"histories": [[101, 103], [], ["never"], [124, 113, 102, "never", 101]], "k": 5},
+    {"histories": [[101 + at % 24 for at in range(30)], [117]], "k": 30, "exclude_history": False},
+    {"histories": [[101 + 2 * at for at in range(11)], [105, 117]], "k": 24},
+    {"histories": [[109], [110, 111]], "k": 4, "deny": [101, 112, 124, "never"]},
+    {"histories": [[]], "k": 3, "deny": [101, 102]},
+    {"histories": [[109], [110, 111], [101]], "k": 6, "n_samples": 3, "seed": 5, "batch_size": 2},
+]
+SHARDS: list[tuple[list[int] | None, int]] = [
+    ([24], 1),
+    (None, 2),
+    ([23, 1], 2),
+    (None, 3),
+    ([3, 20, 1], 3),
+    ([0, 24, 0], 3),
+]
+
+needs_extension = pytest.mark.skipif(why_no_extension() is not None, reason=f"no extension: {why_no_extension()}")
+
+
+def run_rank(
+    rank: int, ranks: int, store: Path, work: Callable[..., object], pipe: Connection, arguments: tuple[Any, ...]
+) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    try:
+        result = work(rank, *arguments)
+    except Exception as error:
+        result = error
+    pipe.send(result)
+
+
+class Ranks:
+    """So many processes that do `work(rank, *arguments)`."""
+
+    def __init__(
+        self, context: ForkServerContext, ranks: int, store: Path, work: Callable[..., object], *arguments: Any
+    ) -> None:
+        pipes = [context.Pipe(duplex=False) for _ in range(ranks)]
+        self.pipes = [pipe for pipe, _ in pipes]
+        self.processes = [
+            context.Process(target=run_rank, args=(rank, ranks, store, work, pipes[rank][1], arguments), daemon=True)
+            for rank in range(ranks)
+        ]
+        for process in self.processes:
+            process.start()
+        for _, pipe in pipes:
+            pipe.close()
+
+    def result(self, rank: int) -> Any:
+        """What the rank returned or raised; None of one that ended without a word."""
+        assert self.pipes[rank].poll(PATIENCE), f"rank {rank} hangs"
+        try:
+            return self.pipes[rank].recv()
+        except EOFError:
+            return None
+
+
+def asked(recommender: Recommender) -> list[list[Recommendation]]:
+    return [recommender.recommend(**ask) for ask in ASKS]
+
+
+@pytest.fixture(scope="module")
+def twins(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Items 13 to 18 are equal to items 1 to 6, and four items are zero: ties within and between all shards."""
+    kept = checkpoints.load(tiny_checkpoint)
+    table = kept.weights["item_embedding.weight"].clone()
+    table[13:19] = table[1:7]
+    table[[8, 9, 20, 23]] = 0.0
+    path = tmp_path_factory.mktemp("twins") / "model.pt"
+    checkpoints.save(replace(kept, weights={**kept.weights, "item_embedding.weight": table}), path)
+    return path
+
+
+def answer_all(rank: int, path: Path, sizes: list[int] | None, dtype: str) -> object:
+    recommender = ShardedRecommender(checkpoints.load(path), sizes=sizes, dtype=dtype, backend="cpp", timeout=PATIENCE)
+    if rank > 0:
+        recommender.follow()
+        return "followed"
+    answers = asked(recommender)
+    recommender.close()
+    recommender.close()
+    return answers
+
+
+@needs_extension
+@pytest.mark.parametrize(("sizes", "ranks", "dtype"), [*((*shards, "fp32") for shards in SHARDS), (None, 2, "bf16")])
+def test_lists_are_those_of_one_process(
+    sizes: list[int] | None, ranks: int, dtype: str, twins: Path, tmp_path: Path, processes: ForkServerContext
+) -> None:
+    group = Ranks(processes, ranks, tmp_path / "store", answer_all, twins, sizes, dtype)
+    found = group.result(0)
+    assert found == asked(Recommender.from_pretrained(twins, dtype=dtype, backend="cpp"))
+    assert any(len(set(one.scores)) < len(one.scores) for answers in found for one in answers)
+    assert [group.result(rank) for rank in range(1, ranks)] == ["followed"] * (ranks - 1)
+
+
+def refuse(rank: int, path: Path) -> object:
+    kept = checkpoints.load(path)
+    found = []
+    for sizes in ([24], [25, -1], [12, 11]):
+        with pytest.raises(InputError, match="expected 2 from 0 that add up to 24 items") as caught:
+            ShardedRecommender(kept, sizes=sizes)
+        found.append(str(caught.value))
+    recommender = ShardedRecommender(kept, timeout=PATIENCE)
+    if rank > 0:
+        with pytest.raises(RuntimeError, match="rank 1 was asked; expected rank 0"):
+            recommender.recommend([[101]])
+        recommender.follow()
+        return found
+    for change in (lambda: recommender.add_items([1], [[0.0] * 16]), lambda: recommender.remove_items([101])):
+        with pytest.raises(InputError, match="does not change"):
+            change()
+    with pytest.raises(RuntimeError, match="rank 0 asks"):
+        recommender.follow()
+    with pytest.raises(InputError, match="k is 0"):
+        recommender.recommend([[101]], 0)
+    after = recommender.recommend([[101]], 2)
+    recommender.close()
+    with pytest.raises(RuntimeError, match="the recommender is closed"):
+        recommender.recommend([[101]])
+    return len(after[0].items)
+
+
+def test_misuse_is_named_and_harms_nothing(tiny_checkpoint: Path, tmp_path: Path, processes: ForkServerContext) -> None:
+    group = Ranks(processes, 2, tmp_path / "store", refuse, tiny_checkpoint)
+    assert group.result(0) == 2
+    assert len(group.result(1)) == 3
+
+
+def ask_often(recommender: Recommender) -> None:
+    """A signal takes a moment to arrive; what is asked before that is answered."""
+    for _ in range(100_000):
+        recommender.recommend([[101]])
+
+
+def lose_a_rank(rank: int, path: Path, signal_number: int, timeout: float, pids: Path) -> object:
+    recommender = ShardedRecommender(checkpoints.load(path), timeout=timeout)
+    if rank > 0:
+        (pids / str(rank)).write_text(str(os.getpid()))
+        recommender.follow()
+        return "followed"
+    recommender.recommend([[101]])
+    os.kill(int((pids / "1").read_text()), signal_number)
+    messages = []
+    for _ in range(2):
+        with pytest.raises(RankLost) as caught:
+            ask_often(recommender)
+        messages.append(str(caught.value))
+    recommender.close()
+    return messages
+
+
+@pytest.mark.parametrize(("how", "timeout"), [(signal.SIGKILL, PATIENCE), (signal.SIGSTOP, 2.0)])
+def test_a_rank_that_dies_or_hangs_is_an_error_on_the_others(
+    how: int, timeout: float, tiny_checkpoint: Path, tmp_path: Path, processes: ForkServerContext
+) -> None:
+    group = Ranks(processes, 3, tmp_path / "store", lose_a_rank, tiny_checkpoint, how, timeout, tmp_path)
+    found = group.result(0)
+    if how == signal.SIGSTOP:
+        os.kill(int((tmp_path / "1").read_text()), signal.SIGKILL)
+    assert isinstance(found, list), found
+    assert found[0] == found[1]
+    assert f"a rank ended, or said nothing for {timeout:g} s, while" in found[0]
+    assert isinstance(group.result(2), RankLost)
+    assert group.result(1) is None
+
+
+def test_even_sizes() -> None:
+    assert [even_sizes(10, ranks) for ranks in (1, 3, 12)] == [[10], [4, 3, 3], [1] * 10 + [0, 0]]
+
+
+SCORES = st.floats(width=32, allow_nan=False) | st.sampled_from([0.0, -0.0, -np.inf, 1.0])
+IDS = st.integers(0, 2**31 - 2) | st.integers(0, 3)
+
+
+@given(st.lists(st.tuples(SCORES, IDS), min_size=1, max_size=40))
+def test_keys_order_as_lists_do_and_lose_nothing(pairs: Sequence[tuple[float, int]]) -> None:
+    scores = torch.tensor([score for score, _ in pairs], dtype=torch.float32)
+    ids = torch.tensor([number for _, number in pairs])
+    keys = pack_keys(scores, ids)
+    found_scores, found_ids = unpack_keys(keys)
+    assert torch.equal(found_scores.view(torch.int32), scores.view(torch.int32))
+    assert torch.equal(found_ids, ids)
+    best = keys.sort(descending=True, stable=True).indices.tolist()
+    ordered = [(-pairs[at][0], pairs[at][1]) for at in best]
+    assert ordered == sorted(ordered)
