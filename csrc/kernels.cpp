@@ -483,27 +483,36 @@ void attend(const Attention& attention, float* scratch, float* out, std::int64_t
   }
 }
 
+// n or W elements, whichever is less.
+template <typename Element>
+FAVE_FAST_INLINE F up_to(const Element* p, int n) {
+  return n < W ? load(p, n) : load(p);
+}
+
 template <typename Element>
 FAVE_FAST_INLINE void input_row(const Input& in, const Element* item, const Element* anchor, const float* shift,
                                 const float* scale, float* h) {
   const int d = in.d;
   F total = all(0.0f);
-  for (int i = 0; i < d; i += W) total = add(total, load(item + i, d - i < W ? d - i : W));
+  for (int i = 0; i < d; i += W) total = add(total, up_to(item + i, d - i));
   const F centre = all(sum(total) / static_cast<float>(d));
   F squares = all(0.0f);
   for (int i = 0; i < d; i += W) {
-    const int n = d - i < W ? d - i : W;
-    F x = sub(load(item + i, n), centre);
-    if (n < W) x = only(x, n);
+    F x = sub(up_to(item + i, d - i), centre);
+    if (d - i < W) x = only(x, d - i);
     squares = fma(x, x, squares);
   }
   const F factor = all(inverse_root(sum(squares) / static_cast<float>(d) + in.eps));
   for (int i = 0; i < d; i += W) {
-    const int n = d - i < W ? d - i : W;
-    const F x = mul(sub(load(item + i, n), centre), factor);
-    F e = add(fma(x, load(in.norm + i, n), load(in.norm + d + i, n)), load(shift + i, n));
-    if (anchor != nullptr) e = fma(load(scale + i, n), load(anchor + i, n), e);
-    store(h + i, e, n);
+    const int n = d - i;
+    const F x = mul(sub(up_to(item + i, n), centre), factor);
+    F e = add(fma(x, up_to(in.norm + i, n), up_to(in.norm + d + i, n)), up_to(shift + i, n));
+    if (anchor != nullptr) e = fma(up_to(scale + i, n), up_to(anchor + i, n), e);
+    if (n < W) {
+      store(h + i, e, n);
+    } else {
+      store(h + i, e);
+    }
   }
 }
 
