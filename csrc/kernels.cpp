@@ -526,87 +526,143 @@ void input(const Input& in, const void* item, const void* anchor, const float* s
 
 // Inner products lie along the lanes: lane l sums the channels (or pairs of them) that are l modulo W, and lane_sums
 // adds the lanes. So a score's bits depend on its two vectors alone.
+//
+// kParts vectors hold kStep elements of a row, and of a query as `query_units` leaves it.
 
 struct FloatRows {
   using Element = float;
-  static constexpr int kStep = W;
-  static FAVE_FAST_INLINE F get(const float* p) { return load(p); }
-  static FAVE_FAST_INLINE F get(const float* p, int n) { return load(p, n); }
+  static constexpr int kStep = W, kParts = 1;
+  static FAVE_FAST_INLINE void get(const float* p, F (&parts)[kParts]) { parts[0] = load(p); }
+  static FAVE_FAST_INLINE void get(const float* p, int n, F (&parts)[kParts]) { parts[0] = load(p, n); }
   static FAVE_FAST_INLINE F multiply_add(F sums, F a, F b) { return fma(a, b, sums); }
 };
 
 #if defined(__AVX512BF16__)
 struct HalfRows {
   using Element = std::uint16_t;
-  static constexpr int kStep = 2 * W;
-  static FAVE_FAST_INLINE F get(const std::uint16_t* p) {
-    return _mm512_castsi512_ps(_mm512_loadu_si512(reinterpret_cast<const void*>(p)));
+  static constexpr int kStep = 2 * W, kParts = 1;
+  static FAVE_FAST_INLINE void get(const std::uint16_t* p, F (&parts)[kParts]) {
+    parts[0] = _mm512_castsi512_ps(_mm512_loadu_si512(reinterpret_cast<const void*>(p)));
   }
-  static FAVE_FAST_INLINE F get(const std::uint16_t* p, int n) {
+  static FAVE_FAST_INLINE void get(const std::uint16_t* p, int n, F (&parts)[kParts]) {
     const auto some = static_cast<__mmask32>((1ull << n) - 1);
-    return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(some, reinterpret_cast<const void*>(p)));
+    parts[0] = _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(some, reinterpret_cast<const void*>(p)));
   }
   static FAVE_FAST_INLINE F multiply_add(F sums, F a, F b) { return add_pair_products(sums, a, b); }
+};
+#elif defined(FAVE_FAST_WORDS)
+struct HalfRows {  // even elements and odd ones: a shift and a mask widen them where they are
+  using Element = std::uint16_t;
+  static constexpr int kStep = 2 * W, kParts = 2;
+  static FAVE_FAST_INLINE void get(const std::uint16_t* p, F (&parts)[kParts]) {
+    const I both = _mm256_loadu_si256(reinterpret_cast<const I*>(p));
+    parts[0] = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+    parts[1] = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+  }
+  static FAVE_FAST_INLINE void get(const std::uint16_t* p, int n, F (&parts)[kParts]) {
+    std::uint16_t some[kStep] = {};
+    std::memcpy(some, p, static_cast<std::size_t>(n) * sizeof *p);
+    get(some, parts);
+  }
+  static FAVE_FAST_INLINE F multiply_add(F sums, F a, F b) { return fma(a, b, sums); }
 };
 #else
 struct HalfRows {
   using Element = std::uint16_t;
-  static constexpr int kStep = W;
-  static FAVE_FAST_INLINE F get(const std::uint16_t* p) { return load(p); }
-  static FAVE_FAST_INLINE F get(const std::uint16_t* p, int n) { return load(p, n); }
+  static constexpr int kStep = W, kParts = 1;
+  static FAVE_FAST_INLINE void get(const std::uint16_t* p, F (&parts)[kParts]) { parts[0] = load(p); }
+  static FAVE_FAST_INLINE void get(const std::uint16_t* p, int n, F (&parts)[kParts]) { parts[0] = load(p, n); }
   static FAVE_FAST_INLINE F multiply_add(F sums, F a, F b) { return fma(a, b, sums); }
 };
 #endif
 
-// Lane q * (W / Q) + i: query q and row i.
+template <typename Rows>
+void units_of_query(const typename Rows::Element* query, int d, float* units) {
+  F parts[Rows::kParts];
+  for (int k = 0; k < d; k += Rows::kStep, units += Rows::kParts * W) {
+    if (d - k < Rows::kStep) {
+      Rows::get(query + k, d - k, parts);
+    } else {
+      Rows::get(query + k, parts);
+    }
+    for (int p = 0; p < Rows::kParts; ++p) store(units + p * W, parts[p]);
+  }
+}
+
+void query_units(const void* query, int d, Format format, float* units) {
+  if (format == Format::fp32) {
+    units_of_query<FloatRows>(static_cast<const float*>(query), d, units);
+  } else {
+    units_of_query<HalfRows>(static_cast<const std::uint16_t*>(query), d, units);
+  }
+}
+
+// sums [Q, J] += the inner products of n elements, kStep or fewer, of Q queries and of J rows.
+template <typename Rows, int Q, int J>
+FAVE_FAST_INLINE void add_step(const float* const (&queries)[Q], int at, const typename Rows::Element* const (&rows)[J],
+                               int k, int n, F (&sums)[Q * J]) {
+  F units[Q][Rows::kParts];
+#pragma GCC unroll 16
+  for (int i = 0; i < Q; ++i) {
+#pragma GCC unroll 2
+    for (int p = 0; p < Rows::kParts; ++p) units[i][p] = load(queries[i] + at + p * W);
+  }
+#pragma GCC unroll 16
+  for (int j = 0; j < J; ++j) {
+    F parts[Rows::kParts];
+    if (n < Rows::kStep) {
+      Rows::get(rows[j] + k, n, parts);
+    } else {
+      Rows::get(rows[j] + k, parts);
+    }
+#pragma GCC unroll 2
+    for (int p = 0; p < Rows::kParts; ++p) {
+#pragma GCC unroll 16
+      for (int i = 0; i < Q; ++i) sums[i * J + j] = Rows::multiply_add(sums[i * J + j], units[i][p], parts[p]);
+    }
+  }
+}
+
+// [Q, J] inner products, unfinished: their sums' lanes.
+template <typename Rows, int Q, int J>
+FAVE_FAST_INLINE void lanes_of(const float* const (&queries)[Q], const typename Rows::Element* const (&rows)[J], int d,
+                               F (&sums)[Q * J]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < Q * J; ++i) sums[i] = all(0.0f);
+  int k = 0, at = 0;
+  for (; k + Rows::kStep <= d; k += Rows::kStep, at += Rows::kParts * W) {
+    add_step<Rows, Q, J>(queries, at, rows, k, Rows::kStep, sums);
+  }
+  if (k < d) add_step<Rows, Q, J>(queries, at, rows, k, d - k, sums);
+}
+
+constexpr int kTogether = W == 8 ? 2 : 1;  // rows that one query meets at a time: memory is fastest read in its own order
+
+// One lane for each of [Q, W / Q] inner products.
 template <typename Rows, int Q>
-FAVE_FAST_INLINE F dots_of(const typename Rows::Element* const (&queries)[Q],
-                           const typename Rows::Element* const (&rows)[W / Q], int d) {
+FAVE_FAST_INLINE F dots_of(const float* const (&queries)[Q], const typename Rows::Element* const (&rows)[W / Q], int d) {
   F sums[W];
-  if (Q == 1) {  // one query waits for memory, which is fastest read in its own order
+  if (Q == 1) {
 #pragma GCC unroll 16
-    for (int j = 0; j < W; ++j) {
-      F row = all(0.0f);
-      int k = 0;
-      const typename Rows::Element* at = rows[j % (W / Q)];
-      for (; k + Rows::kStep <= d; k += Rows::kStep) {
-        row = Rows::multiply_add(row, Rows::get(queries[0] + k), Rows::get(at + k));
-      }
-      if (k < d) row = Rows::multiply_add(row, Rows::get(queries[0] + k, d - k), Rows::get(at + k, d - k));
-      sums[j] = row;
+    for (int j = 0; j < W; j += kTogether) {
+      const float* const query[1] = {queries[0]};
+      const typename Rows::Element* some[kTogether];
+      F found[kTogether];
+#pragma GCC unroll 16
+      for (int i = 0; i < kTogether; ++i) some[i] = rows[(j + i) % (W / Q)];
+      lanes_of<Rows, 1, kTogether>(query, some, d, found);
+#pragma GCC unroll 16
+      for (int i = 0; i < kTogether; ++i) sums[j + i] = found[i];
     }
-    return lane_sums(sums);
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < W; ++i) sums[i] = all(0.0f);
-  int k = 0;
-  for (; k + Rows::kStep <= d; k += Rows::kStep) {
-    F q[Q];
-#pragma GCC unroll 16
-    for (int i = 0; i < Q; ++i) q[i] = Rows::get(queries[i] + k);
-#pragma GCC unroll 16
-    for (int j = 0; j < W / Q; ++j) {
-      const F row = Rows::get(rows[j] + k);
-#pragma GCC unroll 16
-      for (int i = 0; i < Q; ++i) sums[i * (W / Q) + j] = Rows::multiply_add(sums[i * (W / Q) + j], q[i], row);
-    }
-  }
-  if (k < d) {
-    F q[Q];
-    for (int i = 0; i < Q; ++i) q[i] = Rows::get(queries[i] + k, d - k);
-#pragma GCC unroll 16
-    for (int j = 0; j < W / Q; ++j) {
-      const F row = Rows::get(rows[j] + k, d - k);
-#pragma GCC unroll 16
-      for (int i = 0; i < Q; ++i) sums[i * (W / Q) + j] = Rows::multiply_add(sums[i * (W / Q) + j], q[i], row);
-    }
+  } else {
+    lanes_of<Rows, Q, W / Q>(queries, rows, d, sums);
   }
   return lane_sums(sums);
 }
 
 template <typename Rows>
-void dots_rows(const typename Rows::Element* query, const void* const* rows, int count, int d, float* scores) {
-  const typename Rows::Element* const queries[1] = {query};
+void dots_rows(const float* query, const void* const* rows, int count, int d, float* scores) {
+  const float* const queries[1] = {query};
   for (int first = 0; first < count; first += W) {
     const typename Rows::Element* some[W];
     for (int i = 0; i < W; ++i) {
@@ -621,23 +677,22 @@ void dots_rows(const typename Rows::Element* query, const void* const* rows, int
   }
 }
 
-void dots(const void* query, const void* const* rows, int count, int d, Format format, float* scores) {
+void dots(const float* query, const void* const* rows, int count, int d, Format format, float* scores) {
   if (format == Format::fp32) {
-    dots_rows<FloatRows>(static_cast<const float*>(query), rows, count, d, scores);
+    dots_rows<FloatRows>(query, rows, count, d, scores);
   } else {
-    dots_rows<HalfRows>(static_cast<const std::uint16_t*>(query), rows, count, d, scores);
+    dots_rows<HalfRows>(query, rows, count, d, scores);
   }
 }
 
 constexpr int kQueries = W == 16 ? 4 : 2;  // of a tile of inner products
 
 template <typename Rows, int Q>
-void block_dots_of(const typename Rows::Element* queries, std::int64_t query_stride,
-                   const typename Rows::Element* rows, std::int64_t row_stride, int count, int d, float* scores,
-                   std::int64_t score_stride) {
+void block_dots_of(const float* queries, const typename Rows::Element* rows, std::int64_t row_stride, int count, int d,
+                   float* scores, std::int64_t score_stride) {
   constexpr int kItems = W / Q;
-  const typename Rows::Element* some_queries[Q];
-  for (int i = 0; i < Q; ++i) some_queries[i] = queries + i * query_stride;
+  const float* some_queries[Q];
+  for (int i = 0; i < Q; ++i) some_queries[i] = queries + i * query_stride(d);
   for (int first = 0; first < count; first += kItems) {
     const typename Rows::Element* some[kItems];
     for (int j = 0; j < kItems; ++j) some[j] = rows + (first + j < count ? first + j : count - 1) * row_stride;
@@ -656,29 +711,26 @@ void block_dots_of(const typename Rows::Element* queries, std::int64_t query_str
 }
 
 template <typename Rows>
-void block_dots_rows(const void* queries_at, std::int64_t query_stride, int query_count, const void* rows_at,
-                     std::int64_t row_stride, int row_count, int d, float* scores, std::int64_t score_stride) {
-  const auto* queries = static_cast<const typename Rows::Element*>(queries_at);
+void block_dots_rows(const float* queries, int query_count, const void* rows_at, std::int64_t row_stride, int row_count,
+                     int d, float* scores, std::int64_t score_stride) {
   const auto* rows = static_cast<const typename Rows::Element*>(rows_at);
   int q = 0;
   for (; q + kQueries <= query_count; q += kQueries) {
-    block_dots_of<Rows, kQueries>(queries + q * query_stride, query_stride, rows, row_stride, row_count, d,
+    block_dots_of<Rows, kQueries>(queries + q * query_stride(d), rows, row_stride, row_count, d,
                                   scores + q * score_stride, score_stride);
   }
   for (; q < query_count; ++q) {
-    block_dots_of<Rows, 1>(queries + q * query_stride, query_stride, rows, row_stride, row_count, d,
-                           scores + q * score_stride, score_stride);
+    block_dots_of<Rows, 1>(queries + q * query_stride(d), rows, row_stride, row_count, d, scores + q * score_stride,
+                           score_stride);
   }
 }
 
-void block_dots(const void* queries, std::int64_t query_stride, int query_count, const void* rows,
-                std::int64_t row_stride, int row_count, int d, Format format, float* scores,
-                std::int64_t score_stride) {
+void block_dots(const float* queries, int query_count, const void* rows, std::int64_t row_stride, int row_count, int d,
+                Format format, float* scores, std::int64_t score_stride) {
   if (format == Format::fp32) {
-    block_dots_rows<FloatRows>(queries, query_stride, query_count, rows, row_stride, row_count, d, scores,
-                               score_stride);
+    block_dots_rows<FloatRows>(queries, query_count, rows, row_stride, row_count, d, scores, score_stride);
   } else {
-    block_dots_rows<HalfRows>(queries, query_stride, query_count, rows, row_stride, row_count, d, scores, score_stride);
+    block_dots_rows<HalfRows>(queries, query_count, rows, row_stride, row_count, d, scores, score_stride);
   }
 }
 
@@ -756,6 +808,6 @@ int not_below(const float* scores, float a, const float* errors, float b, const 
 
 extern const Kernels FAVE_FAST_KERNELS;
 const Kernels FAVE_FAST_KERNELS = {FAVE_FAST_NAME, W,    kPanel,     kHalf, norm,      dense,    attend, to_words,
-                                   input,          dots, block_dots, above, byte_dots, not_below};
+                                   input,          query_units, dots, block_dots, above, byte_dots, not_below};
 
 }  // namespace fave_fast

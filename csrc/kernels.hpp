@@ -77,13 +77,14 @@ struct Kernels {
   void (*input)(const Input& input, const void* item, const void* anchor, const float* shift, const float* scale,
                 float* h);
 
-  // Inner products of a query [d] and `count` rows, whose addresses are given.
-  void (*dots)(const void* query, const void* const* rows, int count, int d, Format format, float* scores);
-  // scores [queries, score_stride]: inner products of neighbouring queries and neighbouring rows, strides in elements.
-  // The same bits as from `dots`.
-  void (*block_dots)(const void* queries, std::int64_t query_stride, int query_count, const void* rows,
-                     std::int64_t row_stride, int row_count, int d, Format format, float* scores,
-                     std::int64_t score_stride);
+  // A query [d] as inner products take it: query_stride(d) floats, zeros at its end.
+  void (*query_units)(const void* query, int d, Format format, float* units);
+  // Inner products of a query's units and `count` rows, whose addresses are given.
+  void (*dots)(const float* query, const void* const* rows, int count, int d, Format format, float* scores);
+  // scores [queries, score_stride]: inner products of neighbouring queries' units and neighbouring rows, whose stride is
+  // in elements. The same bits as from `dots`.
+  void (*block_dots)(const float* queries, int query_count, const void* rows, std::int64_t row_stride, int row_count,
+                     int d, Format format, float* scores, std::int64_t score_stride);
   // Places of the scores above `threshold`; how many. NaN is not above.
   int (*above)(const float* scores, int count, float threshold, std::int32_t* places);
   // scores [queries, panel] of one panel of bytes: (products - offset of the query) * scale of the query * scale of the
@@ -95,6 +96,8 @@ struct Kernels {
   int (*not_below)(const float* scores, float a, const float* errors, float b, const float* norms, float threshold,
                    float* margins, std::int32_t* places);
 };
+
+constexpr std::int64_t query_stride(std::int64_t d) { return (d + 2 * kVector - 1) / (2 * kVector) * (2 * kVector); }
 
 // Floats of scratch that `attend` needs.
 constexpr std::int64_t attention_scratch(std::int64_t length, std::int64_t channels) {

@@ -91,8 +91,9 @@ void write_list(const TopkCall& call, std::int64_t b, std::vector<Entry>& found)
 }
 
 // Items begin to end for the queries first to last, lists [last - first].
-void scan(const Kernels& kernels, const TopkCall& call, const std::vector<LeftOut>& left_out, std::int64_t first,
-          std::int64_t last, std::int64_t begin, std::int64_t end, List* lists) {
+void scan(const Kernels& kernels, const TopkCall& call, const Buffer<float>& units,
+          const std::vector<LeftOut>& left_out, std::int64_t first, std::int64_t last, std::int64_t begin,
+          std::int64_t end, List* lists) {
   float scores[kBlockQueries * kBlockItems];
   std::int32_t places[kBlockItems];
   for (std::int64_t b = first; b < last; ++b) lists[b - first].start(call.k);
@@ -101,8 +102,8 @@ void scan(const Kernels& kernels, const TopkCall& call, const std::vector<LeftOu
     const void* rows = row_at(call.table, call.row_stride, item, call.format);
     for (std::int64_t some = first; some < last; some += kBlockQueries) {
       const int queries = static_cast<int>(std::min<std::int64_t>(kBlockQueries, last - some));
-      kernels.block_dots(row_at(call.queries, call.query_stride, some, call.format), call.query_stride, queries, rows,
-                         call.row_stride, count, call.d, call.format, scores, kBlockItems);
+      kernels.block_dots(units.data() + some * query_stride(call.d), queries, rows, call.row_stride, count, call.d,
+                         call.format, scores, kBlockItems);
       for (int q = 0; q < queries; ++q) {
         List& list = lists[some + q - first];
         const float* row = scores + q * kBlockItems;
@@ -117,6 +118,16 @@ void scan(const Kernels& kernels, const TopkCall& call, const std::vector<LeftOu
   }
 }
 
+// Of the queries [B, d] the units [B, query_stride(d)].
+Buffer<float> units_of(const Kernels& kernels, const TopkCall& call) {
+  Buffer<float> units(call.batch * query_stride(call.d));
+  for (std::int64_t b = 0; b < call.batch; ++b) {
+    kernels.query_units(row_at(call.queries, call.query_stride, b, call.format), call.d, call.format,
+                        units.data() + b * query_stride(call.d));
+  }
+  return units;
+}
+
 std::vector<LeftOut> left_out_of(const TopkCall& call) {
   std::vector<LeftOut> result;
   result.reserve(static_cast<std::size_t>(call.batch));
@@ -128,6 +139,7 @@ std::vector<LeftOut> left_out_of(const TopkCall& call) {
 
 void score_topk(const Kernels& kernels, const TopkCall& call, int threads) {
   const std::vector<LeftOut> left_out = left_out_of(call);
+  const Buffer<float> units = units_of(kernels, call);
   const int members = members_for(call.batch * call.items * call.d, threads);
   const auto list_bytes = static_cast<std::int64_t>(List::capacity(call.k) * sizeof(Entry));
   const std::int64_t at_once = std::clamp<std::int64_t>(kMostListBytes / (list_bytes * members), 1, call.batch);
@@ -136,8 +148,8 @@ void score_topk(const Kernels& kernels, const TopkCall& call, int threads) {
     const std::int64_t last = std::min(first + at_once, call.batch);
     run_on_team(members, [&](Team& team, int member) {
       const int size = team.size();
-      scan(kernels, call, left_out, first, last, 1 + call.items * member / size, 1 + call.items * (member + 1) / size,
-           lists.data() + member * at_once);
+      scan(kernels, call, units, left_out, first, last, 1 + call.items * member / size,
+           1 + call.items * (member + 1) / size, lists.data() + member * at_once);
       team.meet();
       std::vector<Entry> found;
       for (std::int64_t b = first + member; b < last; b += size) {
@@ -280,8 +292,9 @@ void rescore(const Kernels& kernels, const TopkCall& call, std::int64_t b, Candi
   for (const Candidate& c : some) rows.push_back(row_at(call.table, call.row_stride, c.id, call.format));
   std::vector<float> scores(some.size());
   if (!some.empty()) {
-    kernels.dots(row_at(call.queries, call.query_stride, b, call.format), rows.data(), static_cast<int>(rows.size()),
-                 call.d, call.format, scores.data());
+    Buffer<float> query(query_stride(call.d));
+    kernels.query_units(row_at(call.queries, call.query_stride, b, call.format), call.d, call.format, query.data());
+    kernels.dots(query.data(), rows.data(), static_cast<int>(rows.size()), call.d, call.format, scores.data());
   }
   std::vector<Entry> found;
   for (std::size_t i = 0; i < some.size(); ++i) {
