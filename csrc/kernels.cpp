@@ -98,7 +98,7 @@ FAVE_FAST_INLINE void word_product(const float* a, std::int64_t a_stride, const 
     for (int r = 0; r < R; ++r) {
       const F row = all(a[r * a_stride + k]);
 #pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) add_word_products(sums[r][c], row, columns[c]);
+      for (int c = 0; c < C; ++c) sums[r][c] = add_word_products(sums[r][c], row, columns[c]);
     }
   }
 #pragma GCC unroll 8
@@ -807,7 +807,7 @@ int not_below(const float* scores, float a, const float* errors, float b, const 
 }  // namespace
 
 extern const Kernels FAVE_FAST_KERNELS;
-const Kernels FAVE_FAST_KERNELS = {FAVE_FAST_NAME, W,    kPanel,     kHalf, norm,      dense,    attend, to_words,
+const Kernels FAVE_FAST_KERNELS = {FAVE_FAST_NAME, W,    kPanel,     kMostQueryByte, kHalf, norm,      dense,    attend, to_words,
                                    input,          query_units, dots, block_dots, above, byte_dots, not_below};
 
 }  // namespace fave_fast

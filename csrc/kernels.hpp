@@ -61,6 +61,7 @@ struct Kernels {
   const char* name;
   int lanes;   // of a vector: W
   int panel;   // columns of a panel of packed weights, a multiple of W
+  int most_query_byte;  // of `byte_dots`
   Operand half;  // of products in a bfloat16 model, the fastest that is exact enough
 
   // Units [rows, out_stride] of the norm of h [rows, stride].
@@ -88,7 +89,7 @@ struct Kernels {
   // Places of the scores above `threshold`; how many. NaN is not above.
   int (*above)(const float* scores, int count, float threshold, std::int32_t* places);
   // scores [queries, panel] of one panel of bytes: (products - offset of the query) * scale of the query * scale of the
-  // item. `queries` are units [queries, units] of signed bytes, `w` units [units, panel] of unsigned ones.
+  // item. `queries` are units [queries, units] of bytes up to +-most_query_byte, `w` units [units, panel] of unsigned ones.
   void (*byte_dots)(const float* queries, int query_count, const float* w, int units, const std::int32_t* offsets,
                     const float* query_scales, const float* scales, float* scores);
   // Places of a panel where score + margin is not below `threshold`, NaN among them; how many. A margin belongs to the

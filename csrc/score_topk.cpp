@@ -183,7 +183,8 @@ struct Bytes {
   double norm = 0, error = 0, norm_of_bytes = 0;
   bool is_nan = false;  // an element is, and so is every score
 
-  bool of(const char* row, int d, Format format) {
+  // In whole numbers up to +-most_byte.
+  bool of(const char* row, int d, Format format, int most_byte) {
     values.resize(d);
     rest.resize(d);
     bytes.assign(d, 0);
@@ -204,7 +205,7 @@ struct Bytes {
       values[i] = x;
       most = std::max(most, std::abs(values[i]));
     }
-    scale = static_cast<float>(most / 127);
+    scale = static_cast<float>(most / most_byte);
     norm = error = norm_of_bytes = 0;
     if (finite && most == 0) return true;
     if (!finite || !(scale >= 1 / kWidestScale && scale <= kWidestScale)) {
@@ -213,7 +214,7 @@ struct Bytes {
     }
     double squares = 0;
     for (int i = 0; i < d; ++i) {
-      const double whole = std::clamp(std::nearbyint(values[i] / scale), -127.0, 127.0);
+      const double whole = std::clamp<double>(std::nearbyint(values[i] / scale), -most_byte, most_byte);
       bytes[i] = static_cast<std::int8_t>(whole);
       rest[i] = whole * scale - values[i];
       squares += whole * scale * whole * scale;
@@ -234,9 +235,9 @@ struct ByteQueries {
   std::vector<float> of_error, of_norm;  // a margin is of_error * error + of_norm * norm
 
   // Whether it has one.
-  bool add(const TopkCall& call, std::int64_t b, int units_of_row) {
+  bool add(const TopkCall& call, std::int64_t b, int units_of_row, int most_byte) {
     Bytes made;
-    if (!made.of(row_at(call.queries, call.query_stride, b, call.format), call.d, call.format)) return false;
+    if (!made.of(row_at(call.queries, call.query_stride, b, call.format), call.d, call.format, most_byte)) return false;
     made.bytes.resize(4 * static_cast<std::size_t>(units_of_row), 0);
     std::int32_t offset = 0;
     for (const std::int8_t byte : made.bytes) offset += 128 * byte;
@@ -329,7 +330,7 @@ void ByteTable::quantise(const void* table, std::int64_t row_stride, Format form
   for (int column = 0; column < width; ++column) {
     const std::int64_t id = 1 + panel * width + column, place = panel * width + column;
     const bool there = id <= items_;
-    const bool bounded = there && item.of(row_at(table, row_stride, id, format), d_, format);
+    const bool bounded = there && item.of(row_at(table, row_stride, id, format), d_, format, 127);
     const bool candidate = there && !item.is_nan;
     scales_.data()[place] = candidate ? item.scale : std::numeric_limits<float>::quiet_NaN();
     for (int i = 0; i < 4 * units_; ++i) {
@@ -353,7 +354,7 @@ void ByteTable::score_topk(const TopkCall& call, int threads) {
   ByteQueries queries;
   std::vector<std::int64_t> rest;  // queries for the whole scan
   for (std::int64_t b = 0; b < call.batch; ++b) {
-    if (!queries.add(call, b, units_)) rest.push_back(b);
+    if (!queries.add(call, b, units_, kernels_.most_query_byte)) rest.push_back(b);
   }
   const auto count = static_cast<std::int64_t>(queries.rows.size());
   const int width = kernels_.panel, vectors = width / kernels_.lanes;
