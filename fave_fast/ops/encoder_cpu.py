@@ -105,16 +105,14 @@ def run(call: _Call) -> None:
     users = np.full(call.out.shape[0], length) if bounds is None else bounds.long().contiguous().numpy()
     out, threads = native.array(call.out), native.threads()
     if path is None:
-        packed.encoder.encode(native.array(call.rows), users, length, out, threads)
+        packed.encoder.encode(native.array(call.rows.detach()), users, length, out, threads)
         return
     packed.encoder.encode_ids(
         call.rows.long().numpy(),
         users,
         length,
         native.array(call.weights.model.item_embedding.weight.detach().contiguous()),
-        path.norm.numpy(),
-        path.shift.numpy(),
-        None if path.scale is None else path.scale.numpy(),
+        *path.arrays,
         path.anchor,
         out,
         threads,

@@ -36,7 +36,6 @@ MAX_WORKSPACE = 512 << 20  # bytes of group maxima at a time
 ROWS_AT_LEAST = 128  # at a time, though they need more
 
 
-@torch.no_grad()
 def score_topk(
     queries: Tensor,
     table: Tensor,
@@ -113,6 +112,7 @@ def workspace_bytes(queries: Tensor, table: Tensor, k: int, excluded: int = 0) -
     return _Plan.make(len(queries), len(table) - 1, queries, k, excluded).bytes
 
 
+@torch.no_grad()
 def _run(
     tiles: Tiles,
     k: int,
@@ -307,6 +307,7 @@ def beyond_kernels(d: int, k: int, length: int) -> dict[str, str]:
     return reasons
 
 
+@torch.no_grad()
 def _run_triton(
     tiles: Tiles,
     k: int,
