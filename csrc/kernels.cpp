@@ -33,9 +33,18 @@ struct Pairs {
 };
 #endif
 
+// Where the rest of the model has 16 bits.
+struct LooseFloats : Floats {
+  static constexpr int kChain = 1 << 30;
+};
+
 template <Operand kOperand>
 struct Unit {
   using type = Floats;
+};
+template <>
+struct Unit<Operand::int16_pairs> {
+  using type = LooseFloats;
 };
 #if defined(__AVX512BF16__)
 template <>
@@ -289,7 +298,7 @@ void norm(const Norm& norm, const float* h, int rows, std::int64_t stride, int d
 
 // Rotates the pairs (i, i + half) of x [2 * half] by the angles of one age.
 FAVE_FAST_INLINE void rotate(const float* x, int half, const float* cos, const float* sin, float* out) {
-  const auto turn = [&](int i, int n) {
+  const auto part = [&](int i, int n) {
     const F first = load(x + i, n), second = load(x + half + i, n), c = load(cos + i, n), s = load(sin + i, n);
     store(out + i, sub(mul(first, c), mul(second, s)), n);
     store(out + half + i, fma(first, s, mul(second, c)), n);
@@ -300,45 +309,45 @@ FAVE_FAST_INLINE void rotate(const float* x, int half, const float* cos, const f
     store(out + i, sub(mul(first, c), mul(second, s)));
     store(out + half + i, fma(first, s, mul(second, c)));
   }
-  if (i < half) turn(i, half - i);
+  if (i < half) part(i, half - i);
 }
 
-template <bool kPairs, int R, int C>
+template <Operand kOperand, int R, int C>
 void tile_of(const float* a, std::int64_t a_stride, const float* w, std::int64_t w_stride, int units, float* out,
              std::int64_t out_stride) {
   F sums[R][C];
-  product<typename Unit<kPairs ? Operand::bf16_pairs : Operand::fp32>::type, R, C>(a, a_stride, w, w_stride, units, sums);
+  product<typename Unit<kOperand>::type, R, C>(a, a_stride, w, w_stride, units, sums);
   for (int r = 0; r < R; ++r) {
     for (int c = 0; c < C; ++c) store(out + r * out_stride + c * W, sums[r][c]);
   }
 }
 
-template <bool kPairs, int R>
+template <Operand kOperand, int R>
 void tile_columns(const float* a, std::int64_t a_stride, const float* w, std::int64_t w_stride, int units, int vectors,
                   float* out, std::int64_t out_stride) {
   for (; vectors >= kColumns; vectors -= kColumns, w += kPanel, out += kPanel) {
-    tile_of<kPairs, R, kColumns>(a, a_stride, w, w_stride, units, out, out_stride);
+    tile_of<kOperand, R, kColumns>(a, a_stride, w, w_stride, units, out, out_stride);
   }
   switch (vectors) {
-    case 1: return tile_of<kPairs, R, 1>(a, a_stride, w, w_stride, units, out, out_stride);
-    case 2: return tile_of<kPairs, R, 2 < kColumns ? 2 : 1>(a, a_stride, w, w_stride, units, out, out_stride);
-    case 3: return tile_of<kPairs, R, 3 < kColumns ? 3 : 1>(a, a_stride, w, w_stride, units, out, out_stride);
+    case 1: return tile_of<kOperand, R, 1>(a, a_stride, w, w_stride, units, out, out_stride);
+    case 2: return tile_of<kOperand, R, 2 < kColumns ? 2 : 1>(a, a_stride, w, w_stride, units, out, out_stride);
+    case 3: return tile_of<kOperand, R, 3 < kColumns ? 3 : 1>(a, a_stride, w, w_stride, units, out, out_stride);
     default: return;
   }
 }
 
 // out [rows, vectors * W], for up to kRows rows.
-template <bool kPairs>
+template <Operand kOperand>
 void small_product(const float* a, std::int64_t a_stride, int rows, const float* w, std::int64_t w_stride, int units,
                    int vectors, float* out, std::int64_t out_stride) {
   switch (rows) {
-    case 1: return tile_columns<kPairs, 1>(a, a_stride, w, w_stride, units, vectors, out, out_stride);
-    case 2: return tile_columns<kPairs, 2>(a, a_stride, w, w_stride, units, vectors, out, out_stride);
-    case 3: return tile_columns<kPairs, 3>(a, a_stride, w, w_stride, units, vectors, out, out_stride);
-    case 4: return tile_columns<kPairs, 4>(a, a_stride, w, w_stride, units, vectors, out, out_stride);
+    case 1: return tile_columns<kOperand, 1>(a, a_stride, w, w_stride, units, vectors, out, out_stride);
+    case 2: return tile_columns<kOperand, 2>(a, a_stride, w, w_stride, units, vectors, out, out_stride);
+    case 3: return tile_columns<kOperand, 3>(a, a_stride, w, w_stride, units, vectors, out, out_stride);
+    case 4: return tile_columns<kOperand, 4>(a, a_stride, w, w_stride, units, vectors, out, out_stride);
     case 5:
-      return tile_columns<kPairs, 5 <= kRows ? 5 : kRows>(a, a_stride, w, w_stride, units, vectors, out, out_stride);
-    default: return tile_columns<kPairs, kRows>(a, a_stride, w, w_stride, units, vectors, out, out_stride);
+      return tile_columns<kOperand, 5 <= kRows ? 5 : kRows>(a, a_stride, w, w_stride, units, vectors, out, out_stride);
+    default: return tile_columns<kOperand, kRows>(a, a_stride, w, w_stride, units, vectors, out, out_stride);
   }
 }
 
@@ -373,7 +382,8 @@ FAVE_FAST_INLINE float weigh(float* scores, int vectors, double scale_log2) {
   const F rest = all(static_cast<float>(scale_log2 - static_cast<float>(scale_log2)));
   F total = all(0.0f);
   for (int v = 0; v < vectors; ++v) {
-    const F below = max(all(-1e30f), sub(load(scores + v * W), most));  // finite: its parts are added
+    F below = sub(load(scores + v * W), most);
+    if (kExact) below = max(all(-1e30f), below);  // finite: its parts are added
     const F p = exp2<kExact>(kExact ? fma(below, factor, mul(below, rest)) : mul(below, factor));
     total = add(total, p);
     store(scores + v * W, p);
@@ -381,8 +391,22 @@ FAVE_FAST_INLINE float weigh(float* scores, int vectors, double scale_log2) {
   return 1.0f / sum(total);
 }
 
-template <bool kPairs, bool kExact>
+// Units of a history's i-th query or key, rotated; `row` is room for floats.
+FAVE_FAST_INLINE void turn(const Attention& at, const float* first, int i, bool as_pairs, float* row, float* out) {
+  const float* from = first + i * at.stride;
+  if (at.cos != nullptr) {
+    const std::int64_t half = at.channels / 2, age = at.length - 1 - i;
+    float* to = as_pairs ? row : out;
+    rotate(from, static_cast<int>(half), at.cos + age * half, at.sin + age * half, to);
+    if (!as_pairs) return;
+    from = row;
+  }
+  put(from, at.channels, out, as_pairs);
+}
+
+template <Operand kOperand>
 void attend_of(const Attention& at, float* scratch, float* out, std::int64_t out_stride) {
+  constexpr bool kPairs = kOperand == Operand::bf16_pairs;
   const int n = at.length, channels = at.channels, half = channels / 2, per_unit = kPairs ? 2 : 1;
   const int units = channels / per_unit, key_vectors = (n + W - 1) / W, keys = key_vectors * W;
   const int wide_vectors = (channels + W - 1) / W, wide = wide_vectors * W;
@@ -405,26 +429,15 @@ void attend_of(const Attention& at, float* scratch, float* out, std::int64_t out
   for (int first = 0; first < n; first += W) {
     const int count = n - first < W ? n - first : W;
     for (int i = 0; i < count; ++i) {
-      const float* key = k + (first + i) * at.stride;
-      if (at.cos != nullptr) {
-        const std::int64_t age = n - 1 - first - i;
-        rotate(key, half, at.cos + age * half, at.sin + age * half, row);
-        key = row;
-      }
-      put(key, channels, turned + i * units, kPairs);
+      turn(at, k, first + i, kPairs, row, turned + i * units);
     }
     put_columns(turned, units, count, units, columns + first, keys);
   }
   for (int i = at.first_query; i < n; ++i) {
-    const float* query = q + i * at.stride;
-    if (at.cos != nullptr) {
-      const std::int64_t age = n - 1 - i;
-      rotate(query, half, at.cos + age * half, at.sin + age * half, row);
-      query = row;
-    }
-    put(query, channels, queries + i * units, kPairs);
+    turn(at, q, i, kPairs, row, queries + i * units);
   }
-  for (int u = 0; u < key_units; ++u) {
+  const bool in_place = !kPairs && channels % W == 0;
+  for (int u = 0; u < key_units && !in_place; ++u) {
     for (int c = 0; c < channels; c += W) {
       const int width = channels - c < W ? channels - c : W;
       const F first = load(v + u * per_unit * at.stride + c, width);
@@ -438,7 +451,8 @@ void attend_of(const Attention& at, float* scratch, float* out, std::int64_t out
       store(values + u * wide + c, first);
     }
   }
-  for (int j = 0; j < keys; ++j) {
+  const bool masked = at.causal || at.present != nullptr;
+  for (int j = masked ? 0 : keys - W; j < keys; ++j) {
     bias[j] = j < n && (at.present == nullptr || at.present[j] != 0) ? 0.0f : minus_infinity;
     past[j] = 0.0f;
     past[keys + j] = minus_infinity;
@@ -448,38 +462,38 @@ void attend_of(const Attention& at, float* scratch, float* out, std::int64_t out
   const Tiles tiles(n - at.first_query);
   for (int t = 0; t < tiles.count; ++t) {
     const int first = at.first_query + tiles.begin(t), rows = tiles.begin(t + 1) - tiles.begin(t);
-    small_product<kPairs>(queries + first * units, units, rows, columns, keys, units, key_vectors, weights, keys);
+    small_product<kOperand>(queries + first * units, units, rows, columns, keys, units, key_vectors, weights, keys);
     float inverse[kRows];
     for (int r = 0; r < rows; ++r) {
       float* scores = weights + r * keys;
       const float itself = scores[first + r];
       const float* later = past + keys - 1 - (first + r);  // 0 up to the query's own place
-      for (int j = 0; j < keys; j += W) {
+      for (int j = masked ? 0 : keys - W; j < keys; j += W) {
         F s = add(load(scores + j), load(bias + j));
         if (at.causal) s = add(s, load(later + j));
         store(scores + j, s);
       }
       if (at.causal && at.first_query == 0 && bias[first + r] != 0.0f) scores[first + r] = itself;
-      inverse[r] = weigh<kExact>(scores, key_vectors, scale_log2);
+      inverse[r] = weigh<kOperand == Operand::fp32>(scores, key_vectors, scale_log2);
       if (kPairs) put(scores, keys, weight_units + r * keys, true);
     }
-    small_product<kPairs>(kPairs ? weight_units : weights, keys, rows, values, wide, key_units, wide_vectors, summed,
-                          wide);
+    small_product<kOperand>(kPairs ? weight_units : weights, keys, rows, in_place ? v : values,
+                            in_place ? at.stride : wide, key_units, wide_vectors, summed, wide);
     for (int r = 0; r < rows; ++r) {
       float* result = summed + r * wide;
       const F factor = all(inverse[r]);
-      for (int c = 0; c < wide; c += W) store(result + c, mul(load(result + c), factor));
       float* to = out + (first + r - at.first_query) * out_stride + at.head * units;
-      put(result, channels, to, kPairs);
+      for (int c = 0; c < wide; c += W) store((in_place ? to : result) + c, mul(load(result + c), factor));
+      if (!in_place) put(result, channels, to, kPairs);
     }
   }
 }
 
 void attend(const Attention& attention, float* scratch, float* out, std::int64_t out_stride, Operand operand) {
   if (operand == Operand::fp32) {
-    attend_of<false, true>(attention, scratch, out, out_stride);
+    attend_of<Operand::fp32>(attention, scratch, out, out_stride);
   } else if (kHalf != Operand::fp32) {
-    attend_of<kHalf == Operand::bf16_pairs, false>(attention, scratch, out, out_stride);
+    attend_of<kHalf>(attention, scratch, out, out_stride);
   }
 }
 
