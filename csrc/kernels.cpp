@@ -118,11 +118,18 @@ FAVE_FAST_INLINE void word_product(const float* a, std::int64_t a_stride, const 
   }
 }
 
-// n is a multiple of W.
+// Of a row or of its GELU, in place; n is a multiple of W.
+template <bool kGelu>
 FAVE_FAST_INLINE void words_of_row(float* row, int n, std::int64_t stride) {
   F even = all(0.0f), odd = all(0.0f);
   for (int i = 0; i < n; i += 2 * W) {
-    const F first = load(row + i), second = i + W < n ? load(row + i + W) : all(0.0f);
+    F first = load(row + i), second = i + W < n ? load(row + i + W) : all(0.0f);
+    if (kGelu) {
+      first = gelu<false>(first);
+      second = gelu<false>(second);
+      store(row + i, first);
+      if (i + W < n) store(row + i + W, second);
+    }
     even = fma(first, first, even);
     odd = fma(second, second, odd);
   }
@@ -170,7 +177,7 @@ FAVE_FAST_INLINE void dense_tile(const float* a, std::int64_t a_stride, const fl
     for (int c = 0; c < kColumns; ++c) {
       F x = sums[r][c];
       if (kEpilogue == Epilogue::add) x = add(x, load(row + c * W));
-      if (kEpilogue == Epilogue::gelu) x = gelu<kOperand == Operand::fp32>(x);
+      if (kEpilogue == Epilogue::gelu && kOperand == Operand::fp32) x = gelu<true>(x);
       store(row + c * W, x);
     }
   }
@@ -200,7 +207,7 @@ void dense_rows(const float* a, std::int64_t a_stride, int rows, const float* w,
   }
 #if defined(FAVE_FAST_WORDS)
   if (kOperand == Operand::int16_pairs && kEpilogue == Epilogue::gelu) {
-    for (int r = 0; r < rows; ++r) words_of_row(out + r * out_stride, panels * kPanel, out_stride);
+    for (int r = 0; r < rows; ++r) words_of_row<true>(out + r * out_stride, panels * kPanel, out_stride);
   }
 #endif
 }
@@ -248,7 +255,7 @@ FAVE_FAST_INLINE void put(const float* from, int n, float* out, bool as_pairs) {
 
 void to_words(float* rows, int count, std::int64_t stride, int d) {
 #if defined(FAVE_FAST_WORDS)
-  for (int r = 0; r < count; ++r) words_of_row(rows + r * stride, (d + W - 1) / W * W, stride);
+  for (int r = 0; r < count; ++r) words_of_row<false>(rows + r * stride, (d + W - 1) / W * W, stride);
 #else
   static_cast<void>(rows), static_cast<void>(count), static_cast<void>(stride), static_cast<void>(d);
 #endif
