@@ -131,9 +131,10 @@ def test_error_against_float64(isa: str, dtype: torch.dtype, config: dict[str, A
 
 @each_dtype
 @each_set
-def test_a_history_has_the_same_bits_anywhere(isa: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("config", [{}, {"d": 20, "position": "none"}], ids=str)  # heads of 10 channels fill no vector
+def test_a_history_has_the_same_bits_anywhere(isa: str, dtype: torch.dtype, config: dict[str, Any]) -> None:
     """Among others, in another place, alone, for any number of threads, and in groups that are too large for one."""
-    network = Network(dtype, isa)
+    network = Network(dtype, isa, **config)
     lengths = np.random.default_rng(1).integers(0, 14, 90)
     histories = drawn_histories(lengths.tolist())
     together = network.encode(histories)
