@@ -420,7 +420,7 @@ FAVE_FAST_INLINE void turn(const Attention& at, const float* first, int i, bool 
 template <Operand kOperand>
 void attend_of(const Attention& at, float* scratch, float* out, std::int64_t out_stride) {
   constexpr bool kPairs = kOperand == Operand::bf16_pairs;
-  const int n = at.length, channels = at.channels, half = channels / 2, per_unit = kPairs ? 2 : 1;
+  const int n = at.length, channels = at.channels, per_unit = kPairs ? 2 : 1;
   const int units = channels / per_unit, key_vectors = (n + W - 1) / W, keys = key_vectors * W;
   const int wide_vectors = (channels + W - 1) / W, wide = wide_vectors * W;
   const int key_units = (n + per_unit - 1) / per_unit;
