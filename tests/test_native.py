@@ -85,14 +85,14 @@ class Network:
         return encode_ids(self.weights, self.path, ids, offsets, backend=backend)
 
     def check(self, histories: Sequence[Sequence[int]]) -> None:
-        """At most twice the error of PyTorch in the same dtype, over all histories: of their norm, not of the worst element.
+        """At most twice the error of PyTorch in the same dtype: the norm over all histories, not the worst element.
 
-        Two correct implementations round differently, so that the ratio of their errors is chance even where both are as
-        good. If ln of it is normal with deviation s, it is beyond 2 in a share 1 - Phi(ln 2 / s) of all models. Of 48
-        models of 20 and 32 channels in float32, AVX2 against scalar (mean ratios 1.01 and 0.98): s is 0.23 for the norm,
-        0.13 % beyond 2 (found: none, at most 1.9); s is 0.41 for the worst element, which is one peaked history's,
-        4.6 % beyond 2 (found: two beyond 2, up to 3.0, and two below 1/2). A limit for the worst element of each model
-        would fail one correct implementation in twenty.
+        Two correct implementations round differently, so the ratio of their errors is chance even where both are as
+        good. If its logarithm is normal with deviation s, it is beyond 2 for a share 1 - Phi(ln 2 / s) of all models.
+        Of 48 models of 20 and 32 channels in float32, AVX2 against scalar (mean ratios 1.01 and 0.98): s is 0.23 for
+        the norm, so 0.13 % beyond 2 (found: none, at most 1.9); s is 0.41 for the worst element, which is one peaked
+        history's, so 4.6 % beyond 2 (found: two, up to 3.0, and two below 1/2). A limit for the worst element of each
+        model would fail one correct implementation in twenty.
         """
         ids, offsets = packed(histories)
         exact = encode_ids(*self.oracle, ids, offsets, backend="reference")

@@ -1,8 +1,8 @@
 """The encoder in C++ (`csrc/encoder.cpp`): the model's weights packed for it, and its calls.
 
 In bfloat16 the products take bfloat16 and sum in float32 where the CPU has AVX-512 BF16. On AVX2 they take 16-bit
-integers, to which rows and columns are scaled, and sum exactly; the error is smaller than bfloat16's. Elsewhere the same
-weights are widened. Between products everything is float32, the residual stream too.
+integers, to which rows and columns are scaled, and sum exactly; the error is smaller than bfloat16's. Elsewhere the
+same weights are widened. Between products everything is float32, the residual stream too.
 """
 
 from __future__ import annotations
