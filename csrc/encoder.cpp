@@ -144,7 +144,8 @@ Encoder::Packed Encoder::pack(const float* weights, int out, int in) const {
   const int width = kernels_.panel;
   packed.units = operand_ == Operand::fp32 ? in : in / 2;
   packed.panels = (out + width - 1) / width;
-  const std::int64_t rows = packed.units + (operand_ == Operand::int16_pairs ? 1 : 0), size = packed.panels * rows * width;
+  const std::int64_t rows = packed.units + (operand_ == Operand::int16_pairs ? 1 : 0);
+  const std::int64_t size = packed.panels * rows * width;
   packed.data = Buffer<float>(size);
   std::fill_n(packed.data.data(), size, 0.0f);
   for (int column = 0; column < out; ++column) {

@@ -96,9 +96,10 @@ FAVE_FAST_INLINE void product(const float* a, std::int64_t a_stride, const float
 }
 
 #if defined(FAVE_FAST_WORDS)
-// As floats, sums [R, C vectors] of units of 16-bit pairs, and `factors` [C vectors] after w.
+// As floats, sums [R, C vectors] of units of 16-bit pairs, scaled back by the rows' factors and the columns' after w.
 template <int R, int C>
-FAVE_FAST_INLINE void word_product(const float* a, std::int64_t a_stride, const float* w, int units, F (&result)[R][C]) {
+FAVE_FAST_INLINE void word_product(const float* a, std::int64_t a_stride, const float* w, int units,
+                                   F (&result)[R][C]) {
   I sums[R][C];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
@@ -206,7 +207,9 @@ void dense_rows(const float* a, std::int64_t a_stride, int rows, const float* w,
         case 2: dense_tile<kOperand, 2, kEpilogue>(from, a_stride, w, units, to, out_stride); break;
         case 3: dense_tile<kOperand, 3, kEpilogue>(from, a_stride, w, units, to, out_stride); break;
         case 4: dense_tile<kOperand, 4, kEpilogue>(from, a_stride, w, units, to, out_stride); break;
-        case 5: dense_tile<kOperand, 5 <= kRows ? 5 : kRows, kEpilogue>(from, a_stride, w, units, to, out_stride); break;
+        case 5:
+          dense_tile<kOperand, 5 <= kRows ? 5 : kRows, kEpilogue>(from, a_stride, w, units, to, out_stride);
+          break;
         default: dense_tile<kOperand, kRows, kEpilogue>(from, a_stride, w, units, to, out_stride); break;
       }
     }
@@ -657,11 +660,13 @@ FAVE_FAST_INLINE void lanes_of(const float* const (&queries)[Q], const typename 
   if (k < d) add_step<Rows, Q, J>(queries, at, rows, k, d - k, sums);
 }
 
-constexpr int kTogether = W == 8 ? 2 : 1;  // rows that one query meets at a time: memory is fastest read in its own order
+// Rows that one query meets at a time: memory is fastest read in its own order, but one chain of sums waits for itself.
+constexpr int kTogether = W == 8 ? 4 : 1;
 
 // One lane for each of [Q, W / Q] inner products.
 template <typename Rows, int Q>
-FAVE_FAST_INLINE F dots_of(const float* const (&queries)[Q], const typename Rows::Element* const (&rows)[W / Q], int d) {
+FAVE_FAST_INLINE F dots_of(const float* const (&queries)[Q], const typename Rows::Element* const (&rows)[W / Q],
+                           int d) {
   F sums[W];
   if (Q == 1) {
 #pragma GCC unroll 16
@@ -828,7 +833,8 @@ int not_below(const float* scores, float a, const float* errors, float b, const 
 }  // namespace
 
 extern const Kernels FAVE_FAST_KERNELS;
-const Kernels FAVE_FAST_KERNELS = {FAVE_FAST_NAME, W,    kPanel,     kMostQueryByte, kHalf, norm,      dense,    attend, to_words,
-                                   input,          query_units, dots, block_dots, above, byte_dots, not_below};
+const Kernels FAVE_FAST_KERNELS = {FAVE_FAST_NAME, W,      kPanel,   kMostQueryByte, kHalf, norm,
+                                   dense,          attend, to_words, input,          query_units,
+                                   dots,           block_dots, above, byte_dots,     not_below};
 
 }  // namespace fave_fast

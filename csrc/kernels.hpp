@@ -47,8 +47,8 @@ constexpr int kVector = 16;  // rows of floats end at multiples of this, with ze
 //
 // int16_pairs stand for bfloat16 where no instruction multiplies that: a row of activations and a column of weights are
 // scaled to the lengths below, rounded to whole numbers, multiplied and summed exactly, and scaled back. No sum leaves
-// 32 bits, for by Cauchy and Schwarz |Q.R| <= |Q| |R| < 2^31, in every part of a row as well. The rounding of a row x of
-// n elements is at most |x| / (2 * 32700) each, or 0.29 sqrt(n) / 32700 of x in the mean: 2e-4 at n = 512, a fifth of
+// 32 bits, for by Cauchy and Schwarz |Q.R| <= |Q| |R| < 2^31, in every part of a row as well. The rounding of a row x
+// of n elements is at most |x| / (2 * 32700) each, or 0.29 sqrt(n) / 32700 of x in the mean: 2e-4 at n = 512, a fifth of
 // bfloat16's 1.1e-3 (2^-9 / sqrt(3)).
 enum class Operand { fp32, bf16_pairs, int16_pairs };
 
@@ -56,7 +56,8 @@ constexpr float kRowLength = 32700.0f;     // so that no element is beyond 16 bi
 constexpr float kColumnLength = 65000.0f;  // or less, so that none is: 32700 * 65000 < 2^31
 
 // Units of a row lie at its beginning; of int16_pairs the last float of its stride is what it is scaled back by.
-// A panel of packed weights holds units [units, panel]; of int16_pairs a last row [panel] that columns are scaled back by.
+// A panel of packed weights holds units [units, panel]; of int16_pairs also a last row [panel] that its columns are
+// scaled back by.
 struct Kernels {
   const char* name;
   int lanes;   // of a vector: W
@@ -82,14 +83,15 @@ struct Kernels {
   void (*query_units)(const void* query, int d, Format format, float* units);
   // Inner products of a query's units and `count` rows, whose addresses are given.
   void (*dots)(const float* query, const void* const* rows, int count, int d, Format format, float* scores);
-  // scores [queries, score_stride]: inner products of neighbouring queries' units and neighbouring rows, whose stride is
-  // in elements. The same bits as from `dots`.
+  // scores [queries, score_stride]: inner products of neighbouring queries' units and neighbouring rows, whose stride
+  // is in elements. The same bits as from `dots`.
   void (*block_dots)(const float* queries, int query_count, const void* rows, std::int64_t row_stride, int row_count,
                      int d, Format format, float* scores, std::int64_t score_stride);
   // Places of the scores above `threshold`; how many. NaN is not above.
   int (*above)(const float* scores, int count, float threshold, std::int32_t* places);
   // scores [queries, panel] of one panel of bytes: (products - offset of the query) * scale of the query * scale of the
-  // item. `queries` are units [queries, units] of bytes up to +-most_query_byte, `w` units [units, panel] of unsigned ones.
+  // item. `queries` are units [queries, units] of bytes up to +-most_query_byte, `w` units [units, panel] of unsigned
+  // ones.
   void (*byte_dots)(const float* queries, int query_count, const float* w, int units, const std::int32_t* offsets,
                     const float* query_scales, const float* scales, float* scores);
   // Places of a panel where score + margin is not below `threshold`, NaN among them; how many. A margin belongs to the
