@@ -48,8 +48,8 @@ constexpr int kVector = 16;  // rows of floats end at multiples of this, with ze
 // int16_pairs stand for bfloat16 where no instruction multiplies that: a row of activations and a column of weights are
 // scaled to the lengths below, rounded to whole numbers, multiplied and summed exactly, and scaled back. No sum leaves
 // 32 bits, for by Cauchy and Schwarz |Q.R| <= |Q| |R| < 2^31, in every part of a row as well. The rounding of a row x
-// of n elements is at most |x| / (2 * 32700) each, or 0.29 sqrt(n) / 32700 of x in the mean: 2e-4 at n = 512, a fifth of
-// bfloat16's 1.1e-3 (2^-9 / sqrt(3)).
+// of n elements is at most |x| / (2 * 32700) each, or 0.29 sqrt(n) / 32700 of x in the mean: 2e-4 at n = 512, a fifth
+// of bfloat16's 1.1e-3 (2^-9 / sqrt(3)).
 enum class Operand { fp32, bf16_pairs, int16_pairs };
 
 constexpr float kRowLength = 32700.0f;     // so that no element is beyond 16 bits
