@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -39,9 +40,35 @@ Buffer<float> padded_norm(const float* gain_and_bias, int d) {
   return result;
 }
 
+template <typename T>
+void put_pair(T first, T second, float* unit) {
+  const T pair[2] = {first, second};
+  std::memcpy(unit, pair, sizeof pair);
+}
+
+// How a column of weights becomes whole numbers (kernels.hpp).
+struct Words {
+  double scale = 1;
+
+  Words() = default;
+  Words(const float* column, int n) {
+    double squares = 0, most = 0;
+    for (int i = 0; i < n; ++i) {
+      squares += static_cast<double>(column[i]) * column[i];
+      most = std::max(most, std::abs(static_cast<double>(column[i])));
+    }
+    if (squares > 0) scale = std::min(kColumnLength / std::sqrt(squares), 32767 / most);
+    if (!std::isfinite(squares)) scale = std::nan("");
+  }
+  std::int16_t of(float x) const {
+    return std::isnan(scale) ? std::int16_t{0} : static_cast<std::int16_t>(std::lrint(x * scale));
+  }
+};
+
 }  // namespace
 
-// A matrix [columns, units] in panels: of each panel's columns the first unit, then their second, and so on.
+// A matrix [columns, units] in panels: of each panel's columns the first unit, then their second, and so on; last, for
+// int16_pairs, what they are scaled back by.
 struct Encoder::Packed {
   Buffer<float> data;
   int units = 0;
@@ -96,7 +123,10 @@ void Encoder::Scratch::hold(const Call& call, std::int64_t rows) {
 }
 
 Encoder::Encoder(const EncoderConfig& config, const Kernels& kernels)
-    : config_(config), kernels_(kernels), pairs_(config.half && kernels.pairs), blocks_(config.blocks) {
+    : config_(config),
+      kernels_(kernels),
+      operand_(config.half ? kernels.half : Operand::fp32),
+      blocks_(config.blocks) {
   if (config.d < 1 || config.heads < 1 || config.hidden < 1 || config.blocks < 1 || config.max_length < 1 ||
       config.d % (2 * config.heads) != 0 || config.hidden % 2 != 0) {
     throw std::invalid_argument("sizes of the encoder do not fit: d " + std::to_string(config.d) + ", heads " +
@@ -112,26 +142,24 @@ Encoder::~Encoder() = default;
 Encoder::Packed Encoder::pack(const float* weights, int out, int in) const {
   Packed packed;
   const int width = kernels_.panel;
-  packed.units = pairs_ ? in / 2 : in;
+  packed.units = operand_ == Operand::fp32 ? in : in / 2;
   packed.panels = (out + width - 1) / width;
-  const std::int64_t size = static_cast<std::int64_t>(packed.panels) * packed.units * width;
+  const std::int64_t rows = packed.units + (operand_ == Operand::int16_pairs ? 1 : 0);
+  const std::int64_t size = packed.panels * rows * width;
   packed.data = Buffer<float>(size);
-  float* to = packed.data.data();
-  for (int p = 0; p < packed.panels; ++p) {
+  std::fill_n(packed.data.data(), size, 0.0f);
+  for (int column = 0; column < out; ++column) {
+    const float* from = weights + static_cast<std::int64_t>(column) * in;
+    float* to = packed.data.data() + column / width * rows * width + column % width;
+    const Words words = operand_ == Operand::int16_pairs ? Words(from, in) : Words();
     for (int u = 0; u < packed.units; ++u) {
-      for (int c = 0; c < width; ++c, ++to) {
-        const int column = p * width + c;
-        const float* from = weights + static_cast<std::int64_t>(column) * in;
-        if (column >= out) {
-          *to = 0.0f;
-        } else if (pairs_) {
-          const std::uint16_t pair[2] = {narrowed(from[2 * u]), narrowed(from[2 * u + 1])};
-          std::memcpy(to, pair, sizeof pair);
-        } else {
-          *to = from[u];
-        }
+      switch (operand_) {
+        case Operand::fp32: to[u * width] = from[u]; break;
+        case Operand::bf16_pairs: put_pair(narrowed(from[2 * u]), narrowed(from[2 * u + 1]), to + u * width); break;
+        case Operand::int16_pairs: put_pair(words.of(from[2 * u]), words.of(from[2 * u + 1]), to + u * width); break;
       }
     }
+    if (operand_ == Operand::int16_pairs) to[packed.units * width] = static_cast<float>(1 / words.scale);
   }
   return packed;
 }
@@ -212,7 +240,8 @@ void Encoder::run(const Call& given, int threads) const {
   std::int64_t total = 0;
   for (const int n : lengths) total += n;
   Call call = given;
-  const std::int64_t unit_size = pairs_ ? 2 : 1, columns = std::max(kernels_.panel, kVector);
+  // Rows of int16_pairs are made in the place of their floats.
+  const std::int64_t unit_size = operand_ == Operand::bf16_pairs ? 2 : 1, columns = std::max(kernels_.panel, kVector);
   call.wide = round_up(config_.d, columns);
   call.x_stride = call.wide / unit_size;
   call.qkv_stride = config_.d + round_up(2 * config_.d, columns);
@@ -273,13 +302,13 @@ void Encoder::run_group(const Call& call, const Group& group, Scratch& shared, S
   float* qkv = shared.qkv.data() + begin * call.qkv_stride;
   const auto multiply = [&](const float* a, std::int64_t stride, int count, const Packed& w, Epilogue epilogue,
                             float* to, std::int64_t to_stride) {
-    kernels_.dense(a, stride, count, w.data.data(), w.units, w.panels, epilogue, to, to_stride, pairs_);
+    kernels_.dense(a, stride, count, w.data.data(), w.units, w.panels, epilogue, to, to_stride, operand_);
   };
   put_input(call, group, begin, end, h);
   for (int b = 0; b < config_.blocks; ++b) {
     const Block& block = blocks_[b];
     const bool last = b + 1 == config_.blocks;
-    kernels_.norm(norm_of(block.attention_norm), h, rows, call.wide, d, x, call.x_stride, pairs_);
+    kernels_.norm(norm_of(block.attention_norm), h, rows, call.wide, d, x, call.x_stride, operand_);
     if (!last) multiply(x, call.x_stride, rows, block.q, Epilogue::store, qkv, call.qkv_stride);
     multiply(x, call.x_stride, rows, block.kv, Epilogue::store, qkv + d, call.qkv_stride);
     if (last) put_newest(call, group, begin, end, shared, own);
@@ -287,9 +316,10 @@ void Encoder::run_group(const Call& call, const Group& group, Scratch& shared, S
     attend(call, group, last, shared, own, team.size(), member);
     if (last) return;
     team.meet();
-    multiply(shared.attended.data() + begin * call.x_stride, call.x_stride, rows, block.attention_out, Epilogue::add, h,
-             call.wide);
-    kernels_.norm(norm_of(block.ffn_norm), h, rows, call.wide, d, x, call.x_stride, pairs_);
+    float* attended = shared.attended.data() + begin * call.x_stride;
+    if (operand_ == Operand::int16_pairs) kernels_.to_words(attended, rows, call.x_stride, d);
+    multiply(attended, call.x_stride, rows, block.attention_out, Epilogue::add, h, call.wide);
+    kernels_.norm(norm_of(block.ffn_norm), h, rows, call.wide, d, x, call.x_stride, operand_);
     float* hidden = shared.hidden.data() + begin * call.hidden_stride;
     multiply(x, call.x_stride, rows, block.ffn_in, Epilogue::gelu, hidden, call.hidden_stride);
     multiply(hidden, call.hidden_stride, rows, block.ffn_out, Epilogue::add, h, call.wide);
@@ -343,7 +373,7 @@ void Encoder::put_newest(const Call& call, const Group& group, int begin, int en
   int count = 0;
   const auto flush = [&] {
     const Packed& w = blocks_.back().q;
-    kernels_.dense(x, call.x_stride, count, w.data.data(), w.units, w.panels, Epilogue::store, q, call.wide, pairs_);
+    kernels_.dense(x, call.x_stride, count, w.data.data(), w.units, w.panels, Epilogue::store, q, call.wide, operand_);
     for (int i = 0; i < count; ++i) {
       std::copy_n(q + i * call.wide, config_.d, shared.qkv.data() + rows_at[i] * call.qkv_stride);
     }
@@ -386,7 +416,7 @@ void Encoder::attend(const Call& call, const Group& group, bool last, Scratch& s
                                 sin_.data(),
                                 call.present->empty() ? nullptr : call.present->data() + call.histories.starts[b]};
       float* out = last ? call.newest_attended + b * call.x_stride : shared.attended.data() + row * call.x_stride;
-      kernels_.attend(attention, scratch, out, call.x_stride, pairs_);
+      kernels_.attend(attention, scratch, out, call.x_stride, operand_);
     }
     row += length;
   }
@@ -401,14 +431,15 @@ void Encoder::run_newest(const Call& call, std::int64_t begin, std::int64_t end,
   float *x = own.x.data(), *hidden = own.hidden.data(), *result = own.narrow.at_least(kNewestRows * call.wide);
   const auto multiply = [&](const float* a, std::int64_t stride, const Packed& w, Epilogue epilogue, float* to,
                             std::int64_t to_stride) {
-    kernels_.dense(a, stride, count, w.data.data(), w.units, w.panels, epilogue, to, to_stride, pairs_);
+    kernels_.dense(a, stride, count, w.data.data(), w.units, w.panels, epilogue, to, to_stride, operand_);
   };
-  multiply(call.newest_attended + begin * call.x_stride, call.x_stride, block.attention_out, Epilogue::add, h,
-           call.wide);
-  kernels_.norm(norm_of(block.ffn_norm), h, count, call.wide, d, x, call.x_stride, pairs_);
+  float* attended = call.newest_attended + begin * call.x_stride;
+  if (operand_ == Operand::int16_pairs) kernels_.to_words(attended, count, call.x_stride, d);
+  multiply(attended, call.x_stride, block.attention_out, Epilogue::add, h, call.wide);
+  kernels_.norm(norm_of(block.ffn_norm), h, count, call.wide, d, x, call.x_stride, operand_);
   multiply(x, call.x_stride, block.ffn_in, Epilogue::gelu, hidden, call.hidden_stride);
   multiply(hidden, call.hidden_stride, block.ffn_out, Epilogue::add, h, call.wide);
-  kernels_.norm(norm_of(final_norm_), h, count, call.wide, d, result, call.wide, false);
+  kernels_.norm(norm_of(final_norm_), h, count, call.wide, d, result, call.wide, Operand::fp32);
   for (int i = 0; i < count; ++i) {
     const bool empty = call.histories.lengths[begin + i] == 0;
     for (int c = 0; c < d; ++c) {

@@ -20,7 +20,7 @@ struct EncoderConfig {
   bool causal;
   float eps;        // of the blocks' norms
   float input_eps;  // of the embeddings' norm
-  bool half;        // products of bfloat16 where the instruction set has them; else of floats
+  bool half;        // of bfloat16: products of what the instruction set has for that; else of floats
 };
 
 // One block's weights, each [out, in] row by row, and the norms' gain and bias [2, d].
@@ -96,7 +96,7 @@ class Encoder {
 
   const EncoderConfig config_;
   const Kernels& kernels_;
-  const bool pairs_;
+  const Operand operand_;
   std::vector<Block> blocks_;
   Buffer<float> final_norm_, cos_, sin_;
 };

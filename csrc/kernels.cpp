@@ -12,6 +12,20 @@ namespace {
 
 constexpr int kPanel = W * kColumns;
 
+#if defined(__AVX512BF16__)
+constexpr Operand kHalf = Operand::bf16_pairs;
+#elif defined(FAVE_FAST_WORDS)
+constexpr Operand kHalf = Operand::int16_pairs;
+#else
+constexpr Operand kHalf = Operand::fp32;
+#endif
+
+// n or W elements, whichever is less.
+template <typename Element>
+FAVE_FAST_INLINE F up_to(const Element* p, int n) {
+  return n < W ? load(p, n) : load(p);
+}
+
 struct Floats {
   // Units summed one after another. Over 24 models of 32 channels the mean error of encode was 1.3 x PyTorch's with one
   // chain, 0.93 with chains of 16, which are then added up.
@@ -22,6 +36,26 @@ struct Floats {
 struct Pairs {
   static constexpr int kChain = 1 << 30;
   static FAVE_FAST_INLINE F multiply_add(F sums, F row, F columns) { return add_pair_products(sums, row, columns); }
+};
+#endif
+
+// Where the rest of the model has 16 bits.
+struct LooseFloats : Floats {
+  static constexpr int kChain = 1 << 30;
+};
+
+template <Operand kOperand>
+struct Unit {
+  using type = Floats;
+};
+template <>
+struct Unit<Operand::int16_pairs> {
+  using type = LooseFloats;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct Unit<Operand::bf16_pairs> {
+  using type = Pairs;
 };
 #endif
 
@@ -61,15 +95,59 @@ FAVE_FAST_INLINE void product(const float* a, std::int64_t a_stride, const float
   }
 }
 
-template <bool kPairs>
-struct Unit {
-  using type = Floats;
-};
-#if defined(__AVX512BF16__)
-template <>
-struct Unit<true> {
-  using type = Pairs;
-};
+#if defined(FAVE_FAST_WORDS)
+// As floats, sums [R, C vectors] of units of 16-bit pairs, scaled back by the rows' factors and the columns' after w.
+template <int R, int C>
+FAVE_FAST_INLINE void word_product(const float* a, std::int64_t a_stride, const float* w, int units,
+                                   F (&result)[R][C]) {
+  I sums[R][C];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) sums[r][c] = zero_counts();
+  }
+  for (int k = 0; k < units; ++k, w += C * W) {
+    F columns[C];
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) columns[c] = load(w + c * W);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const F row = all(a[r * a_stride + k]);
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) sums[r][c] = add_word_products(sums[r][c], row, columns[c]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    const F factor = all(a[(r + 1) * a_stride - 1]);
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) result[r][c] = mul(floats(sums[r][c]), mul(factor, load(w + c * W)));
+  }
+}
+
+// Of a row of n floats or of its GELU, in place; what lies behind them is not looked at.
+template <bool kGelu>
+FAVE_FAST_INLINE void words_of_row(float* row, int n, std::int64_t stride) {
+  F even = all(0.0f), odd = all(0.0f);
+  for (int i = 0; i < n; i += 2 * W) {
+    F first = up_to(row + i, n - i), second = i + W < n ? up_to(row + i + W, n - i - W) : all(0.0f);
+    if (kGelu) {  // of zero, zero
+      first = gelu<false>(first);
+      second = gelu<false>(second);
+      store(row + i, first);
+      if (i + W < n) store(row + i + W, second);
+    }
+    even = fma(first, first, even);
+    odd = fma(second, second, odd);
+  }
+  const float length = __builtin_sqrtf(sum(add(even, odd)));
+  const F factor = all(length > 0.0f ? kRowLength / length : 0.0f);
+  for (int i = 0; i < n; i += 2 * W) {
+    const F first = up_to(row + i, n - i), second = i + W < n ? up_to(row + i + W, n - i - W) : all(0.0f);
+    store(row + i / 2, words(mul(first, factor), mul(second, factor)));
+  }
+  row[stride - 1] = length * (1.0f / kRowLength);  // NaN where an element is
+}
 #endif
 
 // The tiles of a call: as few as hold `rows`, of about equal height.
@@ -79,16 +157,23 @@ struct Tiles {
   int begin(int tile) const { return static_cast<int>(static_cast<std::int64_t>(rows) * tile / count); }
 };
 
-template <bool kPairs, int R, Epilogue kEpilogue>
+template <Operand kOperand, int R, Epilogue kEpilogue>
 FAVE_FAST_INLINE void dense_tile(const float* a, std::int64_t a_stride, const float* w, int units, float* out,
                                  std::int64_t out_stride) {
   F sums[R][kColumns];
-  product<typename Unit<kPairs>::type, R, kColumns>(a, a_stride, w, kPanel, units, sums);
+#if defined(FAVE_FAST_WORDS)
+  if (kOperand == Operand::int16_pairs) {
+    word_product(a, a_stride, w, units, sums);
+  } else
+#endif
+  {
+    product<typename Unit<kOperand>::type, R, kColumns>(a, a_stride, w, kPanel, units, sums);
+  }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
     float* row = out + r * out_stride;
 #if defined(__AVX512BF16__)
-    if (kPairs && kEpilogue == Epilogue::gelu) {
+    if (kOperand == Operand::bf16_pairs && kEpilogue == Epilogue::gelu) {
       for (int c = 0; c < kColumns; c += 2) {
         store(row + c / 2 * W, pairs(gelu<false>(sums[r][c]), gelu<false>(sums[r][c + 1])));
       }
@@ -99,54 +184,63 @@ FAVE_FAST_INLINE void dense_tile(const float* a, std::int64_t a_stride, const fl
     for (int c = 0; c < kColumns; ++c) {
       F x = sums[r][c];
       if (kEpilogue == Epilogue::add) x = add(x, load(row + c * W));
-      if (kEpilogue == Epilogue::gelu) x = gelu<true>(x);
+      if (kEpilogue == Epilogue::gelu && kOperand == Operand::fp32) x = gelu<true>(x);
       store(row + c * W, x);
     }
   }
 }
 
-template <bool kPairs, Epilogue kEpilogue>
+template <Operand kOperand, Epilogue kEpilogue>
 void dense_rows(const float* a, std::int64_t a_stride, int rows, const float* w, int units, int panels, float* out,
                 std::int64_t out_stride) {
   const Tiles tiles(rows);
-  const std::int64_t advance = kPairs && kEpilogue == Epilogue::gelu ? kPanel / 2 : kPanel;
-  for (int p = 0; p < panels; ++p, w += static_cast<std::int64_t>(units) * kPanel, out += advance) {
+  const std::int64_t advance = kOperand == Operand::bf16_pairs && kEpilogue == Epilogue::gelu ? kPanel / 2 : kPanel;
+  const std::int64_t panel_size = (units + (kOperand == Operand::int16_pairs ? 1 : 0)) * std::int64_t{kPanel};
+  float* columns = out;
+  for (int p = 0; p < panels; ++p, w += panel_size, columns += advance) {
     for (int t = 0; t < tiles.count; ++t) {
       const int first = tiles.begin(t);
       const float* from = a + first * a_stride;
-      float* to = out + first * out_stride;
+      float* to = columns + first * out_stride;
       switch (tiles.begin(t + 1) - first) {
-        case 1: dense_tile<kPairs, 1, kEpilogue>(from, a_stride, w, units, to, out_stride); break;
-        case 2: dense_tile<kPairs, 2, kEpilogue>(from, a_stride, w, units, to, out_stride); break;
-        case 3: dense_tile<kPairs, 3, kEpilogue>(from, a_stride, w, units, to, out_stride); break;
-        case 4: dense_tile<kPairs, 4, kEpilogue>(from, a_stride, w, units, to, out_stride); break;
-        case 5: dense_tile<kPairs, 5 <= kRows ? 5 : kRows, kEpilogue>(from, a_stride, w, units, to, out_stride); break;
-        default: dense_tile<kPairs, kRows, kEpilogue>(from, a_stride, w, units, to, out_stride); break;
+        case 1: dense_tile<kOperand, 1, kEpilogue>(from, a_stride, w, units, to, out_stride); break;
+        case 2: dense_tile<kOperand, 2, kEpilogue>(from, a_stride, w, units, to, out_stride); break;
+        case 3: dense_tile<kOperand, 3, kEpilogue>(from, a_stride, w, units, to, out_stride); break;
+        case 4: dense_tile<kOperand, 4, kEpilogue>(from, a_stride, w, units, to, out_stride); break;
+        case 5:
+          dense_tile<kOperand, 5 <= kRows ? 5 : kRows, kEpilogue>(from, a_stride, w, units, to, out_stride);
+          break;
+        default: dense_tile<kOperand, kRows, kEpilogue>(from, a_stride, w, units, to, out_stride); break;
       }
     }
   }
+#if defined(FAVE_FAST_WORDS)
+  if (kOperand == Operand::int16_pairs && kEpilogue == Epilogue::gelu) {
+    for (int r = 0; r < rows; ++r) words_of_row<true>(out + r * out_stride, panels * kPanel, out_stride);
+  }
+#endif
 }
 
-template <bool kPairs>
+template <Operand kOperand>
 void dense_of(const float* a, std::int64_t a_stride, int rows, const float* w, int units, int panels, Epilogue epilogue,
               float* out, std::int64_t out_stride) {
   switch (epilogue) {
     case Epilogue::store:
-      return dense_rows<kPairs, Epilogue::store>(a, a_stride, rows, w, units, panels, out, out_stride);
+      return dense_rows<kOperand, Epilogue::store>(a, a_stride, rows, w, units, panels, out, out_stride);
     case Epilogue::add:
-      return dense_rows<kPairs, Epilogue::add>(a, a_stride, rows, w, units, panels, out, out_stride);
+      return dense_rows<kOperand, Epilogue::add>(a, a_stride, rows, w, units, panels, out, out_stride);
     case Epilogue::gelu:
-      return dense_rows<kPairs, Epilogue::gelu>(a, a_stride, rows, w, units, panels, out, out_stride);
+      return dense_rows<kOperand, Epilogue::gelu>(a, a_stride, rows, w, units, panels, out, out_stride);
   }
 }
 
 void dense(const float* a, std::int64_t a_stride, int rows, const float* w, int units, int panels, Epilogue epilogue,
-           float* out, std::int64_t out_stride, bool pairs_asked) {
-#if defined(__AVX512BF16__)
-  if (pairs_asked) return dense_of<true>(a, a_stride, rows, w, units, panels, epilogue, out, out_stride);
-#endif
-  static_cast<void>(pairs_asked);
-  dense_of<false>(a, a_stride, rows, w, units, panels, epilogue, out, out_stride);
+           float* out, std::int64_t out_stride, Operand operand) {
+  if (operand == Operand::fp32) {
+    dense_of<Operand::fp32>(a, a_stride, rows, w, units, panels, epilogue, out, out_stride);
+  } else if (kHalf != Operand::fp32) {
+    dense_of<kHalf>(a, a_stride, rows, w, units, panels, epilogue, out, out_stride);
+  }
 }
 
 // n floats as n units, or as pairs n / 2 units; n is even there, and whole units are written.
@@ -168,11 +262,19 @@ FAVE_FAST_INLINE void put(const float* from, int n, float* out, bool as_pairs) {
   if (i < n) store(out + i, load(from + i, n - i), n - i);
 }
 
+void to_words(float* rows, int count, std::int64_t stride, int d) {
+#if defined(FAVE_FAST_WORDS)
+  for (int r = 0; r < count; ++r) words_of_row<false>(rows + r * stride, d, stride);
+#else
+  static_cast<void>(rows), static_cast<void>(count), static_cast<void>(stride), static_cast<void>(d);
+#endif
+}
+
 FAVE_FAST_INLINE float inverse_root(float x) { return 1.0f / __builtin_sqrtf(x); }
 
 // The rows' places from d on hold zeros, and so do gain and bias.
 void norm(const Norm& norm, const float* h, int rows, std::int64_t stride, int d, float* out, std::int64_t out_stride,
-          bool as_pairs) {
+          Operand operand) {
   const int whole = (d + W - 1) / W * W, last = whole - W;
   float* to = out;
   for (int r = 0; r < rows; ++r, h += stride, to += out_stride) {
@@ -198,7 +300,7 @@ void norm(const Norm& norm, const float* h, int rows, std::int64_t stride, int d
                         : mul(mul(x, factor), load(norm.gain + i));
     };
 #if defined(__AVX512BF16__)
-    if (as_pairs) {
+    if (operand == Operand::bf16_pairs) {
       for (int i = 0; i < whole; i += 2 * W) {
         store(to + i / 2, pairs(normed(i), i + W < whole ? normed(i + W) : all(0.0f)));
       }
@@ -207,12 +309,12 @@ void norm(const Norm& norm, const float* h, int rows, std::int64_t stride, int d
 #endif
     for (int i = 0; i < whole; i += W) store(to + i, normed(i));
   }
-  static_cast<void>(as_pairs);
+  if (operand == Operand::int16_pairs) to_words(out, rows, out_stride, d);
 }
 
 // Rotates the pairs (i, i + half) of x [2 * half] by the angles of one age.
 FAVE_FAST_INLINE void rotate(const float* x, int half, const float* cos, const float* sin, float* out) {
-  const auto turn = [&](int i, int n) {
+  const auto part = [&](int i, int n) {
     const F first = load(x + i, n), second = load(x + half + i, n), c = load(cos + i, n), s = load(sin + i, n);
     store(out + i, sub(mul(first, c), mul(second, s)), n);
     store(out + half + i, fma(first, s, mul(second, c)), n);
@@ -223,45 +325,45 @@ FAVE_FAST_INLINE void rotate(const float* x, int half, const float* cos, const f
     store(out + i, sub(mul(first, c), mul(second, s)));
     store(out + half + i, fma(first, s, mul(second, c)));
   }
-  if (i < half) turn(i, half - i);
+  if (i < half) part(i, half - i);
 }
 
-template <bool kPairs, int R, int C>
+template <Operand kOperand, int R, int C>
 void tile_of(const float* a, std::int64_t a_stride, const float* w, std::int64_t w_stride, int units, float* out,
              std::int64_t out_stride) {
   F sums[R][C];
-  product<typename Unit<kPairs>::type, R, C>(a, a_stride, w, w_stride, units, sums);
+  product<typename Unit<kOperand>::type, R, C>(a, a_stride, w, w_stride, units, sums);
   for (int r = 0; r < R; ++r) {
     for (int c = 0; c < C; ++c) store(out + r * out_stride + c * W, sums[r][c]);
   }
 }
 
-template <bool kPairs, int R>
+template <Operand kOperand, int R>
 void tile_columns(const float* a, std::int64_t a_stride, const float* w, std::int64_t w_stride, int units, int vectors,
                   float* out, std::int64_t out_stride) {
   for (; vectors >= kColumns; vectors -= kColumns, w += kPanel, out += kPanel) {
-    tile_of<kPairs, R, kColumns>(a, a_stride, w, w_stride, units, out, out_stride);
+    tile_of<kOperand, R, kColumns>(a, a_stride, w, w_stride, units, out, out_stride);
   }
   switch (vectors) {
-    case 1: return tile_of<kPairs, R, 1>(a, a_stride, w, w_stride, units, out, out_stride);
-    case 2: return tile_of<kPairs, R, 2 < kColumns ? 2 : 1>(a, a_stride, w, w_stride, units, out, out_stride);
-    case 3: return tile_of<kPairs, R, 3 < kColumns ? 3 : 1>(a, a_stride, w, w_stride, units, out, out_stride);
+    case 1: return tile_of<kOperand, R, 1>(a, a_stride, w, w_stride, units, out, out_stride);
+    case 2: return tile_of<kOperand, R, 2 < kColumns ? 2 : 1>(a, a_stride, w, w_stride, units, out, out_stride);
+    case 3: return tile_of<kOperand, R, 3 < kColumns ? 3 : 1>(a, a_stride, w, w_stride, units, out, out_stride);
     default: return;
   }
 }
 
 // out [rows, vectors * W], for up to kRows rows.
-template <bool kPairs>
+template <Operand kOperand>
 void small_product(const float* a, std::int64_t a_stride, int rows, const float* w, std::int64_t w_stride, int units,
                    int vectors, float* out, std::int64_t out_stride) {
   switch (rows) {
-    case 1: return tile_columns<kPairs, 1>(a, a_stride, w, w_stride, units, vectors, out, out_stride);
-    case 2: return tile_columns<kPairs, 2>(a, a_stride, w, w_stride, units, vectors, out, out_stride);
-    case 3: return tile_columns<kPairs, 3>(a, a_stride, w, w_stride, units, vectors, out, out_stride);
-    case 4: return tile_columns<kPairs, 4>(a, a_stride, w, w_stride, units, vectors, out, out_stride);
+    case 1: return tile_columns<kOperand, 1>(a, a_stride, w, w_stride, units, vectors, out, out_stride);
+    case 2: return tile_columns<kOperand, 2>(a, a_stride, w, w_stride, units, vectors, out, out_stride);
+    case 3: return tile_columns<kOperand, 3>(a, a_stride, w, w_stride, units, vectors, out, out_stride);
+    case 4: return tile_columns<kOperand, 4>(a, a_stride, w, w_stride, units, vectors, out, out_stride);
     case 5:
-      return tile_columns<kPairs, 5 <= kRows ? 5 : kRows>(a, a_stride, w, w_stride, units, vectors, out, out_stride);
-    default: return tile_columns<kPairs, kRows>(a, a_stride, w, w_stride, units, vectors, out, out_stride);
+      return tile_columns<kOperand, 5 <= kRows ? 5 : kRows>(a, a_stride, w, w_stride, units, vectors, out, out_stride);
+    default: return tile_columns<kOperand, kRows>(a, a_stride, w, w_stride, units, vectors, out, out_stride);
   }
 }
 
@@ -296,7 +398,8 @@ FAVE_FAST_INLINE float weigh(float* scores, int vectors, double scale_log2) {
   const F rest = all(static_cast<float>(scale_log2 - static_cast<float>(scale_log2)));
   F total = all(0.0f);
   for (int v = 0; v < vectors; ++v) {
-    const F below = max(all(-1e30f), sub(load(scores + v * W), most));  // finite: its parts are added
+    F below = sub(load(scores + v * W), most);
+    if (kExact) below = max(all(-1e30f), below);  // finite: its parts are added
     const F p = exp2<kExact>(kExact ? fma(below, factor, mul(below, rest)) : mul(below, factor));
     total = add(total, p);
     store(scores + v * W, p);
@@ -304,9 +407,23 @@ FAVE_FAST_INLINE float weigh(float* scores, int vectors, double scale_log2) {
   return 1.0f / sum(total);
 }
 
-template <bool kPairs>
+// Units of a history's i-th query or key, rotated; `row` is room for floats.
+FAVE_FAST_INLINE void turn(const Attention& at, const float* first, int i, bool as_pairs, float* row, float* out) {
+  const float* from = first + i * at.stride;
+  if (at.cos != nullptr) {
+    const std::int64_t half = at.channels / 2, age = at.length - 1 - i;
+    float* to = as_pairs ? row : out;
+    rotate(from, static_cast<int>(half), at.cos + age * half, at.sin + age * half, to);
+    if (!as_pairs) return;
+    from = row;
+  }
+  put(from, at.channels, out, as_pairs);
+}
+
+template <Operand kOperand>
 void attend_of(const Attention& at, float* scratch, float* out, std::int64_t out_stride) {
-  const int n = at.length, channels = at.channels, half = channels / 2, per_unit = kPairs ? 2 : 1;
+  constexpr bool kPairs = kOperand == Operand::bf16_pairs;
+  const int n = at.length, channels = at.channels, per_unit = kPairs ? 2 : 1;
   const int units = channels / per_unit, key_vectors = (n + W - 1) / W, keys = key_vectors * W;
   const int wide_vectors = (channels + W - 1) / W, wide = wide_vectors * W;
   const int key_units = (n + per_unit - 1) / per_unit;
@@ -328,26 +445,15 @@ void attend_of(const Attention& at, float* scratch, float* out, std::int64_t out
   for (int first = 0; first < n; first += W) {
     const int count = n - first < W ? n - first : W;
     for (int i = 0; i < count; ++i) {
-      const float* key = k + (first + i) * at.stride;
-      if (at.cos != nullptr) {
-        const std::int64_t age = n - 1 - first - i;
-        rotate(key, half, at.cos + age * half, at.sin + age * half, row);
-        key = row;
-      }
-      put(key, channels, turned + i * units, kPairs);
+      turn(at, k, first + i, kPairs, row, turned + i * units);
     }
     put_columns(turned, units, count, units, columns + first, keys);
   }
   for (int i = at.first_query; i < n; ++i) {
-    const float* query = q + i * at.stride;
-    if (at.cos != nullptr) {
-      const std::int64_t age = n - 1 - i;
-      rotate(query, half, at.cos + age * half, at.sin + age * half, row);
-      query = row;
-    }
-    put(query, channels, queries + i * units, kPairs);
+    turn(at, q, i, kPairs, row, queries + i * units);
   }
-  for (int u = 0; u < key_units; ++u) {
+  const bool in_place = !kPairs && channels % W == 0;
+  for (int u = 0; u < key_units && !in_place; ++u) {
     for (int c = 0; c < channels; c += W) {
       const int width = channels - c < W ? channels - c : W;
       const F first = load(v + u * per_unit * at.stride + c, width);
@@ -361,7 +467,8 @@ void attend_of(const Attention& at, float* scratch, float* out, std::int64_t out
       store(values + u * wide + c, first);
     }
   }
-  for (int j = 0; j < keys; ++j) {
+  const bool masked = at.causal || at.present != nullptr;
+  for (int j = masked ? 0 : keys - W; j < keys; ++j) {
     bias[j] = j < n && (at.present == nullptr || at.present[j] != 0) ? 0.0f : minus_infinity;
     past[j] = 0.0f;
     past[keys + j] = minus_infinity;
@@ -371,39 +478,39 @@ void attend_of(const Attention& at, float* scratch, float* out, std::int64_t out
   const Tiles tiles(n - at.first_query);
   for (int t = 0; t < tiles.count; ++t) {
     const int first = at.first_query + tiles.begin(t), rows = tiles.begin(t + 1) - tiles.begin(t);
-    small_product<kPairs>(queries + first * units, units, rows, columns, keys, units, key_vectors, weights, keys);
+    small_product<kOperand>(queries + first * units, units, rows, columns, keys, units, key_vectors, weights, keys);
     float inverse[kRows];
     for (int r = 0; r < rows; ++r) {
       float* scores = weights + r * keys;
       const float itself = scores[first + r];
       const float* later = past + keys - 1 - (first + r);  // 0 up to the query's own place
-      for (int j = 0; j < keys; j += W) {
+      for (int j = masked ? 0 : keys - W; j < keys; j += W) {
         F s = add(load(scores + j), load(bias + j));
         if (at.causal) s = add(s, load(later + j));
         store(scores + j, s);
       }
       if (at.causal && at.first_query == 0 && bias[first + r] != 0.0f) scores[first + r] = itself;
-      inverse[r] = weigh<!kPairs>(scores, key_vectors, scale_log2);
+      inverse[r] = weigh<kOperand == Operand::fp32>(scores, key_vectors, scale_log2);
       if (kPairs) put(scores, keys, weight_units + r * keys, true);
     }
-    small_product<kPairs>(kPairs ? weight_units : weights, keys, rows, values, wide, key_units, wide_vectors, summed,
-                          wide);
+    small_product<kOperand>(kPairs ? weight_units : weights, keys, rows, in_place ? v : values,
+                            in_place ? at.stride : wide, key_units, wide_vectors, summed, wide);
     for (int r = 0; r < rows; ++r) {
       float* result = summed + r * wide;
       const F factor = all(inverse[r]);
-      for (int c = 0; c < wide; c += W) store(result + c, mul(load(result + c), factor));
       float* to = out + (first + r - at.first_query) * out_stride + at.head * units;
-      put(result, channels, to, kPairs);
+      for (int c = 0; c < wide; c += W) store((in_place ? to : result) + c, mul(load(result + c), factor));
+      if (!in_place) put(result, channels, to, kPairs);
     }
   }
 }
 
-void attend(const Attention& attention, float* scratch, float* out, std::int64_t out_stride, bool as_pairs) {
-#if defined(__AVX512BF16__)
-  if (as_pairs) return attend_of<true>(attention, scratch, out, out_stride);
-#endif
-  static_cast<void>(as_pairs);
-  attend_of<false>(attention, scratch, out, out_stride);
+void attend(const Attention& attention, float* scratch, float* out, std::int64_t out_stride, Operand operand) {
+  if (operand == Operand::fp32) {
+    attend_of<Operand::fp32>(attention, scratch, out, out_stride);
+  } else if (kHalf != Operand::fp32) {
+    attend_of<kHalf>(attention, scratch, out, out_stride);
+  }
 }
 
 template <typename Element>
@@ -411,22 +518,25 @@ FAVE_FAST_INLINE void input_row(const Input& in, const Element* item, const Elem
                                 const float* scale, float* h) {
   const int d = in.d;
   F total = all(0.0f);
-  for (int i = 0; i < d; i += W) total = add(total, load(item + i, d - i < W ? d - i : W));
+  for (int i = 0; i < d; i += W) total = add(total, up_to(item + i, d - i));
   const F centre = all(sum(total) / static_cast<float>(d));
   F squares = all(0.0f);
   for (int i = 0; i < d; i += W) {
-    const int n = d - i < W ? d - i : W;
-    F x = sub(load(item + i, n), centre);
-    if (n < W) x = only(x, n);
+    F x = sub(up_to(item + i, d - i), centre);
+    if (d - i < W) x = only(x, d - i);
     squares = fma(x, x, squares);
   }
   const F factor = all(inverse_root(sum(squares) / static_cast<float>(d) + in.eps));
   for (int i = 0; i < d; i += W) {
-    const int n = d - i < W ? d - i : W;
-    const F x = mul(sub(load(item + i, n), centre), factor);
-    F e = add(fma(x, load(in.norm + i, n), load(in.norm + d + i, n)), load(shift + i, n));
-    if (anchor != nullptr) e = fma(load(scale + i, n), load(anchor + i, n), e);
-    store(h + i, e, n);
+    const int n = d - i;
+    const F x = mul(sub(up_to(item + i, n), centre), factor);
+    F e = add(fma(x, up_to(in.norm + i, n), up_to(in.norm + d + i, n)), up_to(shift + i, n));
+    if (anchor != nullptr) e = fma(up_to(scale + i, n), up_to(anchor + i, n), e);
+    if (n < W) {
+      store(h + i, e, n);
+    } else {
+      store(h + i, e);
+    }
   }
 }
 
@@ -440,87 +550,145 @@ void input(const Input& in, const void* item, const void* anchor, const float* s
 
 // Inner products lie along the lanes: lane l sums the channels (or pairs of them) that are l modulo W, and lane_sums
 // adds the lanes. So a score's bits depend on its two vectors alone.
+//
+// kParts vectors hold kStep elements of a row, and of a query as `query_units` leaves it.
 
 struct FloatRows {
   using Element = float;
-  static constexpr int kStep = W;
-  static FAVE_FAST_INLINE F get(const float* p) { return load(p); }
-  static FAVE_FAST_INLINE F get(const float* p, int n) { return load(p, n); }
+  static constexpr int kStep = W, kParts = 1;
+  static FAVE_FAST_INLINE void get(const float* p, F (&parts)[kParts]) { parts[0] = load(p); }
+  static FAVE_FAST_INLINE void get(const float* p, int n, F (&parts)[kParts]) { parts[0] = load(p, n); }
   static FAVE_FAST_INLINE F multiply_add(F sums, F a, F b) { return fma(a, b, sums); }
 };
 
 #if defined(__AVX512BF16__)
 struct HalfRows {
   using Element = std::uint16_t;
-  static constexpr int kStep = 2 * W;
-  static FAVE_FAST_INLINE F get(const std::uint16_t* p) {
-    return _mm512_castsi512_ps(_mm512_loadu_si512(reinterpret_cast<const void*>(p)));
+  static constexpr int kStep = 2 * W, kParts = 1;
+  static FAVE_FAST_INLINE void get(const std::uint16_t* p, F (&parts)[kParts]) {
+    parts[0] = _mm512_castsi512_ps(_mm512_loadu_si512(reinterpret_cast<const void*>(p)));
   }
-  static FAVE_FAST_INLINE F get(const std::uint16_t* p, int n) {
+  static FAVE_FAST_INLINE void get(const std::uint16_t* p, int n, F (&parts)[kParts]) {
     const auto some = static_cast<__mmask32>((1ull << n) - 1);
-    return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(some, reinterpret_cast<const void*>(p)));
+    parts[0] = _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(some, reinterpret_cast<const void*>(p)));
   }
   static FAVE_FAST_INLINE F multiply_add(F sums, F a, F b) { return add_pair_products(sums, a, b); }
+};
+#elif defined(FAVE_FAST_WORDS)
+struct HalfRows {  // even elements and odd ones: a shift and a mask widen them where they are
+  using Element = std::uint16_t;
+  static constexpr int kStep = 2 * W, kParts = 2;
+  static FAVE_FAST_INLINE void get(const std::uint16_t* p, F (&parts)[kParts]) {
+    const I both = _mm256_loadu_si256(reinterpret_cast<const I*>(p));
+    parts[0] = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+    parts[1] = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+  }
+  static FAVE_FAST_INLINE void get(const std::uint16_t* p, int n, F (&parts)[kParts]) {
+    std::uint16_t some[kStep] = {};
+    std::memcpy(some, p, static_cast<std::size_t>(n) * sizeof *p);
+    get(some, parts);
+  }
+  static FAVE_FAST_INLINE F multiply_add(F sums, F a, F b) { return fma(a, b, sums); }
 };
 #else
 struct HalfRows {
   using Element = std::uint16_t;
-  static constexpr int kStep = W;
-  static FAVE_FAST_INLINE F get(const std::uint16_t* p) { return load(p); }
-  static FAVE_FAST_INLINE F get(const std::uint16_t* p, int n) { return load(p, n); }
+  static constexpr int kStep = W, kParts = 1;
+  static FAVE_FAST_INLINE void get(const std::uint16_t* p, F (&parts)[kParts]) { parts[0] = load(p); }
+  static FAVE_FAST_INLINE void get(const std::uint16_t* p, int n, F (&parts)[kParts]) { parts[0] = load(p, n); }
   static FAVE_FAST_INLINE F multiply_add(F sums, F a, F b) { return fma(a, b, sums); }
 };
 #endif
 
-// Lane q * (W / Q) + i: query q and row i.
+template <typename Rows>
+void units_of_query(const typename Rows::Element* query, int d, float* units) {
+  F parts[Rows::kParts];
+  for (int k = 0; k < d; k += Rows::kStep, units += Rows::kParts * W) {
+    if (d - k < Rows::kStep) {
+      Rows::get(query + k, d - k, parts);
+    } else {
+      Rows::get(query + k, parts);
+    }
+    for (int p = 0; p < Rows::kParts; ++p) store(units + p * W, parts[p]);
+  }
+}
+
+void query_units(const void* query, int d, Format format, float* units) {
+  if (format == Format::fp32) {
+    units_of_query<FloatRows>(static_cast<const float*>(query), d, units);
+  } else {
+    units_of_query<HalfRows>(static_cast<const std::uint16_t*>(query), d, units);
+  }
+}
+
+// sums [Q, J] += the inner products of n elements, kStep or fewer, of Q queries and of J rows.
+template <typename Rows, int Q, int J>
+FAVE_FAST_INLINE void add_step(const float* const (&queries)[Q], int at, const typename Rows::Element* const (&rows)[J],
+                               int k, int n, F (&sums)[Q * J]) {
+  F units[Q][Rows::kParts];
+#pragma GCC unroll 16
+  for (int i = 0; i < Q; ++i) {
+#pragma GCC unroll 2
+    for (int p = 0; p < Rows::kParts; ++p) units[i][p] = load(queries[i] + at + p * W);
+  }
+#pragma GCC unroll 16
+  for (int j = 0; j < J; ++j) {
+    F parts[Rows::kParts];
+    if (n < Rows::kStep) {
+      Rows::get(rows[j] + k, n, parts);
+    } else {
+      Rows::get(rows[j] + k, parts);
+    }
+#pragma GCC unroll 2
+    for (int p = 0; p < Rows::kParts; ++p) {
+#pragma GCC unroll 16
+      for (int i = 0; i < Q; ++i) sums[i * J + j] = Rows::multiply_add(sums[i * J + j], units[i][p], parts[p]);
+    }
+  }
+}
+
+// [Q, J] inner products, unfinished: their sums' lanes.
+template <typename Rows, int Q, int J>
+FAVE_FAST_INLINE void lanes_of(const float* const (&queries)[Q], const typename Rows::Element* const (&rows)[J], int d,
+                               F (&sums)[Q * J]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < Q * J; ++i) sums[i] = all(0.0f);
+  int k = 0, at = 0;
+  for (; k + Rows::kStep <= d; k += Rows::kStep, at += Rows::kParts * W) {
+    add_step<Rows, Q, J>(queries, at, rows, k, Rows::kStep, sums);
+  }
+  if (k < d) add_step<Rows, Q, J>(queries, at, rows, k, d - k, sums);
+}
+
+// Rows that one query meets at a time: memory is fastest read in its own order, but one chain of sums waits for itself.
+constexpr int kTogether = W == 8 ? 4 : 1;
+
+// One lane for each of [Q, W / Q] inner products.
 template <typename Rows, int Q>
-FAVE_FAST_INLINE F dots_of(const typename Rows::Element* const (&queries)[Q],
-                           const typename Rows::Element* const (&rows)[W / Q], int d) {
+FAVE_FAST_INLINE F dots_of(const float* const (&queries)[Q], const typename Rows::Element* const (&rows)[W / Q],
+                           int d) {
   F sums[W];
-  if (Q == 1) {  // one query waits for memory, which is fastest read in its own order
+  if (Q == 1) {
 #pragma GCC unroll 16
-    for (int j = 0; j < W; ++j) {
-      F row = all(0.0f);
-      int k = 0;
-      const typename Rows::Element* at = rows[j % (W / Q)];
-      for (; k + Rows::kStep <= d; k += Rows::kStep) {
-        row = Rows::multiply_add(row, Rows::get(queries[0] + k), Rows::get(at + k));
-      }
-      if (k < d) row = Rows::multiply_add(row, Rows::get(queries[0] + k, d - k), Rows::get(at + k, d - k));
-      sums[j] = row;
+    for (int j = 0; j < W; j += kTogether) {
+      const float* const query[1] = {queries[0]};
+      const typename Rows::Element* some[kTogether];
+      F found[kTogether];
+#pragma GCC unroll 16
+      for (int i = 0; i < kTogether; ++i) some[i] = rows[(j + i) % (W / Q)];
+      lanes_of<Rows, 1, kTogether>(query, some, d, found);
+#pragma GCC unroll 16
+      for (int i = 0; i < kTogether; ++i) sums[j + i] = found[i];
     }
-    return lane_sums(sums);
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < W; ++i) sums[i] = all(0.0f);
-  int k = 0;
-  for (; k + Rows::kStep <= d; k += Rows::kStep) {
-    F q[Q];
-#pragma GCC unroll 16
-    for (int i = 0; i < Q; ++i) q[i] = Rows::get(queries[i] + k);
-#pragma GCC unroll 16
-    for (int j = 0; j < W / Q; ++j) {
-      const F row = Rows::get(rows[j] + k);
-#pragma GCC unroll 16
-      for (int i = 0; i < Q; ++i) sums[i * (W / Q) + j] = Rows::multiply_add(sums[i * (W / Q) + j], q[i], row);
-    }
-  }
-  if (k < d) {
-    F q[Q];
-    for (int i = 0; i < Q; ++i) q[i] = Rows::get(queries[i] + k, d - k);
-#pragma GCC unroll 16
-    for (int j = 0; j < W / Q; ++j) {
-      const F row = Rows::get(rows[j] + k, d - k);
-#pragma GCC unroll 16
-      for (int i = 0; i < Q; ++i) sums[i * (W / Q) + j] = Rows::multiply_add(sums[i * (W / Q) + j], q[i], row);
-    }
+  } else {
+    lanes_of<Rows, Q, W / Q>(queries, rows, d, sums);
   }
   return lane_sums(sums);
 }
 
 template <typename Rows>
-void dots_rows(const typename Rows::Element* query, const void* const* rows, int count, int d, float* scores) {
-  const typename Rows::Element* const queries[1] = {query};
+void dots_rows(const float* query, const void* const* rows, int count, int d, float* scores) {
+  const float* const queries[1] = {query};
   for (int first = 0; first < count; first += W) {
     const typename Rows::Element* some[W];
     for (int i = 0; i < W; ++i) {
@@ -535,23 +703,22 @@ void dots_rows(const typename Rows::Element* query, const void* const* rows, int
   }
 }
 
-void dots(const void* query, const void* const* rows, int count, int d, Format format, float* scores) {
+void dots(const float* query, const void* const* rows, int count, int d, Format format, float* scores) {
   if (format == Format::fp32) {
-    dots_rows<FloatRows>(static_cast<const float*>(query), rows, count, d, scores);
+    dots_rows<FloatRows>(query, rows, count, d, scores);
   } else {
-    dots_rows<HalfRows>(static_cast<const std::uint16_t*>(query), rows, count, d, scores);
+    dots_rows<HalfRows>(query, rows, count, d, scores);
   }
 }
 
 constexpr int kQueries = W == 16 ? 4 : 2;  // of a tile of inner products
 
 template <typename Rows, int Q>
-void block_dots_of(const typename Rows::Element* queries, std::int64_t query_stride,
-                   const typename Rows::Element* rows, std::int64_t row_stride, int count, int d, float* scores,
-                   std::int64_t score_stride) {
+void block_dots_of(const float* queries, const typename Rows::Element* rows, std::int64_t row_stride, int count, int d,
+                   float* scores, std::int64_t score_stride) {
   constexpr int kItems = W / Q;
-  const typename Rows::Element* some_queries[Q];
-  for (int i = 0; i < Q; ++i) some_queries[i] = queries + i * query_stride;
+  const float* some_queries[Q];
+  for (int i = 0; i < Q; ++i) some_queries[i] = queries + i * query_stride(d);
   for (int first = 0; first < count; first += kItems) {
     const typename Rows::Element* some[kItems];
     for (int j = 0; j < kItems; ++j) some[j] = rows + (first + j < count ? first + j : count - 1) * row_stride;
@@ -570,29 +737,26 @@ void block_dots_of(const typename Rows::Element* queries, std::int64_t query_str
 }
 
 template <typename Rows>
-void block_dots_rows(const void* queries_at, std::int64_t query_stride, int query_count, const void* rows_at,
-                     std::int64_t row_stride, int row_count, int d, float* scores, std::int64_t score_stride) {
-  const auto* queries = static_cast<const typename Rows::Element*>(queries_at);
+void block_dots_rows(const float* queries, int query_count, const void* rows_at, std::int64_t row_stride, int row_count,
+                     int d, float* scores, std::int64_t score_stride) {
   const auto* rows = static_cast<const typename Rows::Element*>(rows_at);
   int q = 0;
   for (; q + kQueries <= query_count; q += kQueries) {
-    block_dots_of<Rows, kQueries>(queries + q * query_stride, query_stride, rows, row_stride, row_count, d,
+    block_dots_of<Rows, kQueries>(queries + q * query_stride(d), rows, row_stride, row_count, d,
                                   scores + q * score_stride, score_stride);
   }
   for (; q < query_count; ++q) {
-    block_dots_of<Rows, 1>(queries + q * query_stride, query_stride, rows, row_stride, row_count, d,
-                           scores + q * score_stride, score_stride);
+    block_dots_of<Rows, 1>(queries + q * query_stride(d), rows, row_stride, row_count, d, scores + q * score_stride,
+                           score_stride);
   }
 }
 
-void block_dots(const void* queries, std::int64_t query_stride, int query_count, const void* rows,
-                std::int64_t row_stride, int row_count, int d, Format format, float* scores,
-                std::int64_t score_stride) {
+void block_dots(const float* queries, int query_count, const void* rows, std::int64_t row_stride, int row_count, int d,
+                Format format, float* scores, std::int64_t score_stride) {
   if (format == Format::fp32) {
-    block_dots_rows<FloatRows>(queries, query_stride, query_count, rows, row_stride, row_count, d, scores,
-                               score_stride);
+    block_dots_rows<FloatRows>(queries, query_count, rows, row_stride, row_count, d, scores, score_stride);
   } else {
-    block_dots_rows<HalfRows>(queries, query_stride, query_count, rows, row_stride, row_count, d, scores, score_stride);
+    block_dots_rows<HalfRows>(queries, query_count, rows, row_stride, row_count, d, scores, score_stride);
   }
 }
 
@@ -668,14 +832,9 @@ int not_below(const float* scores, float a, const float* errors, float b, const 
 
 }  // namespace
 
-#if defined(__AVX512BF16__)
-constexpr bool kHasPairs = true;
-#else
-constexpr bool kHasPairs = false;
-#endif
-
 extern const Kernels FAVE_FAST_KERNELS;
-const Kernels FAVE_FAST_KERNELS = {FAVE_FAST_NAME, W,     kPanel,    kHasPairs, norm,      dense,    attend, input,
-                                   dots,           block_dots, above, byte_dots, not_below};
+const Kernels FAVE_FAST_KERNELS = {FAVE_FAST_NAME, W,      kPanel,   kMostQueryByte, kHalf, norm,
+                                   dense,          attend, to_words, input,          query_units,
+                                   dots,           block_dots, above, byte_dots,     not_below};
 
 }  // namespace fave_fast

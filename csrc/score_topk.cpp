@@ -91,8 +91,9 @@ void write_list(const TopkCall& call, std::int64_t b, std::vector<Entry>& found)
 }
 
 // Items begin to end for the queries first to last, lists [last - first].
-void scan(const Kernels& kernels, const TopkCall& call, const std::vector<LeftOut>& left_out, std::int64_t first,
-          std::int64_t last, std::int64_t begin, std::int64_t end, List* lists) {
+void scan(const Kernels& kernels, const TopkCall& call, const Buffer<float>& units,
+          const std::vector<LeftOut>& left_out, std::int64_t first, std::int64_t last, std::int64_t begin,
+          std::int64_t end, List* lists) {
   float scores[kBlockQueries * kBlockItems];
   std::int32_t places[kBlockItems];
   for (std::int64_t b = first; b < last; ++b) lists[b - first].start(call.k);
@@ -101,8 +102,8 @@ void scan(const Kernels& kernels, const TopkCall& call, const std::vector<LeftOu
     const void* rows = row_at(call.table, call.row_stride, item, call.format);
     for (std::int64_t some = first; some < last; some += kBlockQueries) {
       const int queries = static_cast<int>(std::min<std::int64_t>(kBlockQueries, last - some));
-      kernels.block_dots(row_at(call.queries, call.query_stride, some, call.format), call.query_stride, queries, rows,
-                         call.row_stride, count, call.d, call.format, scores, kBlockItems);
+      kernels.block_dots(units.data() + some * query_stride(call.d), queries, rows, call.row_stride, count, call.d,
+                         call.format, scores, kBlockItems);
       for (int q = 0; q < queries; ++q) {
         List& list = lists[some + q - first];
         const float* row = scores + q * kBlockItems;
@@ -117,6 +118,16 @@ void scan(const Kernels& kernels, const TopkCall& call, const std::vector<LeftOu
   }
 }
 
+// Of the queries [B, d] the units [B, query_stride(d)].
+Buffer<float> units_of(const Kernels& kernels, const TopkCall& call) {
+  Buffer<float> units(call.batch * query_stride(call.d));
+  for (std::int64_t b = 0; b < call.batch; ++b) {
+    kernels.query_units(row_at(call.queries, call.query_stride, b, call.format), call.d, call.format,
+                        units.data() + b * query_stride(call.d));
+  }
+  return units;
+}
+
 std::vector<LeftOut> left_out_of(const TopkCall& call) {
   std::vector<LeftOut> result;
   result.reserve(static_cast<std::size_t>(call.batch));
@@ -128,6 +139,7 @@ std::vector<LeftOut> left_out_of(const TopkCall& call) {
 
 void score_topk(const Kernels& kernels, const TopkCall& call, int threads) {
   const std::vector<LeftOut> left_out = left_out_of(call);
+  const Buffer<float> units = units_of(kernels, call);
   const int members = members_for(call.batch * call.items * call.d, threads);
   const auto list_bytes = static_cast<std::int64_t>(List::capacity(call.k) * sizeof(Entry));
   const std::int64_t at_once = std::clamp<std::int64_t>(kMostListBytes / (list_bytes * members), 1, call.batch);
@@ -136,8 +148,8 @@ void score_topk(const Kernels& kernels, const TopkCall& call, int threads) {
     const std::int64_t last = std::min(first + at_once, call.batch);
     run_on_team(members, [&](Team& team, int member) {
       const int size = team.size();
-      scan(kernels, call, left_out, first, last, 1 + call.items * member / size, 1 + call.items * (member + 1) / size,
-           lists.data() + member * at_once);
+      scan(kernels, call, units, left_out, first, last, 1 + call.items * member / size,
+           1 + call.items * (member + 1) / size, lists.data() + member * at_once);
       team.meet();
       std::vector<Entry> found;
       for (std::int64_t b = first + member; b < last; b += size) {
@@ -171,7 +183,8 @@ struct Bytes {
   double norm = 0, error = 0, norm_of_bytes = 0;
   bool is_nan = false;  // an element is, and so is every score
 
-  bool of(const char* row, int d, Format format) {
+  // In whole numbers up to +-most_byte.
+  bool of(const char* row, int d, Format format, int most_byte) {
     values.resize(d);
     rest.resize(d);
     bytes.assign(d, 0);
@@ -192,7 +205,7 @@ struct Bytes {
       values[i] = x;
       most = std::max(most, std::abs(values[i]));
     }
-    scale = static_cast<float>(most / 127);
+    scale = static_cast<float>(most / most_byte);
     norm = error = norm_of_bytes = 0;
     if (finite && most == 0) return true;
     if (!finite || !(scale >= 1 / kWidestScale && scale <= kWidestScale)) {
@@ -201,7 +214,7 @@ struct Bytes {
     }
     double squares = 0;
     for (int i = 0; i < d; ++i) {
-      const double whole = std::clamp(std::nearbyint(values[i] / scale), -127.0, 127.0);
+      const double whole = std::clamp<double>(std::nearbyint(values[i] / scale), -most_byte, most_byte);
       bytes[i] = static_cast<std::int8_t>(whole);
       rest[i] = whole * scale - values[i];
       squares += whole * scale * whole * scale;
@@ -222,9 +235,9 @@ struct ByteQueries {
   std::vector<float> of_error, of_norm;  // a margin is of_error * error + of_norm * norm
 
   // Whether it has one.
-  bool add(const TopkCall& call, std::int64_t b, int units_of_row) {
+  bool add(const TopkCall& call, std::int64_t b, int units_of_row, int most_byte) {
     Bytes made;
-    if (!made.of(row_at(call.queries, call.query_stride, b, call.format), call.d, call.format)) return false;
+    if (!made.of(row_at(call.queries, call.query_stride, b, call.format), call.d, call.format, most_byte)) return false;
     made.bytes.resize(4 * static_cast<std::size_t>(units_of_row), 0);
     std::int32_t offset = 0;
     for (const std::int8_t byte : made.bytes) offset += 128 * byte;
@@ -280,8 +293,9 @@ void rescore(const Kernels& kernels, const TopkCall& call, std::int64_t b, Candi
   for (const Candidate& c : some) rows.push_back(row_at(call.table, call.row_stride, c.id, call.format));
   std::vector<float> scores(some.size());
   if (!some.empty()) {
-    kernels.dots(row_at(call.queries, call.query_stride, b, call.format), rows.data(), static_cast<int>(rows.size()),
-                 call.d, call.format, scores.data());
+    Buffer<float> query(query_stride(call.d));
+    kernels.query_units(row_at(call.queries, call.query_stride, b, call.format), call.d, call.format, query.data());
+    kernels.dots(query.data(), rows.data(), static_cast<int>(rows.size()), call.d, call.format, scores.data());
   }
   std::vector<Entry> found;
   for (std::size_t i = 0; i < some.size(); ++i) {
@@ -316,7 +330,7 @@ void ByteTable::quantise(const void* table, std::int64_t row_stride, Format form
   for (int column = 0; column < width; ++column) {
     const std::int64_t id = 1 + panel * width + column, place = panel * width + column;
     const bool there = id <= items_;
-    const bool bounded = there && item.of(row_at(table, row_stride, id, format), d_, format);
+    const bool bounded = there && item.of(row_at(table, row_stride, id, format), d_, format, 127);
     const bool candidate = there && !item.is_nan;
     scales_.data()[place] = candidate ? item.scale : std::numeric_limits<float>::quiet_NaN();
     for (int i = 0; i < 4 * units_; ++i) {
@@ -340,7 +354,7 @@ void ByteTable::score_topk(const TopkCall& call, int threads) {
   ByteQueries queries;
   std::vector<std::int64_t> rest;  // queries for the whole scan
   for (std::int64_t b = 0; b < call.batch; ++b) {
-    if (!queries.add(call, b, units_)) rest.push_back(b);
+    if (!queries.add(call, b, units_, kernels_.most_query_byte)) rest.push_back(b);
   }
   const auto count = static_cast<std::int64_t>(queries.rows.size());
   const int width = kernels_.panel, vectors = width / kernels_.lanes;

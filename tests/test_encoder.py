@@ -105,7 +105,11 @@ class Case:
 
 
 def check(case: Case, plan: Plan | None = None, backend: str = "triton") -> None:
-    """At most twice the error of the network in the same dtype, in the mean and at worst."""
+    """At most twice the error of the network in the same dtype, in the mean and at worst.
+
+    At worst is a rule for these seeds: of two correct implementations in float32 one of twenty models has it broken by
+    chance (`test_native.Network.check` says why). Where it alone breaks on a new machine, look at other seeds first.
+    """
     for want, got, usual in zip(case.oracle(), case.run(backend, plan), case.run("reference"), strict=True):
         error, allowed = got.double() - want, usual.double() - want
         assert error.norm() <= 2 * allowed.norm()

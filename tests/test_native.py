@@ -85,7 +85,15 @@ class Network:
         return encode_ids(self.weights, self.path, ids, offsets, backend=backend)
 
     def check(self, histories: Sequence[Sequence[int]]) -> None:
-        """At most twice the error of PyTorch in the same dtype, over all histories."""
+        """At most twice the error of PyTorch in the same dtype: the norm over all histories, not the worst element.
+
+        Two correct implementations round differently, so the ratio of their errors is chance even where both are as
+        good. If its logarithm is normal with deviation s, it is beyond 2 for a share 1 - Phi(ln 2 / s) of all models.
+        Of 48 models of 20 and 32 channels in float32, AVX2 against scalar (mean ratios 1.01 and 0.98): s is 0.23 for
+        the norm, so 0.13 % beyond 2 (found: none, at most 1.9); s is 0.41 for the worst element, which is one peaked
+        history's, so 4.6 % beyond 2 (found: two, up to 3.0, and two below 1/2). A limit for the worst element of each
+        model would fail one correct implementation in twenty.
+        """
         ids, offsets = packed(histories)
         exact = encode_ids(*self.oracle, ids, offsets, backend="reference")
         error = (self.encode(histories).double() - exact).norm()
@@ -131,9 +139,10 @@ def test_error_against_float64(isa: str, dtype: torch.dtype, config: dict[str, A
 
 @each_dtype
 @each_set
-def test_a_history_has_the_same_bits_anywhere(isa: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("config", [{}, {"d": 20, "position": "none"}], ids=str)  # heads of 10 channels fill no vector
+def test_a_history_has_the_same_bits_anywhere(isa: str, dtype: torch.dtype, config: dict[str, Any]) -> None:
     """Among others, in another place, alone, for any number of threads, and in groups that are too large for one."""
-    network = Network(dtype, isa)
+    network = Network(dtype, isa, **config)
     lengths = np.random.default_rng(1).integers(0, 14, 90)
     histories = drawn_histories(lengths.tolist())
     together = network.encode(histories)

@@ -38,7 +38,6 @@ ROWS_AT_LEAST = 128  # at a time, though they need more
 
 
 @ranged("fave/topk")
-@torch.no_grad()
 def score_topk(
     queries: Tensor,
     table: Tensor,
@@ -117,6 +116,7 @@ def workspace_bytes(queries: Tensor, table: Tensor, k: int, excluded: int = 0) -
     return _Plan.make(len(queries), len(table) - 1, queries, k, excluded).bytes
 
 
+@torch.no_grad()
 def _run(
     tiles: Tiles,
     k: int,
@@ -312,6 +312,7 @@ def beyond_kernels(d: int, k: int, length: int) -> dict[str, str]:
     return reasons
 
 
+@torch.no_grad()
 def _run_triton(
     tiles: Tiles,
     k: int,
