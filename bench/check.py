@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -116,12 +115,7 @@ def read(path: Path) -> list[Run]:
     Raises:
         ResultsError: it is neither.
     """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ResultsError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise ResultsError(f"{path}: not JSON: {error}") from None
+    value = record.read_json(path)
     if isinstance(value, dict) and "benchmarks" in value:
         return [_from_pytest(value, path)]
     last = {(run["suite"], run.get("quick")): run for run in record.read(path)}

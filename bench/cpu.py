@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bench.measure import Row, Time, table
+from bench.measure import HOST, Row, Time, table
 from fave_fast import _C
 from fave_fast.config import FlowConfig, ModelConfig
 from fave_fast.flow import InferenceNoise, one_step
@@ -133,14 +133,17 @@ def ours(name: str, items: int, case: str, lengths: list[int]) -> Iterator[Row]:
         def step(table_bytes: ByteTable | None = table_bytes) -> None:
             model.lists(model.endpoints(ids, offsets), table_bytes)
 
-        yield Row("step", case, f"cpp {name}{who}", time_us(step))
-    yield Row("encode_ids", case, f"cpp {name}", time_us(lambda: model.endpoints(ids, offsets)))
+        yield Row("step", case, f"cpp {name}{who}", time_us(step), clock=HOST)
+    yield Row("encode_ids", case, f"cpp {name}", time_us(lambda: model.endpoints(ids, offsets)), clock=HOST)
     endpoints = model.endpoints(ids, offsets)
-    yield Row("score_topk", case, f"cpp {name}", time_us(lambda: model.lists(endpoints, None)))
-    yield Row("score_topk", case, f"cpp {name}, bytes", time_us(lambda: model.lists(endpoints, model.table_bytes)))
+    yield Row("score_topk", case, f"cpp {name}", time_us(lambda: model.lists(endpoints, None)), clock=HOST)
     yield Row(
-        "step", case, f"PyTorch eager {name}", time_us(eager(Step(model.model, model.flow), padded(ids, lengths)))
+        "score_topk", case, f"cpp {name}, bytes", time_us(lambda: model.lists(endpoints, model.table_bytes)), clock=HOST
     )
+    yield Row(
+        "step", case, f"PyTorch eager {name}", time_us(eager(Step(model.model, model.flow), padded(ids, lengths))),
+        clock=HOST,
+    )  # fmt: skip
     share = model.table_bytes.fallback_share
     if share > 0:
         print(f"{case}: {share:.1%} of the rows took the plain scan")
@@ -172,7 +175,9 @@ def peers(case: str, lengths: list[int], folder: Path) -> Iterator[Row]:
         options.intra_op_num_threads = THREADS
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         np.testing.assert_allclose(session.run(None, {"ids": ids})[0], expected, rtol=1e-3, atol=1e-3)
-        yield Row("step", f"{case}, N {ITEMS}", "ONNX Runtime", time_us(lambda: session.run(None, {"ids": ids})))
+        yield Row(
+            "step", f"{case}, N {ITEMS}", "ONNX Runtime", time_us(lambda: session.run(None, {"ids": ids})), clock=HOST
+        )
         del session
     if version("openvino") is not None:
         import openvino
@@ -182,7 +187,7 @@ def peers(case: str, lengths: list[int], folder: Path) -> Iterator[Row]:
         request = core.compile_model(path, "CPU", settings).create_infer_request()
         found = next(iter(request.infer([ids]).values()))
         np.testing.assert_allclose(found, expected, rtol=0.1, atol=0.05 * float(np.abs(expected).max()))
-        yield Row("step", f"{case}, N {ITEMS}", "OpenVINO", time_us(lambda: request.infer([ids])))
+        yield Row("step", f"{case}, N {ITEMS}", "OpenVINO", time_us(lambda: request.infer([ids])), clock=HOST)
 
 
 def version(package: str) -> str | None:

@@ -176,18 +176,27 @@ def _readable(run: Run) -> str:
     return " {\n" + ",\n".join([*facts, f'  "rows": [\n{rows}\n  ]' if rows else '  "rows": []']) + "\n }"
 
 
+def read_json(path: Path) -> Any:
+    """What a file of JSON holds.
+
+    Raises:
+        ResultsError: it cannot be read or is no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ResultsError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ResultsError(f"{path}: not JSON: {error}") from None
+
+
 def read(path: Path) -> list[Run]:
     """The runs of a file.
 
     Raises:
         ResultsError: it cannot be read or holds something else.
     """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ResultsError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise ResultsError(f"{path}: not JSON: {error}") from None
+    value = read_json(path)
     if not isinstance(value, dict) or not isinstance(value.get("runs"), list):
         raise ResultsError(f'{path}: expected an object with "runs", as bench/run.py writes it')
     if not all(isinstance(run, dict) and {"suite", "machine", "rows"} <= run.keys() for run in value["runs"]):

@@ -8,7 +8,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -363,19 +363,15 @@ def cpu(options: Options) -> Iterator[Row]:
     torch.set_num_threads(cpu_bench.THREADS)  # as many as its peers are given
     cases = {name: lengths for name, lengths in cpu_bench.CASES.items() if len(lengths) in options.batches}
 
-    def named(rows: Iterator[Row]) -> Iterator[Row]:
-        for row in rows:
-            yield replace(row, clock=HOST)
-
     for case, lengths in cases.items():
         for name in DTYPES:
             for items in options.items:
                 if items <= 10**5 or len(lengths) == 1:
-                    yield from named(cpu_bench.ours(name, items, case, lengths))
+                    yield from cpu_bench.ours(name, items, case, lengths)
                     gc.collect()
     with tempfile.TemporaryDirectory() as folder:
         for case, lengths in cases.items():
-            yield from named(cpu_bench.peers(case, lengths, Path(folder)))
+            yield from cpu_bench.peers(case, lengths, Path(folder))
 
 
 SUITES: dict[str, Suite] = {"latency": latency, "topk": topk, "training": training, "cpu": cpu}
