@@ -30,7 +30,7 @@ ENVIRONMENT: dict[str, str] = {
     "FAVE_FAST_PURE": "1 while installing: build no C++ extension",
     "FAVE_FAST_DATA": "the tests: folder of the benchmark data sets (default: shared/data beside the checkout)",
 }
-_PACKAGES = ("torch", "numpy", "polars", "triton", "safetensors", "tensorboard", "fastapi", "uvicorn")
+_PACKAGES = ("torch", "numpy", "polars", "triton", "safetensors", "tensorboard", "nvtx", "fastapi", "uvicorn")
 
 
 def report() -> dict[str, Any]:

@@ -11,6 +11,8 @@ around each replay.
 from __future__ import annotations
 
 import functools
+import importlib
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -21,10 +23,17 @@ import torch
 
 from fave_fast.errors import InputError
 
+_logger = logging.getLogger(__name__)
 SWITCH = "FAVE_FAST_NVTX"
 TRACED_STEPS = 20  # steps or batches in a trace: more would not be looked at, and a trace of thousands is gigabytes
 
 _on = os.environ.get(SWITCH, "") not in ("", "0")
+_nvtx: Any = None
+if _on:
+    try:
+        _nvtx = importlib.import_module("nvtx")
+    except ImportError:
+        _logger.warning("%s is set and the package nvtx is not installed: torch.profiler alone sees the ranges", SWITCH)
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -52,14 +61,14 @@ class _Range:
         self._name, self._record = name, torch.profiler.record_function(name)
 
     def __enter__(self) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.nvtx.range_push(self._name)  # type: ignore[no-untyped-call]
+        if _nvtx is not None:
+            _nvtx.push_range(self._name)
         self._record.__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._record.__exit__(kind, error, at)
-        if torch.cuda.is_available():
-            torch.cuda.nvtx.range_pop()  # type: ignore[no-untyped-call]
+        if _nvtx is not None:
+            _nvtx.pop_range()
 
 
 class Trace:

@@ -27,6 +27,30 @@ def test_a_function_without_the_switch_is_left_as_it_is(monkeypatch: pytest.Monk
     assert ranged("fave/step")(function) is function
 
 
+def run_with_ranges(path: str) -> subprocess.CompletedProcess[str]:
+    """A top-K under FAVE_FAST_NVTX=1 in a process of its own, which looks for nvtx in `path` first."""
+    code = (
+        "import torch, fave_fast.profiling as profiling\n"
+        "from fave_fast.ops import score_topk\n"
+        "score_topk(torch.eye(2), torch.eye(2).repeat(2, 1), 1)\n"
+    )
+    env = {"PATH": "", "FAVE_FAST_NVTX": "1", "PYTHONPATH": path}
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+
+
+def test_ranges_are_those_of_nvtx(tmp_path: Path) -> None:
+    (tmp_path / "nvtx.py").write_text(
+        "def push_range(name):\n    print('in', name)\n\n\ndef pop_range():\n    print('out')\n", encoding="utf-8"
+    )
+    assert run_with_ranges(str(tmp_path)).stdout.splitlines() == ["in fave/topk", "out"]
+
+
+def test_without_nvtx_a_line_says_who_sees_the_ranges(tmp_path: Path) -> None:
+    (tmp_path / "nvtx.py").write_text("raise ImportError\n", encoding="utf-8")
+    done = run_with_ranges(str(tmp_path))
+    assert "FAVE_FAST_NVTX is set and the package nvtx is not installed" in done.stderr
+
+
 def test_ranges_are_in_the_trace_and_change_nothing(tmp_path: Path) -> None:
     code = (
         "import torch\n"
