@@ -91,23 +91,23 @@ class Gateway:
     async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
         """The whole body, which the limit allows to hold in memory."""
         announced = headers.get(b"content-length", b"0")
-        parts: list[bytes] = []
+        body = bytearray()
         size = int(announced) if announced.isdigit() else 0
         try:
             async with asyncio.timeout(self.body_seconds):
                 more = True
                 while more and size <= self.body_bytes:
                     message = await receive()
-                    parts.append(message.get("body", b""))
+                    body += message.get("body", b"")
                     more = message.get("more_body", False)
-                    size = max(size, sum(map(len, parts)))
+                    size = max(size, len(body))
         except TimeoutError:
             detail = f"the body took over {self.body_seconds:g} s; expected all of it by then"
             raise _Refused(408, detail, (b"connection", b"close")) from None
         if size > self.body_bytes:
             detail = f"the body has {size:,} bytes or more; expected at most {self.body_bytes:,}"
             raise _Refused(413, detail, (b"connection", b"close"))
-        return b"".join(parts)
+        return bytes(body)
 
     def _note(self, scope: Scope, request_id: bytes, status: int, seconds: float) -> None:
         path = scope["path"]
