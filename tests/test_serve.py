@@ -599,6 +599,8 @@ def test_a_process_reloads_and_stops_under_load(copied: Path) -> None:
     threads = [threading.Thread(target=ask, args=(at,)) for at in range(len(histories))]
     for thread in threads:
         thread.start()
+    while not all(found) and not failures:  # each has a list of the old model
+        assert server.process.poll() is None
     changed(copied)
     new = Recommender.from_pretrained(copied)
     server.process.send_signal(signal.SIGHUP)
