@@ -28,7 +28,6 @@ from bench.soak import return_freed_memory
 from bench.verify import lists_are_complete
 from fave_fast import cli
 from fave_fast.config import Config, ModelConfig
-from fave_fast.errors import InputError
 from fave_fast.flow import InferenceNoise
 from fave_fast.graphs import Step
 from fave_fast.model import DTYPES, FAVE
@@ -199,6 +198,22 @@ def _give_back() -> None:
 AXES = ("N", "B", "L", "K", "threads")
 
 
+def measure(arguments: argparse.Namespace, command: Sequence[str]) -> record.Run:
+    """Let each axis grow.
+
+    Raises:
+        AssertionError: a check failed.
+        InputError: bad options.
+    """
+    device = cli.resolve_device(arguments.device)
+    on_gpu = device.type == "cuda"
+    dtype = arguments.dtype or ("bf16" if on_gpu else "fp32")
+    absent: dict[str, str] = {}
+    recorder = record.Recorder("growth", command, on_gpu, arguments.commit)
+    growth = Growth(device, dtype, arguments.seconds, arguments.largest, absent)
+    return recorder.finish(list(growth.rows(arguments.axis or AXES)), absent, dtype=dtype)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="bench/growth.py", description=__doc__.splitlines()[0], allow_abbrev=False)
@@ -210,21 +225,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=record.RESULTS, metavar="FOLDER", help="default: bench/results")
     parser.add_argument("--commit", metavar="TEXT", help="what is measured, where the checkout has no git to say it")
     arguments = parser.parse_args(argv)
-    try:
-        device = cli.resolve_device(arguments.device)
-        on_gpu, absent = device.type == "cuda", {}
-        dtype = arguments.dtype or ("bf16" if on_gpu else "fp32")
-        command = ["python", "bench/growth.py", *(sys.argv[1:] if argv is None else argv)]
-        recorder = record.Recorder("growth", command, on_gpu, arguments.commit)
-        growth = Growth(device, dtype, arguments.seconds, arguments.largest, absent)
-        run = recorder.finish(list(growth.rows(arguments.axis or AXES)), absent, dtype=dtype)
-        path = record.append(run, arguments.out)
-    except AssertionError as error:
-        print(f"bench/growth.py: the check failed, so nothing was timed: {error}", file=sys.stderr)
-        return 1
-    except (InputError, record.ResultsError, OSError) as error:
-        print(f"bench/growth.py: error: {error}", file=sys.stderr)
-        return 2
+    command = ["python", "bench/growth.py", *(sys.argv[1:] if argv is None else argv)]
+    added = record.add("bench/growth.py", lambda: measure(arguments, command), arguments.out)
+    if isinstance(added, int):
+        return added
+    run, path = added
     print(record.card(run))
     print(f"added to {path}", file=sys.stderr)
     print(json.dumps(run))

@@ -11,7 +11,8 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import fave_fast
 from bench.cpu import processor
 from bench.measure import CEILINGS, COLD, HOST, Row, ceilings
 from bench.peers import version
+from fave_fast.errors import InputError
 from fave_fast.files import replacing
 from fave_fast.ops.registry import why_no_extension
 from fave_fast.ops.tuning import file_name
@@ -174,6 +176,22 @@ def _readable(run: Run) -> str:
     facts = [f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in run.items() if name != "rows"]
     rows = ",\n".join(f"    {json.dumps(row)}" for row in run["rows"])
     return " {\n" + ",\n".join([*facts, f'  "rows": [\n{rows}\n  ]' if rows else '  "rows": []']) + "\n }"
+
+
+def add(program: str, measure: Callable[[], Run], folder: Path) -> tuple[Run, Path] | int:
+    """Measure a run and append it; the run and its file, or the exit code once stderr has the reason.
+
+    1: a check failed, so nothing was timed; 2: bad input or output.
+    """
+    try:
+        run = measure()
+        return run, append(run, folder)
+    except AssertionError as error:
+        print(f"{program}: the check failed, so nothing was timed: {error}", file=sys.stderr)
+        return 1
+    except (InputError, ResultsError, OSError) as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        return 2
 
 
 def read_json(path: Path) -> Any:

@@ -152,15 +152,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     arguments = parser.parse_args(argv)
     command = ["python", "bench/run.py", *(sys.argv[1:] if argv is None else argv)]
-    try:
-        run = quality(arguments, command) if arguments.suite == "quality" else measure(arguments, command)
-        path = record.append(run, arguments.out)
-    except AssertionError as error:
-        print(f"bench/run.py: the check failed, so nothing was timed: {error}", file=sys.stderr)
-        return 1
-    except (InputError, record.ResultsError, OSError) as error:
-        print(f"bench/run.py: error: {error}", file=sys.stderr)
-        return 2
+    suite = quality if arguments.suite == "quality" else measure
+    added = record.add("bench/run.py", lambda: suite(arguments, command), arguments.out)
+    if isinstance(added, int):
+        return added
+    run, path = added
     print(record.card(run))
     for who, by_batch in run.get("measured_beforehand_ms", {}).items():
         found = ", ".join(f"B {batch}: {ms:.0f} ms" for batch, ms in by_batch.items())
