@@ -251,6 +251,7 @@ class StepGraphs:
         self._completion = Completion(self._stream)
         self._stream.wait_stream(torch.cuda.current_stream(device))
         self._pool = torch.cuda.graph_pool_handle()
+        self._plans: list[Plan | None] = []  # the graphs write them at every run, outside of the pool
         self._captured = {batch: self._capture(batch) for batch in reversed(self.batches)}
 
     @staticmethod
@@ -291,6 +292,7 @@ class StepGraphs:
         with torch.cuda.stream(self._stream), torch.no_grad():
             # Taken here: memory that another thread's kernels have yet to read may be free on the stream outside.
             plan = self._step.plan(batch)
+            self._plans.append(plan)
             carry(host.words, request.words, pdl=False)
             work()  # compiles what is not compiled yet, on the histories of no request
             self._stream.synchronize()

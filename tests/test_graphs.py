@@ -176,6 +176,21 @@ def test_graphs_take_memory_on_their_own_stream(monkeypatch: pytest.MonkeyPatch)
     assert set(streams) == {served._graphs._stream}
 
 
+def test_graphs_keep_what_they_write_alive() -> None:
+    """A capture gives unused memory back; what an earlier graph writes must not be part of it."""
+    served = recommender()
+    served.warmup(batches=(256, 512))
+    some = histories(512, seed=7)
+    want = served.best_items(*some)
+    torch.cuda.empty_cache()
+    # As much as there is room for in the smallest blocks, which is where a freed plan's memory went.
+    taken = [torch.full((1 << 10,), -1, dtype=torch.int32, device="cuda") for _ in range(4096)]
+    got = served.best_items(*some)
+    torch.cuda.synchronize()
+    assert all(np.array_equal(mine, other) for mine, other in zip(got, want, strict=True))
+    assert all(bool((block == -1).all()) for block in taken)
+
+
 def test_many_callers_get_their_own_lists(warm: Recommender) -> None:
     asked = [histories(count, seed=count) for count in (1, 3, 8, 40, 200)]
     want = [warm.best_items(*some) for some in asked]
