@@ -2,8 +2,30 @@
 
 #include <stdexcept>
 
+#if defined(FAVE_FAST_X86) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace fave_fast {
 namespace {
+
+#if defined(FAVE_FAST_X86)
+// Whether this processor has tiles of bfloat16 and the system lets the process use them, for which it is asked: Linux
+// saves their 8 KB for a process that said so alone (arch_prctl(2)).
+bool tiles_granted() {
+#if defined(__linux__)
+  constexpr unsigned kTile = 1u << 24, kBf16 = 1u << 22;
+  constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & kTile) != 0 && (d & kBf16) != 0 &&
+         syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 std::vector<const Kernels*> usable() {
   std::vector<const Kernels*> found;
@@ -15,7 +37,9 @@ std::vector<const Kernels*> usable() {
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512cd");
   const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
-  if (vnni && __builtin_cpu_supports("avx512bf16")) found.push_back(&kKernelsAvx512Bf16);
+  const bool bf16 = vnni && __builtin_cpu_supports("avx512bf16");
+  if (bf16 && tiles_granted()) found.push_back(&kKernelsAmxBf16);
+  if (bf16) found.push_back(&kKernelsAvx512Bf16);
   if (vnni) found.push_back(&kKernelsAvx512Vnni);
   if (avx512) found.push_back(&kKernelsAvx512);
   if (avx2) found.push_back(&kKernelsAvx2);

@@ -7,6 +7,8 @@
 
 #include "vec.hpp"
 
+#include "tiles.hpp"
+
 namespace fave_fast {
 namespace {
 
@@ -157,6 +159,26 @@ struct Tiles {
   int begin(int tile) const { return static_cast<int>(static_cast<std::int64_t>(rows) * tile / count); }
 };
 
+// One row of a panel's sums becomes what `dense` gives.
+template <Operand kOperand, Epilogue kEpilogue>
+FAVE_FAST_INLINE void finish(const F (&sums)[kColumns], float* row) {
+#if defined(__AVX512BF16__)
+  if (kOperand == Operand::bf16_pairs && kEpilogue == Epilogue::gelu) {
+    for (int c = 0; c < kColumns; c += 2) {
+      store(row + c / 2 * W, pairs(gelu<false>(sums[c]), gelu<false>(sums[c + 1])));
+    }
+    return;
+  }
+#endif
+#pragma GCC unroll 4
+  for (int c = 0; c < kColumns; ++c) {
+    F x = sums[c];
+    if (kEpilogue == Epilogue::add) x = add(x, load(row + c * W));
+    if (kEpilogue == Epilogue::gelu && kOperand == Operand::fp32) x = gelu<true>(x);
+    store(row + c * W, x);
+  }
+}
+
 template <Operand kOperand, int R, Epilogue kEpilogue>
 FAVE_FAST_INLINE void dense_tile(const float* a, std::int64_t a_stride, const float* w, int units, float* out,
                                  std::int64_t out_stride) {
@@ -170,24 +192,7 @@ FAVE_FAST_INLINE void dense_tile(const float* a, std::int64_t a_stride, const fl
     product<typename Unit<kOperand>::type, R, kColumns>(a, a_stride, w, kPanel, units, sums);
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-    float* row = out + r * out_stride;
-#if defined(__AVX512BF16__)
-    if (kOperand == Operand::bf16_pairs && kEpilogue == Epilogue::gelu) {
-      for (int c = 0; c < kColumns; c += 2) {
-        store(row + c / 2 * W, pairs(gelu<false>(sums[r][c]), gelu<false>(sums[r][c + 1])));
-      }
-      continue;
-    }
-#endif
-#pragma GCC unroll 4
-    for (int c = 0; c < kColumns; ++c) {
-      F x = sums[r][c];
-      if (kEpilogue == Epilogue::add) x = add(x, load(row + c * W));
-      if (kEpilogue == Epilogue::gelu && kOperand == Operand::fp32) x = gelu<true>(x);
-      store(row + c * W, x);
-    }
-  }
+  for (int r = 0; r < R; ++r) finish<kOperand, kEpilogue>(sums[r], out + r * out_stride);
 }
 
 template <Operand kOperand, Epilogue kEpilogue>
@@ -221,16 +226,55 @@ void dense_rows(const float* a, std::int64_t a_stride, int rows, const float* w,
 #endif
 }
 
+#if defined(__AMX_BF16__)
+// As `dense_rows`, of bf16_pairs. First whole tiles, then the rows that are left: new shapes cost more than the weights'
+// second way through the cache.
+template <Epilogue kEpilogue>
+void dense_by_tiles(const float* a, std::int64_t a_stride, int rows, const float* w, int units, int panels, float* out,
+                    std::int64_t out_stride) {
+  alignas(64) float sums[kTile * kPanel];
+  const std::int64_t advance = kEpilogue == Epilogue::gelu ? kPanel / 2 : kPanel;
+  for (int begin = 0, end; begin < rows; begin = end) {
+    end = rows - begin < kTile ? rows : rows - rows % kTile;
+    const int height = end - begin < kTile ? end - begin : kTile;
+    const TileShapes shapes(height, units % kTile);
+    shapes.use();
+    for (int p = 0; p < panels; ++p) {
+      for (int first = begin; first < end; first += height) {
+        tile_product(a + first * a_stride, a_stride, w + std::int64_t{p} * units * kPanel, units, sums);
+        for (int r = 0; r < height; ++r) {
+          F row[kColumns];
+          for (int c = 0; c < kColumns; ++c) row[c] = load(sums + r * kPanel + c * W);
+          finish<Operand::bf16_pairs, kEpilogue>(row, out + (first + r) * out_stride + p * advance);
+        }
+      }
+    }
+  }
+  _tile_release();
+}
+#endif
+
+template <Operand kOperand, Epilogue kEpilogue>
+FAVE_FAST_INLINE void dense_with(const float* a, std::int64_t a_stride, int rows, const float* w, int units, int panels,
+                                 float* out, std::int64_t out_stride) {
+#if defined(__AMX_BF16__)
+  if (kOperand == Operand::bf16_pairs) {
+    return dense_by_tiles<kEpilogue>(a, a_stride, rows, w, units, panels, out, out_stride);
+  }
+#endif
+  dense_rows<kOperand, kEpilogue>(a, a_stride, rows, w, units, panels, out, out_stride);
+}
+
 template <Operand kOperand>
 void dense_of(const float* a, std::int64_t a_stride, int rows, const float* w, int units, int panels, Epilogue epilogue,
               float* out, std::int64_t out_stride) {
   switch (epilogue) {
     case Epilogue::store:
-      return dense_rows<kOperand, Epilogue::store>(a, a_stride, rows, w, units, panels, out, out_stride);
+      return dense_with<kOperand, Epilogue::store>(a, a_stride, rows, w, units, panels, out, out_stride);
     case Epilogue::add:
-      return dense_rows<kOperand, Epilogue::add>(a, a_stride, rows, w, units, panels, out, out_stride);
+      return dense_with<kOperand, Epilogue::add>(a, a_stride, rows, w, units, panels, out, out_stride);
     case Epilogue::gelu:
-      return dense_rows<kOperand, Epilogue::gelu>(a, a_stride, rows, w, units, panels, out, out_stride);
+      return dense_with<kOperand, Epilogue::gelu>(a, a_stride, rows, w, units, panels, out, out_stride);
   }
 }
 

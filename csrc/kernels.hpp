@@ -111,7 +111,7 @@ constexpr std::int64_t attention_scratch(std::int64_t length, std::int64_t chann
 // The kernels for an instruction set, each in its own copy of kernels.cpp.
 extern const Kernels kKernelsScalar;
 #if defined(FAVE_FAST_X86)
-extern const Kernels kKernelsAvx2, kKernelsAvx512, kKernelsAvx512Vnni, kKernelsAvx512Bf16;
+extern const Kernels kKernelsAvx2, kKernelsAvx512, kKernelsAvx512Vnni, kKernelsAvx512Bf16, kKernelsAmxBf16;
 #endif
 
 }  // namespace fave_fast
