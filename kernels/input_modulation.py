@@ -12,7 +12,7 @@ import os
 
 import triton
 import triton.language as tl
-from fave_fast.kernels.products import halves, reciprocal_root
+from fave_fast.kernels.products import dot, reciprocal_root
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait, libdevice
 
 # How the lambda of a row is had.
@@ -327,14 +327,7 @@ def _dot(a, b, PRODUCT: tl.constexpr, PRECISION: tl.constexpr):
     a, b = a.to(PRODUCT), b.to(PRODUCT)
     if _INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
-    K: tl.constexpr = a.shape[1]
-    if PRECISION == "tf32x3" and K > 128:
-        # The tensor cores cut off what a sum cannot hold: over 256 terms twice as much as PyTorch's float32 loses.
-        a0, a1, b0, b1 = halves(a, b, a.shape[0], K, b.shape[1])
-        product = tl.dot(a0, b0, input_precision=PRECISION) + tl.dot(a1, b1, input_precision=PRECISION)
-    else:
-        product = tl.dot(a, b, input_precision=PRECISION)
-    return product
+    return dot(a, b) if PRECISION == "chains" else tl.dot(a, b, input_precision=PRECISION)
 
 
 @triton.jit
@@ -528,7 +521,7 @@ def launch_times(t, r, hidden, hidden_bias, out, out_bias, z, dz, *, scale, prod
     _times[(triton.cdiv(len(t), shapes["users"]),)](
         t, r, hidden, hidden_bias, out, out_bias, z, dz, len(t), D=d, USERS=shapes["users"],
         PART=min(d, shapes["part"]), SCALE=scale, BEFORE=overlap, num_warps=shapes["num_warps"],
-        num_stages=shapes["num_stages"], **_products(product),
+        num_stages=shapes["num_stages"], **_products(product, d),
     )  # fmt: skip
 
 
@@ -572,7 +565,7 @@ def launch_times_backward(t, r, hidden, hidden_bias, out, grad, dgrad, part, *, 
     width = min(d, shapes["part"])
     _times_backward[(len(part), d // width)](
         t, r, hidden, hidden_bias, out, grad, dgrad, part, len(t), D=d, USERS=shapes["users"], PART=width,
-        SCALE=scale, num_warps=shapes["num_warps"], num_stages=1, **_products(product),
+        SCALE=scale, num_warps=shapes["num_warps"], num_stages=1, **_products(product, d),
     )  # fmt: skip
 
 
@@ -601,7 +594,9 @@ def _dropped(dropout):
     return below, 2**16 / (2**16 - below)
 
 
-def _products(dtype):
+def _products(dtype, d):
     name = str(dtype).removeprefix("torch.")
-    # Three products of tensor cores are as exact as a float32 one here; tf32 alone is not.
-    return {"PRODUCT": getattr(tl, name), "PRECISION": "tf32x3" if name == "float32" else "ieee"}
+    # Three products of tensor cores are as exact as a float32 one here (tf32 alone is not), up to 128 terms: what a sum
+    # cannot hold they cut off, over 256 terms twice as much as PyTorch's float32 loses.
+    exact = "tf32x3" if d <= 128 else "chains"
+    return {"PRODUCT": getattr(tl, name), "PRECISION": exact if name == "float32" else "ieee"}

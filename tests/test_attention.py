@@ -81,12 +81,18 @@ def error(got: Tensor, want: Tensor) -> float:
     return float((got.detach().double() - want.detach()).norm() / want.detach().norm())
 
 
-def check(case: Case) -> None:
-    want = case.oracle()
-    plain = case.outcome("reference")
-    for index, (got, peer, exact) in enumerate(zip(case.outcome("triton"), plain, want, strict=True)):
-        assert got.isfinite().all(), index
-        assert error(got, exact) <= 2 * error(peer, exact), f"{index}: {error(got, exact)} {error(peer, exact)}"
+def check(*cases: Case) -> None:
+    """All outputs and gradients: at most twice PyTorch's error; of several cases, the roots of their mean squares."""
+    squares = []
+    for case in cases:
+        want = case.oracle()
+        ours, plain = case.outcome("triton"), case.outcome("reference")
+        assert all(got.isfinite().all() for got in ours)
+        squares.append(
+            [[error(got, exact) ** 2 for got, exact in zip(some, want, strict=True)] for some in (ours, plain)]
+        )
+    for index, (got, peer) in enumerate(torch.tensor(squares).mean(0).sqrt().T.tolist()):
+        assert got <= 2 * peer, f"{index}: {got} {peer}"
 
 
 @pytest.mark.parametrize("dual", [False, True])
@@ -127,8 +133,10 @@ def test_odd_shapes(dtype: torch.dtype, causal: bool, last: bool, users: int) ->
     generator = torch.Generator().manual_seed(users)
     lengths = torch.randint(1, 51, (users,), generator=generator).tolist()
     lengths[0], lengths[-1] = 50, 200
+    # A softmax's sum is rounded once a row and head: of one row, equally exact code errs by more or less by chance.
+    draws = 8 if users <= 3 else 1
     for dual in (False, True):
-        check(Case(lengths, 4, 32, dtype, True, causal, last, dual))
+        check(*(Case(lengths, 4, 32, dtype, True, causal, last, dual, seed) for seed in range(draws)))
 
 
 def padded(case: Case, inputs: list[Tensor], length: int) -> tuple[list[Tensor], Tensor]:
