@@ -237,7 +237,7 @@ void dense_by_tiles(const float* a, std::int64_t a_stride, int rows, const float
   for (int begin = 0, end; begin < rows; begin = end) {
     end = rows - begin < kTile ? rows : rows - rows % kTile;
     const int height = end - begin < kTile ? end - begin : kTile;
-    const TileShapes shapes(height, units % kTile);
+    const TileShapes shapes(height, kTile, units % kTile);
     shapes.use();
     for (int p = 0; p < panels; ++p) {
       for (int first = begin; first < end; first += height) {
@@ -747,14 +747,6 @@ void dots_rows(const float* query, const void* const* rows, int count, int d, fl
   }
 }
 
-void dots(const float* query, const void* const* rows, int count, int d, Format format, float* scores) {
-  if (format == Format::fp32) {
-    dots_rows<FloatRows>(query, rows, count, d, scores);
-  } else {
-    dots_rows<HalfRows>(query, rows, count, d, scores);
-  }
-}
-
 constexpr int kQueries = W == 16 ? 4 : 2;  // of a tile of inner products
 
 template <typename Rows, int Q>
@@ -795,8 +787,119 @@ void block_dots_rows(const float* queries, int query_count, const void* rows_at,
   }
 }
 
+#if defined(__AMX_BF16__)
+constexpr int kMostTileElements = 512;  // longer rows are left to the vectors
+
+// Rows of d elements, `count` of them and up to 64, as tiles of whole steps. Those that do not fill a tile, of either
+// side, are copied and have zeros behind them.
+class TiledRows {
+ public:
+  // `row(i)` is where the i-th row is; of rows side by side the distance is `stride`, else 0.
+  template <typename Row>
+  RowTiles of(Row row, int count, std::int64_t stride, int d) {
+    RowTiles tiles;
+    for (int t = 0; t < 4; ++t) {
+      const int first = t * kTile, n = count - first < kTile ? count - first : kTile;
+      const bool whole = stride != 0 && n == kTile && d % (2 * kTile) == 0;
+      tiles.first[t] = whole ? row(first) : n > 0 ? copied(row, first, n, d, copies_[t]) : tiles.first[0];
+      tiles.bytes[t] = whole ? 2 * stride : n > 0 ? 2 * kMostTileElements : tiles.bytes[0];
+    }
+    return tiles;
+  }
+
+ private:
+  template <typename Row>
+  static const std::uint16_t* copied(Row row, int first, int n, int d, std::uint16_t* to) {
+    const int wide = (d + 2 * kTile - 1) / (2 * kTile) * (2 * kTile);
+    for (int i = 0; i < kTile; ++i) {
+      std::uint16_t* own = to + i * kMostTileElements;
+      const int kept = i < n ? d : 0;
+      if (kept > 0) std::memcpy(own, row(first + i), static_cast<std::size_t>(kept) * sizeof *own);
+      std::memset(own + kept, 0, static_cast<std::size_t>(wide - kept) * sizeof *own);
+    }
+    return to;
+  }
+
+  alignas(64) std::uint16_t copies_[4][kTile * kMostTileElements];
+};
+
+void dots_by_tiles(const float* query, const void* const* rows, int count, int d, float* scores) {
+  alignas(64) float sums[kTileRows];
+  TiledRows tiled;
+  const TileShapes shapes(kTile, 1, 0);
+  shapes.use();
+  for (int first = 0; first < count; first += kTileRows) {
+    const int n = count - first < kTileRows ? count - first : kTileRows;
+    const auto row = [&](int i) { return static_cast<const std::uint16_t*>(rows[first + i]); };
+    tile_dots(tiled.of(row, n, 0, d), query, 1, (d + 2 * kTile - 1) / (2 * kTile), sums);
+    std::memcpy(scores + first, sums, static_cast<std::size_t>(n) * sizeof(float));
+  }
+  _tile_release();
+}
+
+// The pairs of up to 16 queries side by side, [16 * steps, 16]; behind the last query zeros.
+void columns_of(const float* queries, int count, int d, int steps, float* columns) {
+  for (int step = 0; step < steps; ++step) {
+    F block[W];
+    for (int q = 0; q < W; ++q) block[q] = q < count ? load(queries + q * query_stride(d) + step * W) : all(0.0f);
+    transpose(block);
+    for (int u = 0; u < W; ++u) store(columns + (step * W + u) * W, block[u]);
+  }
+}
+
+void block_dots_by_tiles(const float* queries, int query_count, const std::uint16_t* rows, std::int64_t row_stride,
+                         int row_count, int d, float* scores, std::int64_t score_stride) {
+  alignas(64) float columns[kMostTileElements / 2 * kTile], sums[kTileRows * kTile];
+  TiledRows tiled;
+  const int steps = (d + 2 * kTile - 1) / (2 * kTile);
+  const int width = query_count == 1 ? 1 : kTile;
+  const TileShapes shapes(kTile, width, 0);
+  shapes.use();
+  for (int first = 0; first < row_count; first += kTileRows) {
+    const int n = row_count - first < kTileRows ? row_count - first : kTileRows;
+    const auto row = [&](int i) { return rows + (first + i) * row_stride; };
+    const RowTiles tiles = tiled.of(row, n, row_stride, d);
+    if (width == 1) {
+      tile_dots(tiles, queries, 1, steps, sums);
+      std::memcpy(scores + first, sums, static_cast<std::size_t>(n) * sizeof(float));
+      continue;
+    }
+    for (int q = 0; q < query_count; q += kTile) {
+      const int some = query_count - q < kTile ? query_count - q : kTile;
+      columns_of(queries + q * query_stride(d), some, d, steps, columns);
+      tile_dots(tiles, columns, kTile, steps, sums);
+      for (int t = 0; t * kTile < n; ++t) {
+        F block[W];
+        for (int i = 0; i < W; ++i) block[i] = load(sums + (t * kTile + i) * kTile);
+        transpose(block);
+        const int wide = n - t * kTile < kTile ? n - t * kTile : kTile;
+        for (int i = 0; i < some; ++i) store(scores + (q + i) * score_stride + first + t * kTile, block[i], wide);
+      }
+    }
+  }
+  _tile_release();
+}
+#endif
+
+void dots(const float* query, const void* const* rows, int count, int d, Format format, float* scores) {
+#if defined(__AMX_BF16__)
+  if (format == Format::bf16 && d <= kMostTileElements) return dots_by_tiles(query, rows, count, d, scores);
+#endif
+  if (format == Format::fp32) {
+    dots_rows<FloatRows>(query, rows, count, d, scores);
+  } else {
+    dots_rows<HalfRows>(query, rows, count, d, scores);
+  }
+}
+
 void block_dots(const float* queries, int query_count, const void* rows, std::int64_t row_stride, int row_count, int d,
                 Format format, float* scores, std::int64_t score_stride) {
+#if defined(__AMX_BF16__)
+  if (format == Format::bf16 && d <= kMostTileElements) {
+    return block_dots_by_tiles(queries, query_count, static_cast<const std::uint16_t*>(rows), row_stride, row_count, d,
+                               scores, score_stride);
+  }
+#endif
   if (format == Format::fp32) {
     block_dots_rows<FloatRows>(queries, query_count, rows, row_stride, row_count, d, scores, score_stride);
   } else {
