@@ -1,20 +1,24 @@
 """A whole step on the CPU, item ids to the top 20, beside PyTorch, ONNX Runtime and OpenVINO; `python -m bench.cpu`.
 
-Wall-clock time of one call after another on 2 threads, Python included. Peers that are not installed are listed as
-absent. They get histories padded to the longest of the batch, which is all they can take.
+Wall-clock time of one call after another, Python included. A step of ours is one call into C++, and with the table in
+bytes the two ops one after the other. Peers that are not installed are listed as absent. They get histories padded to
+the longest of the batch, which is all they can take.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import gc
-import importlib.metadata
 import json
+import logging
 import os
 import platform
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,18 +26,23 @@ import torch
 from torch import Tensor, nn
 
 from bench.measure import HOST, Row, Time, table
-from fave_fast import _C
+from bench.peers import absent, version
+from fave_fast import _C, cli
 from fave_fast.config import FlowConfig, ModelConfig
+from fave_fast.files import check_writable, replacing
 from fave_fast.flow import InferenceNoise, one_step
-from fave_fast.model import FAVE
+from fave_fast.graphs import Histories
+from fave_fast.model import DTYPES, FAVE
 from fave_fast.ops import score_topk
 from fave_fast.ops.encoder import EncoderWeights, InputPath, encode_ids
 from fave_fast.ops.score_topk_cpu import ByteTable
+from fave_fast.ops.step_cpu import NativeStep, TimedLists
 
 THREADS, K, LENGTH = 2, 20, 50
-ITEMS, MANY_ITEMS = 12_101, 1_000_000
+ITEMS = (12_101, 1_000_000)
+PACKAGES = ("onnx", "onnxscript", "onnxruntime", "openvino")  # of the peers
+MOST_ITEMS = 10**5  # of a catalogue that batches are asked of
 SECONDS = 0.7  # of repeats, for each row
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def beauty_like(batch: int) -> list[int]:
@@ -93,6 +102,12 @@ class Ours:
         self.weights = EncoderWeights.pack(self.model)
         self.path = InputPath.pack(self.model, self.flow, InferenceNoise.draw(self.model, self.flow))
         self.table_bytes = ByteTable.pack(self.table)
+        step = NativeStep.of(self.weights, self.path, "cpp")
+        assert step is not None
+        self.native = step
+
+    def step(self, histories: Histories) -> TimedLists:
+        return self.native(*histories, K, exclude=False)
 
     def endpoints(self, ids: Tensor, offsets: Tensor, backend: str = "cpp") -> Tensor:
         return encode_ids(self.weights, self.path, ids, offsets, backend=backend)
@@ -101,7 +116,7 @@ class Ours:
         return score_topk(endpoints, self.table, K, table_bytes=table_bytes, backend=backend)
 
     def check(self, ids: Tensor, offsets: Tensor) -> None:
-        """Endpoints at most twice as wrong as PyTorch's; lists of both scans equal, and complete."""
+        """Endpoints at most twice as wrong as PyTorch's; lists of both scans and of one call equal, and complete."""
         double = copy.deepcopy(self.model).double()
         noise = InferenceNoise.draw(self.model, self.flow)
         exact_noise = InferenceNoise(*(getattr(noise, n).double() for n in ("keep", "anchor", "gaussian", "lam")))
@@ -115,6 +130,9 @@ class Ours:
         certified = self.lists(found, self.table_bytes)
         if not (torch.equal(scores, certified[0]) and torch.equal(items, certified[1])):
             raise AssertionError("the certified lists are not the plain ones")
+        whole = self.step(numbered(ids, offsets))
+        if not (np.array_equal(scores.numpy(), whole.scores) and np.array_equal(items.numpy(), whole.items)):
+            raise AssertionError("the lists of one call are not those of two")
         part = found[:4]
         every = part.double() @ self.table[1:].double().T
         bound = (self.table.shape[1] + 1) * 2.0**-24 * part.double().norm(dim=1) * self.table.double().norm(dim=1).max()
@@ -122,18 +140,35 @@ class Ours:
             raise AssertionError("a list lacks an item")
 
 
+def numbered(ids: Tensor, offsets: Tensor) -> Histories:
+    return Histories(ids.int().numpy(), offsets.numpy())
+
+
+def rows(cases: Mapping[str, list[int]], catalogues: Sequence[int], threads: int = THREADS) -> Iterator[Row]:
+    """Ours in both dtypes and PyTorch for every catalogue, the largest for single histories only; then the others."""
+    torch.set_num_threads(threads)
+    for case, lengths in cases.items():
+        for name in DTYPES:
+            for items in catalogues:
+                if items <= MOST_ITEMS or len(lengths) == 1:
+                    yield from ours(name, items, case, lengths)
+                    gc.collect()
+    with tempfile.TemporaryDirectory() as folder:
+        for case, lengths in cases.items():
+            yield from peers(case, lengths, catalogues[0], threads, Path(folder))
+
+
 def ours(name: str, items: int, case: str, lengths: list[int]) -> Iterator[Row]:
     model = Ours(items, DTYPES[name])
     ids = torch.randint(1, items + 1, (sum(lengths),), generator=torch.Generator().manual_seed(1))
     offsets = torch.tensor([0, *np.cumsum(lengths)])
     model.check(ids, offsets)
-    case = f"{case}, N {items}"
-    for who, table_bytes in (("", None), (", bytes", model.table_bytes)):
-
-        def step(table_bytes: ByteTable | None = table_bytes) -> None:
-            model.lists(model.endpoints(ids, offsets), table_bytes)
-
-        yield Row("step", case, f"cpp {name}{who}", time_us(step), clock=HOST)
+    case, histories = f"{case}, N {items}", numbered(ids, offsets)
+    yield Row("step", case, f"cpp {name}", time_us(lambda: model.step(histories)), clock=HOST)
+    yield Row(
+        "step", case, f"cpp {name}, bytes",
+        time_us(lambda: model.lists(model.endpoints(ids, offsets), model.table_bytes)), clock=HOST,
+    )  # fmt: skip
     yield Row("encode_ids", case, f"cpp {name}", time_us(lambda: model.endpoints(ids, offsets)), clock=HOST)
     endpoints = model.endpoints(ids, offsets)
     yield Row("score_topk", case, f"cpp {name}", time_us(lambda: model.lists(endpoints, None)), clock=HOST)
@@ -146,7 +181,7 @@ def ours(name: str, items: int, case: str, lengths: list[int]) -> Iterator[Row]:
     )  # fmt: skip
     share = model.table_bytes.fallback_share
     if share > 0:
-        print(f"{case}: {share:.1%} of the rows took the plain scan")
+        print(f"{case}: {share:.1%} of the rows took the plain scan", file=sys.stderr)
 
 
 def eager(step: Step, grid: Tensor) -> Callable[[], object]:
@@ -157,44 +192,47 @@ def eager(step: Step, grid: Tensor) -> Callable[[], object]:
     return call
 
 
-def peers(case: str, lengths: list[int], folder: Path) -> Iterator[Row]:
+@torch.no_grad()
+def export(step: Step, grid: Tensor, path: Path) -> None:
+    """The step as an ONNX file, for histories of this shape.
+
+    The least of 200 calls of either peer was 0.81 to 1.07 times that on what the TorchScript exporter wrote.
+    """
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # else: that torchvision is not there
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of PyTorch's own code
+        torch.onnx.export(step, (grid,), path, input_names=["ids"], dynamo=True, verbose=False)
+
+
+def peers(case: str, lengths: list[int], items: int, threads: int, folder: Path) -> Iterator[Row]:
     """ONNX Runtime and OpenVINO, each as it comes, on one exported network."""
-    if version("onnx") is None:
+    if absent("onnx", "onnxscript"):
         return
-    model = Ours(ITEMS, torch.float32)
-    grid = padded(torch.randint(1, ITEMS + 1, (sum(lengths),), generator=torch.Generator().manual_seed(1)), lengths)
+    model = Ours(items, torch.float32)
+    grid = padded(torch.randint(1, items + 1, (sum(lengths),), generator=torch.Generator().manual_seed(1)), lengths)
     step, path = Step(model.model, model.flow).eval(), folder / f"{len(lengths)}-{sum(lengths)}.onnx"
+    export(step, grid, path)
     with torch.no_grad():
-        torch.onnx.export(step, (grid,), path, input_names=["ids"], dynamo=False, opset_version=18)
         expected = step(grid)[0].numpy()
-    ids = grid.numpy()
-    if version("onnxruntime") is not None:
+    ids, case = grid.numpy(), f"{case}, N {items}"
+    if not absent("onnxruntime"):
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = THREADS
+        options.intra_op_num_threads = threads
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         np.testing.assert_allclose(session.run(None, {"ids": ids})[0], expected, rtol=1e-3, atol=1e-3)
-        yield Row(
-            "step", f"{case}, N {ITEMS}", "ONNX Runtime", time_us(lambda: session.run(None, {"ids": ids})), clock=HOST
-        )
+        yield Row("step", case, "ONNX Runtime", time_us(lambda: session.run(None, {"ids": ids})), clock=HOST)
         del session
-    if version("openvino") is not None:
+    if not absent("openvino"):
         import openvino
 
         core = openvino.Core()
-        settings = {"INFERENCE_NUM_THREADS": THREADS, "PERFORMANCE_HINT": "LATENCY"}
+        settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
         request = core.compile_model(path, "CPU", settings).create_infer_request()
         found = next(iter(request.infer([ids]).values()))
         np.testing.assert_allclose(found, expected, rtol=0.1, atol=0.05 * float(np.abs(expected).max()))
-        yield Row("step", f"{case}, N {ITEMS}", "OpenVINO", time_us(lambda: request.infer([ids])), clock=HOST)
-
-
-def version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+        yield Row("step", case, "OpenVINO", time_us(lambda: request.infer([ids])), clock=HOST)
 
 
 def processor() -> str:
@@ -204,33 +242,54 @@ def processor() -> str:
     return names[0] if names else platform.processor()
 
 
-def main() -> None:
-    torch.set_num_threads(THREADS)
-    rows: list[Row] = []
-    for case, lengths in CASES.items():
-        for name in DTYPES:
-            rows += ours(name, ITEMS, case, lengths)
-    for name in DTYPES:
-        rows += ours(name, MANY_ITEMS, "B 1, 50 items", [LENGTH])
-        gc.collect()
-    with tempfile.TemporaryDirectory() as folder:
-        for case, lengths in CASES.items():
-            rows += peers(case, lengths, Path(folder))
-    cpu = processor()
-    print(table(rows, cpu))
+def _parser() -> cli.Parser:
+    parser = cli.Parser("cpu", "A step on the CPU, item ids to the top 20, beside PyTorch, ONNX Runtime and OpenVINO.")
+    parser.prog, parser.formatter_class = "python -m bench.cpu", argparse.HelpFormatter
+    parser.add_argument(
+        "--case", choices=CASES, action="append", metavar="CASE", help=f"may repeat (default: {_quoted(CASES)})"
+    )
+    parser.add_argument(
+        "--items", type=cli.whole_number(1), action="append", metavar="N",
+        help=f"size of the catalogue, beyond {MOST_ITEMS:,} for single histories only; may repeat, and peers are given "
+        f"the first (default: {_quoted(ITEMS)})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--threads", type=cli.whole_number(1), default=THREADS, help=f"of ours and of its peers (default: {THREADS})"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where the figures go (default: stdout's last line)")
+    return parser
+
+
+def _quoted(values: Iterable[object]) -> str:
+    return ", ".join(f'"{value}"' if isinstance(value, str) else str(value) for value in values)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    arguments = _parser().parse_args(argv)
+    if arguments.json is not None:
+        check_writable(arguments.json)
+    chosen = {case: lengths for case, lengths in CASES.items() if case in (arguments.case or CASES)}
+    found, cpu = list(rows(chosen, arguments.items or ITEMS, arguments.threads)), processor()
+    print(table(found, cpu))
+    for who, reason in absent(*PACKAGES).items():
+        print(f"{who}: {reason}")
     facts = {
         "cpu": cpu,
         "cores": os.cpu_count(),
-        "threads": THREADS,
+        "threads": arguments.threads,
         "instruction_sets": _C.instruction_sets(),
         "compiler": _C.compiler,
-        "versions": {package: version(package) for package in ("torch", "onnx", "onnxruntime", "openvino")},
+        "versions": {package: version(package) for package in ("torch", *PACKAGES)},
+        "rows": [row.as_dict(cpu) for row in found],
     }
-    for package, found in facts["versions"].items():  # type: ignore[attr-defined]
-        if found is None:
-            print(f"{package} is not installed: absent")
-    print(json.dumps({**facts, "rows": [row.as_dict(cpu) for row in rows]}))
+    if arguments.json is None:
+        print(json.dumps(facts))
+        return 0
+    with replacing(arguments.json) as part:
+        part.write_text(json.dumps(facts) + "\n", encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

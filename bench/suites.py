@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -359,19 +358,9 @@ def training(options: Options) -> Iterator[Row]:
 
 def cpu(options: Options) -> Iterator[Row]:
     """A whole step on the CPU in both dtypes, beside PyTorch, ONNX Runtime and OpenVINO: `bench/cpu.py`."""
-    options.absent.update(absent("onnx", "onnxruntime", "openvino"))
-    torch.set_num_threads(cpu_bench.THREADS)  # as many as its peers are given
+    options.absent.update(absent(*cpu_bench.PACKAGES))
     cases = {name: lengths for name, lengths in cpu_bench.CASES.items() if len(lengths) in options.batches}
-
-    for case, lengths in cases.items():
-        for name in DTYPES:
-            for items in options.items:
-                if items <= 10**5 or len(lengths) == 1:
-                    yield from cpu_bench.ours(name, items, case, lengths)
-                    gc.collect()
-    with tempfile.TemporaryDirectory() as folder:
-        for case, lengths in cases.items():
-            yield from cpu_bench.peers(case, lengths, Path(folder))
+    yield from cpu_bench.rows(cases, options.items)
 
 
 SUITES: dict[str, Suite] = {"latency": latency, "topk": topk, "training": training, "cpu": cpu}

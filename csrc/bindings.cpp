@@ -12,6 +12,7 @@
 #include "isa.hpp"
 #include "rank_count.hpp"
 #include "score_topk.hpp"
+#include "step.hpp"
 #include "submit.hpp"
 
 namespace py = pybind11;
@@ -20,6 +21,7 @@ namespace {
 
 using Floats = py::array_t<float>;
 using Ints = py::array_t<std::int64_t>;
+using Numbers = py::array_t<std::int32_t>;
 
 template <typename Array>
 void require_vector(const Array& array, const char* name, py::ssize_t size) {
@@ -289,11 +291,8 @@ void encode(const fave_fast::Encoder& encoder, const py::array& rows, const Ints
   encoder.encode(histories, from.data, from.format, to.data, to.format, threads);
 }
 
-void encode_ids(const fave_fast::Encoder& encoder, const Ints& ids, const Ints& bounds, py::ssize_t padded_length,
-                const py::array& table, const Floats& norm, const Floats& shift, const std::optional<Floats>& scale,
-                float anchor, py::array& out, int threads) {
-  const fave_fast::EncoderConfig& config = encoder.config();
-  require_shape(ids, "ids", {-1});
+fave_fast::InputPath input_path(const fave_fast::EncoderConfig& config, const py::array& table, const Floats& norm,
+                                const Floats& shift, const std::optional<Floats>& scale, float anchor) {
   const Matrix items = matrix_of(table, "table");
   require_shape(table, "table", {-1, config.d});
   require_shape(norm, "norm", {2, config.d});
@@ -302,11 +301,18 @@ void encode_ids(const fave_fast::Encoder& encoder, const Ints& ids, const Ints& 
   if (items.rows == 0 || !(anchor >= 0 && anchor <= 1)) {
     throw py::value_error("table must have a row 0, and anchor be from 0 to 1");
   }
+  return {items.data,   items.format, items.rows - 1,
+          norm.data(),  shift.data(), scale ? scale->data() : nullptr,
+          anchor};
+}
+
+void encode_ids(const fave_fast::Encoder& encoder, const Ints& ids, const Ints& bounds, py::ssize_t padded_length,
+                const py::array& table, const Floats& norm, const Floats& shift, const std::optional<Floats>& scale,
+                float anchor, py::array& out, int threads) {
+  require_shape(ids, "ids", {-1});
+  const fave_fast::InputPath path = input_path(encoder.config(), table, norm, shift, scale, anchor);
   const fave_fast::Histories histories = histories_of(bounds, padded_length, ids.shape(0));
-  const Matrix to = output_of(out, histories.lengths.size(), config.d);
-  const fave_fast::InputPath path{items.data,   items.format, items.rows - 1,
-                                  norm.data(),  shift.data(), scale ? scale->data() : nullptr,
-                                  anchor};
+  const Matrix to = output_of(out, histories.lengths.size(), encoder.config().d);
   const std::int64_t* ids_data = ids.data();
   py::gil_scoped_release release;
   encoder.encode_ids(histories, ids_data, path, to.data, to.format, threads);
@@ -353,6 +359,42 @@ fave_fast::TopkCall topk_call(const py::array& queries, const py::array& table, 
           scores.mutable_data(),
           ids.mutable_data()};
 }
+
+// All of a request but its histories, k, and what nobody gets.
+class Step {
+ public:
+  Step(const fave_fast::Encoder& encoder, const py::array& table, const Floats& norm, const Floats& shift,
+       const std::optional<Floats>& scale, float anchor)
+      : encoder_(encoder),
+        path_(input_path(encoder.config(), table, norm, shift, scale, anchor)),
+        kept_{table, norm, shift, scale ? py::object(*scale) : py::none()} {
+    if (path_.items > INT32_MAX) throw py::value_error("table must have 1 to 2^31 rows");
+  }
+
+  py::tuple run(const Numbers& ids, const Ints& offsets, py::ssize_t k, bool exclude, const std::optional<Bools>& deny,
+                int threads) const {
+    require_shape(ids, "ids", {-1});
+    if (deny) require_shape(*deny, "deny", {path_.items + 1});
+    if (k < 1) throw py::value_error("k must be at least 1");
+    const fave_fast::Histories histories = histories_of(offsets, 0, ids.shape(0));
+    const auto users = static_cast<py::ssize_t>(histories.lengths.size());
+    Floats scores({users, k});
+    Ints best({users, k});
+    const fave_fast::StepCall call{histories, ids.data(), offsets.data(), ids.shape(0), exclude,
+                                   deny ? deny->data() : nullptr, k, scores.mutable_data(), best.mutable_data()};
+    fave_fast::StepSeconds seconds;
+    {
+      py::gil_scoped_release release;
+      seconds = fave_fast::run_step(encoder_, path_, call, threads);
+    }
+    return py::make_tuple(std::move(scores), std::move(best), seconds.encoder, seconds.topk);
+  }
+
+ private:
+  const fave_fast::Encoder& encoder_;
+  const fave_fast::InputPath path_;
+  const py::object kept_[4];  // the memory that the path points to
+};
 
 std::unique_ptr<fave_fast::ByteTable> byte_table(const py::array& table, const std::string& isa, int threads) {
   const Matrix items = matrix_of(table, "table");
@@ -441,6 +483,18 @@ PYBIND11_MODULE(_C, m) {
       py::arg("ids").noconvert(), py::arg("threads"), py::arg("isa") = "",
       "The k best of items 1 to N of table [N + 1, d] for queries [B, d], into scores and ids [B, k]; what is neither\n"
       "excluded [E] (by offsets [B + 1]) nor denied [N + 1]. Releases the GIL.");
+
+  py::class_<Step>(m, "Step", "A network, its input path and a catalogue, whose memory it reads: requests by one call.")
+      .def(py::init<const Encoder&, const py::array&, const Floats&, const Floats&, const std::optional<Floats>&,
+                    float>(),
+           py::keep_alive<1, 2>(), py::arg("encoder"), py::arg("table").noconvert(), py::arg("norm").noconvert(),
+           py::arg("shift").noconvert(), py::arg("scale").noconvert(), py::arg("anchor"))
+      .def("run", &Step::run, py::arg("ids").noconvert(), py::arg("offsets").noconvert(), py::arg("k"),
+           py::arg("exclude"), py::arg("deny").noconvert(), py::arg("threads"),
+           "Scores float32 [B, k], item numbers int64 [B, k], and the seconds of encoder and top K: what\n"
+           "Encoder.encode_ids and score_topk with the encoder's instruction set give, to the same bits. ids int32 [T],\n"
+           "offsets int64 [B + 1]; with `exclude` without a history's own items; deny bool [N + 1]. Releases the GIL.\n"
+           "Raises ValueError for an id outside the table.");
 
   using fave_fast::ByteTable;
   py::class_<ByteTable>(m, "ByteTable", "A table in 8 bits an element, for lists that equal score_topk's to the bit.")

@@ -132,6 +132,20 @@ def score_topk(
     isa: str = "",
 ) -> None: ...
 
+class Step:
+    def __init__(
+        self, encoder: Encoder, table: _Rows, norm: _Floats, shift: _Floats, scale: _Floats | None, anchor: float
+    ) -> None: ...
+    def run(
+        self,
+        ids: NDArray[np.int32],
+        offsets: _Ints,
+        k: int,
+        exclude: bool,
+        deny: NDArray[np.bool_] | None,
+        threads: int,
+    ) -> tuple[_Floats, _Ints, float, float]: ...
+
 class ByteTable:
     def __init__(self, table: _Rows, isa: str = "", threads: int = 1) -> None: ...
     @property

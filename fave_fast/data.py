@@ -152,25 +152,24 @@ class IdMap:
         if not len(self.numbers):
             return np.full(len(values), -1, dtype=np.int64)
         if self._positions is not None:
-            # 3,200 ids take 15 us, and 180 by search among 12,101.
-            at = values - self.numbers[0]
-            outside = (at < 0) | (at >= len(self._positions))
-            at[outside] = 0
-            found: Ints = self._positions[at]
-            found[outside] = -1
+            # 3,200 ids take 15 us, and 180 by search among 12,101. Even a difference that overflows falls outside.
+            found: Ints = self._positions.take(values - self.numbers[0] + 1, mode="clip")
             return found
         at = np.minimum(np.searchsorted(self.numbers, values), len(self.numbers) - 1)
         return np.where(self.numbers[at] == values, at, -1)
 
     @cached_property
     def _positions(self) -> Ints | None:
-        """The position of each number from the least to the greatest, -1 between them; None if they lie far apart."""
+        """The position of each number from the least to the greatest, -1 between them and at both ends.
+
+        None if they lie far apart.
+        """
         assert self.numbers is not None
         span = int(self.numbers[-1]) - int(self.numbers[0]) + 1
         if span > 4 * len(self.numbers):
             return None
-        positions = np.full(span, -1, dtype=np.int64)
-        positions[self.numbers - self.numbers[0]] = np.arange(len(self.numbers))
+        positions = np.full(span + 2, -1, dtype=np.int64)
+        positions[self.numbers - self.numbers[0] + 1] = np.arange(len(self.numbers))
         return positions
 
     def to_tensors(self) -> dict[str, torch.Tensor]:

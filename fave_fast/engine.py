@@ -6,7 +6,8 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
@@ -23,12 +24,13 @@ from fave_fast.checkpoint import Checkpoint
 from fave_fast.config import Config
 from fave_fast.errors import InputError
 from fave_fast.flow import InferenceNoise
-from fave_fast.graphs import BATCHES, CapturedStep, Histories, Step, StepGraphs
+from fave_fast.graphs import BATCHES, CapturedStep, Histories, OnStep, Step, StepGraphs
 from fave_fast.model import DTYPES, FAVE
 from fave_fast.ops import Exclusions
 from fave_fast.ops.encoder import OP as ENCODER
 from fave_fast.ops.encoder import EncoderWeights, InputPath
 from fave_fast.ops.score_topk import OP as SCORE_TOPK
+from fave_fast.ops.score_topk_cpu import MAX_K
 
 __all__ = ["ItemId", "Recommendation", "Recommender"]
 
@@ -87,12 +89,12 @@ class Recommender:
         self._catalogue = Catalogue.of(checkpoint.item_ids, checkpoint.popularity.numpy())
         self._by_popularity = _popular_first(self._catalogue)
         self._weights = EncoderWeights.pack(self._model)
-        self._paths: dict[int, InputPath] = {}
+        self._steps: dict[int, Step] = {}  # by seed
         self._graphs: StepGraphs | None = None
         self._gate = _Gate()
         self._counting = threading.Lock()
         self.batches: Counter[str] = Counter()  # on a GPU: "captured", or the reason why no graph took one
-        self.on_step: Callable[[float, float], None] | None = None  # hears each batch's seconds; `Step` says which
+        self.on_step: OnStep | None = None  # hears each batch's, on a CPU
 
     @classmethod
     def from_pretrained(
@@ -185,14 +187,14 @@ class Recommender:
             catalogue = self._catalogue
             numbered, unknown = _number(catalogue, histories)
             denied = self._deny_bitmap(catalogue, deny)
-            has_items = np.diff(numbered.offsets) > 0
-            known = np.flatnonzero(has_items)
+            has_items = numbered.offsets[1:] > numbered.offsets[:-1]
+            (known,) = has_items.nonzero()
             results: list[Recommendation] = [None] * len(histories)  # type: ignore[list-item]
             for start in range(0, len(known), batch_size):
                 rows = known[start : start + batch_size]
                 batch = _rows(numbered, rows)
                 scores, items = self._best(batch, k, exclude_history, denied, range(first, first + samples))
-                counts = np.count_nonzero(items, axis=1).tolist()
+                counts = np.minimum(items, 1).sum(axis=1).tolist()
                 names, width = catalogue.ids(np.maximum(items, 1)), items.shape[1]
                 lists = zip(rows.tolist(), counts, scores.tolist(), unknown[rows].tolist(), strict=True)
                 for at, (row, count, row_scores, missing) in enumerate(lists):
@@ -219,11 +221,13 @@ class Recommender:
             Scores float32 [B, K] and item numbers int64 [B, K], best first; 0 where a list ends early.
 
         Raises:
-            InputError: k below 1, or a history without items.
+            InputError: k below 1, another dtype, or a history without items.
         """
         if k < 1:
             raise InputError(f"k is {k}; expected a whole number of at least 1")
-        if (offsets[1:] <= offsets[:-1]).any():
+        if ids.dtype != np.int32 or offsets.dtype != np.int64:
+            raise InputError(f"ids are {ids.dtype} and offsets {offsets.dtype}; expected int32 and int64")
+        if np.count_nonzero(offsets[1:] <= offsets[:-1]):
             raise InputError("a history has no items; expected at least one in each")
         with self._gate.shared:
             seed = self.config.flow.seed
@@ -300,8 +304,8 @@ class Recommender:
             self._table[: len(rows)] = rows
             self._table[len(rows) :] = torch.nan
             self._weights.refresh()
-            for path in self._paths.values():
-                path.refresh(self._model)
+            for step in self._steps.values():
+                step.path.refresh(self._model)
             self.checkpoint, self.config = checkpoint, checkpoint.config
             popularity = checkpoint.popularity.numpy()
             return self._turn_to(Catalogue.of(checkpoint.item_ids, popularity, self._catalogue.version + 1))
@@ -324,6 +328,7 @@ class Recommender:
         table[: len(self._table)] = self._table
         graphs = self._graphs
         self._model.item_embedding.weight = nn.Parameter(table, requires_grad=False)
+        self._steps = {seed: replace(step) for seed, step in self._steps.items()}  # nothing of the old table
         if graphs is not None:
             self._graphs = None
             self._graphs = StepGraphs(self._step(self.config.flow.seed), graphs.k, graphs.batches)
@@ -336,13 +341,14 @@ class Recommender:
         return denied.to(self.device)
 
     def _step(self, seed: int) -> Step:
-        path = self._paths.get(seed)
-        if path is None:
+        step = self._steps.get(seed)
+        if step is None:
             flow = self.config.flow
             path = InputPath.pack(self._model, flow, InferenceNoise.draw(self._model, flow, seed))
+            step = Step(self._weights, path, self.backend)
             if seed == flow.seed:  # a caller's own seeds may be many: not kept
-                self._paths[seed] = path
-        return Step(self._weights, path, self.backend, self.on_step)
+                self._steps[seed] = step
+        return step
 
     def _best(
         self, histories: Histories, k: int, exclude: bool, denied: Tensor | None, seeds: range
@@ -356,10 +362,17 @@ class Recommender:
             if not isinstance(found, str):
                 scores, items = found.run(histories, exclude)
                 return scores[:, :k], items[:, :k]
+        on_step = None if self._on_gpu else self.on_step
+        native = self._step(seeds[0]).native if len(seeds) == 1 and k <= MAX_K else None
+        if native is not None:
+            lists = native(*histories, k, exclude, denied)
+            if on_step is not None:
+                on_step(lists.encoder, lists.topk)
+            return lists.scores, lists.items
         with torch.no_grad():
             ids, offsets = (torch.from_numpy(part).to(self.device) for part in histories)
             seen = Exclusions(ids, offsets) if exclude else None
-            drawn = [self._step(seed)(ids, offsets, seen, k, denied) for seed in seeds]
+            drawn = [self._step(seed)(ids, offsets, seen, k, denied, on_step=on_step) for seed in seeds]
             best = drawn[0] if len(drawn) == 1 else merge_drawn(drawn, k)
         return best[0].cpu().numpy(), best[1].cpu().numpy()
 
@@ -455,12 +468,13 @@ def _number(catalogue: Catalogue, histories: Sequence[History]) -> tuple[Histori
         numbers = catalogue.numbers(_end_to_end(histories))
     except (TypeError, ValueError) as error:
         raise InputError(f"a history holds an id that is neither a whole number nor text: {error}") from None
-    if not numbers.all():
+    if np.count_nonzero(numbers) < len(numbers):
         owners = np.repeat(np.arange(len(histories)), lengths)
         unknown = np.bincount(owners[numbers == 0], minlength=len(histories))
         numbers = numbers[numbers != 0]
+        lengths -= unknown
     offsets = np.zeros(len(histories) + 1, dtype=np.int64)
-    np.cumsum(lengths - unknown, out=offsets[1:])
+    lengths.cumsum(out=offsets[1:])
     return Histories(numbers.astype(np.int32), offsets), unknown
 
 

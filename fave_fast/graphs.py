@@ -26,6 +26,7 @@ from fave_fast.ops.encoder import MAX_PLANNED, EncoderWeights, InputPath, Plan, 
 from fave_fast.ops.encoder import OP as ENCODER
 from fave_fast.ops.score_topk import OP as SCORE_TOPK
 from fave_fast.ops.score_topk import beyond_kernels, workspace_bytes
+from fave_fast.ops.step_cpu import NativeStep
 from fave_fast.ops.tuning import launches_overlap, multiprocessors
 from fave_fast.profiling import ranged
 from fave_fast.submit import Completion, Submission
@@ -40,6 +41,7 @@ SMALL_BATCH = 8  # histories; up to here the cluster kernel answers sooner than 
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
+OnStep = Callable[[float, float], None]  # hears the seconds of encoder and top K
 
 
 class Histories(NamedTuple):
@@ -61,12 +63,20 @@ class Step:
     weights: EncoderWeights
     path: InputPath
     backend: str
-    on_step: Callable[[float, float], None] | None = None  # hears the seconds of encoder and top-K, on a CPU
 
     @property
     def table(self) -> Tensor:
         """The catalogue [N + 1, D]."""
         return self.weights.model.item_embedding.weight.detach()
+
+    @cached_property
+    def native(self) -> NativeStep | None:
+        """The same by one call into C++, where that is what runs here; it keeps the catalogue that it was made of.
+
+        Raises:
+            BackendError: the step's backend cannot run here.
+        """
+        return NativeStep.of(self.weights, self.path, self.backend)
 
     def encoder_backend(self, users: int) -> str:
         """`backend`; where that is auto, the cluster kernel for small batches on a GPU that has it.
@@ -93,7 +103,7 @@ class Step:
         table = self.table
         beyond = beyond_kernels(table.shape[1], k, len(table))
         for op, reasons in ((ENCODER, self.weights.beyond), (SCORE_TOPK, beyond)):
-            if op.resolve(self.backend, table.device, table.dtype, reasons) is op.implementations[-1].run:
+            if op.choose(self.backend, table.device, table.dtype, reasons).backend == "reference":
                 return f"{op.name} runs by its reference, which waits for the device"
         return None
 
@@ -122,10 +132,12 @@ class Step:
         out: tuple[Tensor, Tensor] | None = None,
         workspace: Tensor | None = None,
         overlap: bool = False,
+        on_step: OnStep | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Scores float32 [B, K] and ids int64 [B, K], as `score_topk`; arguments as there and in `encode_ids`.
 
-        `plan` is memory for the plan of these histories, from `plan(B)`; without it the step takes its own.
+        `plan` is memory for the plan of these histories, from `plan(B)`; without it the step takes its own. `on_step`
+        hears the seconds of encoder and top K: of launching them where that is a GPU.
         """
         plan = plan or self.plan(len(offsets) - 1)
         if plan is not None:
@@ -140,8 +152,8 @@ class Step:
             endpoint, self.table, k, exclude, deny,
             out=out, workspace=workspace, backend=self.backend, overlap=overlap,
         )  # fmt: skip
-        if self.on_step is not None and endpoint.device.type == "cpu":
-            self.on_step(encoded - started, time.perf_counter() - encoded)
+        if on_step is not None:
+            on_step(encoded - started, time.perf_counter() - encoded)
         return best
 
 

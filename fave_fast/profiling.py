@@ -5,7 +5,7 @@ Nsight Compute show and filter by them) and of `torch.profiler`: `fave/step` aro
 `fave/input`, `fave/encoder`, `fave/topk`, `fave/rank`, `fave/loss` and `fave/jvp`. Without it a function is left as it
 is, so that nothing is called in vain. Where kernels read the input path themselves (serving), it is part of
 `fave/encoder`. A CUDA graph's replay is one launch: its parts' ranges appear when it is captured, and only `fave/step`
-around each replay.
+around each replay. Likewise a step on a CPU that is one call into C++.
 """
 
 from __future__ import annotations

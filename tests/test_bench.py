@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import check, counters, growth, plot, record, run, sampling, suites, verify
+from bench import check, counters, cpu, growth, plot, record, run, sampling, suites, verify
 from bench.measure import HOST, WARM, Row, Time
 from bench.sampling import DiffuRec, FMRec, Lists
 from fave_fast.config import ModelConfig
@@ -168,6 +168,45 @@ def test_topk_runs_as_a_file_of_the_checkout_and_names_who_is_absent(tmp_path: P
     for name, package in (("FAISS", "faiss"), ("FlashInfer", "flashinfer")):
         assert (name in found["absent"]) is (importlib.util.find_spec(package) is None)
     assert [one.name.split("-topk")[1] for one in tmp_path.glob("*.png")] == ["-host.png"]
+
+
+def test_a_step_on_the_cpu_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cpu, "SECONDS", 0.0)
+    monkeypatch.setattr(cpu, "absent", lambda *packages: dict.fromkeys(packages, "not installed"))
+    path = tmp_path / "found.json"
+    assert cpu.main(["--case", "B 1, 9 items", "--items", "300", "--threads", "1", "--json", str(path)]) == 0
+    found = json.loads(path.read_text())
+    assert found["threads"] == 1
+    assert {row["case"] for row in found["rows"]} == {"B 1, 9 items, N 300"}
+    assert [row["who"] for row in found["rows"] if row["op"] == "step"] == [
+        who.format(dtype) for dtype in ("fp32", "bf16") for who in ("cpp {}", "cpp {}, bytes", "PyTorch eager {}")
+    ]
+    said = capsys.readouterr()
+    assert "openvino: not installed" in said.out
+    assert "{" not in said.out
+    monkeypatch.setattr(cpu, "rows", lambda *asked: iter(()))
+    assert cpu.main([]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {**found, "threads": cpu.THREADS, "rows": []}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--case", "B 2"], "argument --case: invalid choice: 'B 2' (choose from "),
+        (["--threads", "0"], "argument --threads: '0' given; expected a whole number of at least 1"),
+    ],
+)
+def test_bad_usage_of_the_cpu_bench_is_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        cpu.main(arguments)
+    assert left.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"python -m bench.cpu: error: {message}")
+    assert said.count("\n") == 1
 
 
 def test_growth_is_measured_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

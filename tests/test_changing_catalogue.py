@@ -30,8 +30,9 @@ def as_version(answers: list[Recommendation], version: int) -> list[Recommendati
     return [answer._replace(version=version) for answer in answers]
 
 
-def test_an_added_item_is_recommended_and_known(kept: Checkpoint) -> None:
-    recommender = Recommender(kept, dtype=torch.float64)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_an_added_item_is_recommended_and_known(kept: Checkpoint, dtype: torch.dtype) -> None:
+    recommender = Recommender(kept, dtype=dtype)
     before = recommender.recommend(HISTORIES, 24)
     best = before[0].items[0]
     # Twice the best item's embedding: first where that item's score is positive.

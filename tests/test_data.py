@@ -77,6 +77,15 @@ def test_numbers_are_kept_as_numbers_and_sorted_by_value(ids: list[int]) -> None
         np.testing.assert_array_equal(table.index(form), [sorted(set(ids)).index(value) for value in ids])
 
 
+@pytest.mark.parametrize("ids", [[5, 7, 8], [-(2**63), 3 - 2**63], [2**63 - 4, 2**63 - 1], [0]])
+def test_numbers_that_lie_close_are_found_and_no_others(ids: list[int]) -> None:
+    """Differences beyond 64 bits among them."""
+    asked = list(range(-12, 13))
+    asked += [edge + step for edge, sign in ((-(2**63), 1), (2**63 - 1, -1)) for step in range(0, 6 * sign, sign)]
+    expected = [ids.index(value) if value in ids else -1 for value in asked]
+    np.testing.assert_array_equal(IdMap.from_ids(ids).index(asked), expected)
+
+
 @pytest.mark.parametrize(
     ("ids", "kept"),
     [

@@ -190,6 +190,45 @@ def test_backend_by_name(kept: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> N
         Recommender(kept, device="cpu", backend="triton")
 
 
+@pytest.mark.parametrize("exclude", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_numbered_histories_get_the_same_lists(kept: Checkpoint, dtype: torch.dtype, exclude: bool) -> None:
+    recommender = Recommender(kept, dtype=dtype)
+    numbers = [recommender.catalogue.numbers(history) for history in HISTORIES[:4]]
+    ids, offsets = np.concatenate(numbers).astype(np.int32), np.cumsum([0, *map(len, numbers)])
+    scores, items = recommender.best_items(ids, offsets, 24, exclude)
+    for at, answer in enumerate(recommender.recommend(HISTORIES[:4], 24, exclude)):
+        count = len(answer.items)
+        assert (recommender.catalogue.ids(items[at, :count]), scores[at, :count].tolist()) == (
+            answer.items,
+            answer.scores,
+        )
+        assert not items[at, count:].any()
+
+
+def test_numbered_histories_that_do_not_fit(recommender: Recommender) -> None:
+    ids, offsets = np.array([1, 2, 3], np.int32), np.array([0, 1, 3])
+    for arguments, message in (
+        ((ids, offsets, 0), "k is 0; expected a whole number of at least 1"),
+        ((ids, np.array([0, 0, 3])), "a history has no items"),
+        ((ids.astype(np.int64), offsets), "ids are int64 and offsets int64; expected int32 and int64"),
+        ((ids, offsets.astype(np.int32)), "ids are int32 and offsets int32; expected int32 and int64"),
+    ):
+        with pytest.raises(InputError, match=message):
+            recommender.best_items(*arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_each_batch_says_how_long_it_took(kept: Checkpoint, dtype: torch.dtype) -> None:
+    recommender, heard = Recommender(kept, dtype=dtype), []
+    recommender.on_step = lambda encoder, topk: heard.append((encoder, topk))
+    recommender.recommend(HISTORIES[:4], batch_size=2)
+    assert len(heard) == 2
+    recommender.recommend(HISTORIES[:1], n_samples=3)
+    assert len(heard) == 5
+    assert min(map(min, heard)) > 0
+
+
 def test_no_histories(recommender: Recommender) -> None:
     assert recommender.recommend([]) == []
 

@@ -24,12 +24,14 @@ from fave_fast.config import FlowConfig, ModelConfig
 from fave_fast.env import main as environment
 from fave_fast.errors import BackendError
 from fave_fast.flow import InferenceNoise
+from fave_fast.graphs import Step
 from fave_fast.model import FAVE
 from fave_fast.ops import Exclusions, score_topk
 from fave_fast.ops.encoder import EncoderWeights, InputPath, encode, encode_ids
 from fave_fast.ops.encoder_cpu import NativeWeights
 from fave_fast.ops.registry import why_no_extension
 from fave_fast.ops.score_topk_cpu import ByteTable
+from fave_fast.ops.step_cpu import NativeStep, TimedLists
 
 if why_no_extension() is not None:
     pytest.skip(str(why_no_extension()), allow_module_level=True)
@@ -98,6 +100,9 @@ class Network:
         exact = encode_ids(*self.oracle, ids, offsets, backend="reference")
         error = (self.encode(histories).double() - exact).norm()
         assert error <= 2 * (self.encode(histories, "reference").double() - exact).norm()
+
+    def step(self, backend: str = "cpp") -> Step:
+        return Step(self.weights, self.path, backend)
 
 
 def packed(histories: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -329,6 +334,106 @@ def test_drawn_catalogues(data: st.DataObject) -> None:
         assert torch.equal(got[1], expected[1])
 
 
+def by_one_call(
+    step: Step, histories: Sequence[Sequence[int]], k: int, exclude: bool, deny: Tensor | None = None
+) -> TimedLists:
+    ids, offsets = packed(histories)
+    assert step.native is not None
+    return step.native(ids.int().numpy(), offsets.numpy(), k, exclude, deny)
+
+
+def by_two_calls(
+    step: Step, histories: Sequence[Sequence[int]], k: int, exclude: bool, deny: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    ids, offsets = packed(histories)
+    return step(ids, offsets, Exclusions(ids, offsets) if exclude else None, k, deny)
+
+
+def assert_same_lists(got: TimedLists, expected: tuple[Tensor, Tensor]) -> None:
+    assert got.scores.dtype == np.float32
+    assert got.items.dtype == np.int64
+    assert np.array_equal(got.scores, expected[0].numpy())
+    assert np.array_equal(got.items, expected[1].numpy())
+
+
+@each_dtype
+@each_set
+def test_one_call_gives_the_two_calls_lists(isa: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit, for histories of 0 to 60 items where the model reads 50."""
+    monkeypatch.setenv("FAVE_FAST_ISA", isa)
+    step = Network(dtype, isa, max_length=50).step()
+    rng = np.random.default_rng(0)
+    deny = torch.from_numpy(rng.random(ITEMS + 1) < 0.2)
+    asked = [[0], [1], [60], [50, 9], [0, 51, 7], rng.integers(0, 61, 63).tolist()]
+    for at, lengths in enumerate(asked):
+        histories = drawn_histories(lengths, at)
+        torch.set_num_threads(1 + at % 3)
+        for k in (1, 20, ITEMS + 5):
+            for exclude in (False, True):
+                for denied in (None, deny):
+                    got = by_one_call(step, histories, k, exclude, denied)
+                    assert_same_lists(got, by_two_calls(step, histories, k, exclude, denied))
+                    assert got.encoder > 0
+                    assert got.topk > 0
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_one_call_on_drawn_requests(data: st.DataObject) -> None:
+    """Zeros among the ids too; `auto` is the backend where it is the fastest here."""
+    dtype = data.draw(st.sampled_from(DTYPES))
+    network = NETWORKS.setdefault((SETS[0], dtype), Network(dtype, SETS[0]))
+    histories = data.draw(st.lists(st.lists(st.integers(0, ITEMS), max_size=20), min_size=1, max_size=20))
+    k, exclude = data.draw(st.integers(1, ITEMS + 5)), data.draw(st.booleans())
+    torch.set_num_threads(data.draw(st.integers(1, 3)))
+    step = network.step("auto")
+    assert_same_lists(by_one_call(step, histories, k, exclude), by_two_calls(step, histories, k, exclude))
+
+
+def test_one_call_sees_what_changes_in_place() -> None:
+    network = Network(torch.float32)
+    step, histories = network.step(), drawn_histories([9, 13, 2])
+    before = by_one_call(step, histories, 10, True)
+    with torch.no_grad():
+        for weight in network.model.parameters():
+            weight.mul_(1.5)
+    network.weights.refresh()
+    network.path.refresh(network.model)
+    after = by_one_call(step, histories, 10, True)
+    assert not np.array_equal(before.scores, after.scores)
+    assert_same_lists(after, by_two_calls(step, histories, 10, True))
+
+
+def test_one_call_is_of_the_cpp_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = Network(torch.float32)
+    assert network.step("reference").native is None
+    monkeypatch.setenv("FAVE_FAST_BACKEND", "reference")
+    assert network.step("auto").native is None
+    assert network.step("cpp").native is not None
+    assert NativeStep.of(*network.oracle, "auto") is None  # float64
+
+
+def test_what_does_not_fit_one_call_is_refused() -> None:
+    native = Network(torch.float32).step().native
+    assert native is not None
+    run, ids, offsets = native.native.run, np.array([3, 4, 5], np.int32), np.array([0, 3])
+    deny = np.zeros(ITEMS, np.bool_)
+    for arguments, error, message in (
+        ((ids.astype(np.int64), offsets, 3, True, None, 1), TypeError, "incompatible function arguments"),
+        ((ids[None], offsets, 3, True, None, 1), ValueError, r"ids must have shape \[\*\]"),
+        ((ids[::2], np.array([0, 2]), 3, True, None, 1), ValueError, "ids must be contiguous"),
+        ((ids, np.array([0, 4]), 3, True, None, 1), ValueError, "not within the rows"),
+        ((ids, np.array([0, 3, 1]), 3, True, None, 1), ValueError, "not within the rows"),
+        ((ids, offsets, 0, True, None, 1), ValueError, "k must be at least 1"),
+        ((ids, offsets, 3, True, deny, 1), ValueError, rf"deny must have shape \[{ITEMS + 1}\]"),
+        ((ids + ITEMS, offsets, 3, True, None, 1), ValueError, f"expected 0 to {ITEMS}"),
+    ):
+        with pytest.raises(error, match=message):
+            run(*arguments)
+    scores, items, *_ = run(ids[:0], np.array([0]), 3, True, None, 1)
+    assert scores.shape == items.shape == (0, 3)
+
+
 def test_callers_side_by_side() -> None:
     """Each gets its own answer, whoever has the pool."""
     network = Network(torch.bfloat16)
@@ -336,6 +441,8 @@ def test_callers_side_by_side() -> None:
     alone = [network.encode(request) for request in requests]
     table = torch.randn(3001, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
     lists = [score_topk(endpoints, table, 10, backend="cpp") for endpoints in alone]
+    step = network.step()
+    by_step = [by_two_calls(step, request, 10, True) for request in requests]
     wrong: list[int] = []
 
     def call(i: int) -> None:
@@ -343,7 +450,9 @@ def test_callers_side_by_side() -> None:
         for _ in range(30):
             endpoints = network.encode(requests[i])
             scores, ids = score_topk(endpoints, table, 10, backend="cpp")
-            same = (endpoints, scores, ids), (alone[i], *lists[i])
+            one = by_one_call(step, requests[i], 10, True)
+            whole = torch.from_numpy(one.scores), torch.from_numpy(one.items)
+            same = (endpoints, scores, ids, *whole), (alone[i], *lists[i], *by_step[i])
             if not all(torch.equal(a, b) for a, b in zip(*same, strict=True)):
                 wrong.append(i)
 

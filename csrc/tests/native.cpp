@@ -14,6 +14,7 @@
 #include "../isa.hpp"
 #include "../rank_count.hpp"
 #include "../score_topk.hpp"
+#include "../step.hpp"
 
 namespace {
 
@@ -43,6 +44,7 @@ struct Model {
   fave_fast::EncoderConfig config;
   fave_fast::Encoder encoder;
   std::vector<float> table, norm, shift, scale;
+  std::vector<std::uint16_t> half_table;
 
   Model(Random& random, const fave_fast::Kernels& kernels, int d, int heads, bool half, bool other)
       : config{d, heads, 3 * d, 2, 21, other, !other, other, 1e-5f, 1e-5f, half}, encoder(config, kernels) {
@@ -51,6 +53,7 @@ struct Model {
     shift = floats(random, 21 * n, 0.1f);
     scale = floats(random, 21 * n, 0.1f);
     table = floats(random, (kItems + 1) * n, 1.0f);
+    for (const float x : table) half_table.push_back(fave_fast::narrowed(x));
     for (int block = 0; block < 2; ++block) {
       const std::vector<float> qkv = floats(random, 3 * n * n, 0.2f), out = floats(random, n * n, 0.2f),
                                first = floats(random, 3 * n * n, 0.2f), second = floats(random, 3 * n * n, 0.2f);
@@ -61,24 +64,39 @@ struct Model {
     encoder.load_rotary(angles.data(), angles.data());
   }
 
+  fave_fast::InputPath path(Format format) const {
+    const void* rows = format == Format::fp32 ? static_cast<const void*>(table.data()) : half_table.data();
+    return {rows, format, kItems, norm.data(), shift.data(), scale.data(), 0.5f};
+  }
+
   std::vector<float> encode(const fave_fast::Histories& histories, const std::vector<std::int64_t>& ids,
                             int threads) const {
     std::vector<float> out(histories.lengths.size() * config.d, std::nanf(""));
-    const fave_fast::InputPath path{table.data(), Format::fp32, kItems, norm.data(), shift.data(), scale.data(), 0.5f};
-    encoder.encode_ids(histories, ids.data(), path, out.data(), Format::fp32, threads);
+    encoder.encode_ids(histories, ids.data(), path(Format::fp32), out.data(), Format::fp32, threads);
     return out;
+  }
+};
+
+// Histories end to end.
+struct Drawn {
+  fave_fast::Histories histories;
+  std::vector<std::int64_t> ids, offsets{0};
+
+  Drawn(Random& random, int most) {
+    for (int b = 0, count = draw(random, 1, most); b < count; ++b) {
+      histories.starts.push_back(offsets.back());
+      histories.lengths.push_back(draw(random, 0, 30));
+      for (int i = 0; i < histories.lengths.back(); ++i) ids.push_back(draw(random, 0, Model::kItems));
+      offsets.push_back(static_cast<std::int64_t>(ids.size()));
+    }
   }
 };
 
 void test_encoder(const Model& model, unsigned seed) {
   Random random(seed);
-  fave_fast::Histories histories;
-  std::vector<std::int64_t> ids;
-  for (int b = 0, count = draw(random, 1, 40); b < count; ++b) {
-    histories.starts.push_back(static_cast<std::int64_t>(ids.size()));
-    histories.lengths.push_back(draw(random, 0, 30));
-    for (int i = 0; i < histories.lengths.back(); ++i) ids.push_back(draw(random, 0, Model::kItems));
-  }
+  const Drawn drawn(random, 40);
+  const fave_fast::Histories& histories = drawn.histories;
+  const std::vector<std::int64_t>& ids = drawn.ids;
   const std::vector<float> together = model.encode(histories, ids, draw(random, 1, 3));
   const int d = model.config.d;
   for (std::size_t b = 0; b < histories.lengths.size(); ++b) {
@@ -87,6 +105,35 @@ void test_encoder(const Model& model, unsigned seed) {
     expect(std::equal(alone.begin(), alone.end(), together.begin() + b * d),
            std::string("a history alone has other bits: ") + model.encoder.kernels().name);
   }
+}
+
+void test_step(const Model& model, unsigned seed) {
+  Random random(seed);
+  const Drawn drawn(random, 20);
+  const Format format = draw(random, 0, 1) == 1 ? Format::bf16 : Format::fp32;
+  const bool exclude = draw(random, 0, 1) == 1;
+  const int k = draw(random, 1, Model::kItems + 4), d = model.config.d;
+  const auto users = static_cast<std::int64_t>(drawn.histories.lengths.size());
+  const fave_fast::InputPath path = model.path(format);
+  bool deny[Model::kItems + 1];
+  for (bool& denied : deny) denied = draw(random, 0, 9) == 0;
+
+  std::vector<float> endpoints(users * d), scores(users * k), expected_scores(users * k);  // room for either format
+  std::vector<std::int64_t> best(users * k, -7), expected_best(users * k, -8);
+  model.encoder.encode_ids(drawn.histories, drawn.ids.data(), path, endpoints.data(), format, draw(random, 1, 3));
+  fave_fast::score_topk(model.encoder.kernels(),
+                        {endpoints.data(), d, users, path.table, d, Model::kItems, d, format, k,
+                         exclude ? drawn.ids.data() : nullptr, exclude ? drawn.offsets.data() : nullptr, deny,
+                         expected_scores.data(), expected_best.data()},
+                        draw(random, 1, 3));
+
+  const std::vector<std::int32_t> ids(drawn.ids.begin(), drawn.ids.end());
+  const fave_fast::StepCall call{drawn.histories, ids.data(), drawn.offsets.data(), drawn.offsets.back(), exclude, deny,
+                                 k, scores.data(), best.data()};
+  const fave_fast::StepSeconds seconds = fave_fast::run_step(model.encoder, path, call, draw(random, 1, 3));
+  expect(best == expected_best && scores == expected_scores,
+         std::string("one call has other lists than two: ") + model.encoder.kernels().name);
+  expect(seconds.encoder > 0 && seconds.topk > 0, "a step took no time");
 }
 
 void test_lists(const fave_fast::Kernels& kernels, unsigned seed) {
@@ -163,7 +210,10 @@ int main() {
     for (unsigned caller = 0; caller < 3; ++caller) {
       callers.emplace_back([&, caller] {
         for (unsigned seed = caller; seed < 12; seed += 3) {
-          for (const Model* model : {&small, &whole, &odd}) test_encoder(*model, seed);
+          for (const Model* model : {&small, &whole, &odd}) {
+            test_encoder(*model, seed);
+            test_step(*model, seed);
+          }
           test_lists(kernels, seed);
         }
       });

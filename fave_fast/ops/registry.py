@@ -132,7 +132,13 @@ class Op(Generic[Run]):
     def resolve(
         self, backend: str, device: torch.device, dtype: torch.dtype, beyond: Mapping[str, str] | None = None
     ) -> Run:
-        """The function that `backend` stands for; `auto` stands for FAVE_FAST_BACKEND where that is set.
+        """The function of the implementation that `choose` gives for the same arguments."""
+        return self.choose(backend, device, dtype, beyond).run
+
+    def choose(
+        self, backend: str, device: torch.device, dtype: torch.dtype, beyond: Mapping[str, str] | None = None
+    ) -> Implementation[Run]:
+        """The implementation that `backend` stands for; `auto` stands for FAVE_FAST_BACKEND where that is set.
 
         `beyond` has the reasons, by backend, why a call of these sizes is not for it.
 
@@ -149,7 +155,7 @@ class Op(Generic[Run]):
             if reason is None and backend == "auto":
                 reason = one.why_not_auto(device, dtype)
             if reason is None:
-                return one.run
+                return one
             if backend != "auto":
                 raise BackendError(f"{self.name}: backend {backend!r}{origin} cannot run: {reason}")
             # That a GPU's backend does not run on CPU tensors is no news.
