@@ -27,8 +27,8 @@ from fave_fast.config import FlowConfig, ModelConfig
 from fave_fast.flow import InferenceNoise, one_step
 from fave_fast.model import FAVE
 from fave_fast.ops import score_topk
+from fave_fast.ops.byte_table import ByteTable
 from fave_fast.ops.encoder import EncoderWeights, InputPath, encode_ids
-from fave_fast.ops.score_topk_cpu import ByteTable
 
 THREADS, K, LENGTH = 2, 20, 50
 ITEMS, MANY_ITEMS = 12_101, 1_000_000

@@ -39,7 +39,7 @@ from fave_fast.engine import Recommender
 from fave_fast.graphs import Histories, Step
 from fave_fast.model import DTYPES, FAVE
 from fave_fast.ops import Exclusions, score_topk
-from fave_fast.ops.score_topk_cpu import ByteTable
+from fave_fast.ops.byte_table import ByteTable
 
 K, LENGTH, D = 20, 50, 128
 LEAST_APPROXIMATE = 50_000  # items, for an approximate index
