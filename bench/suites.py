@@ -245,9 +245,10 @@ def _gpu_batches(items: int, batches: Sequence[int]) -> Sequence[int]:
 
 def _gpu_topk(items: int, batches: Sequence[int], options: Options) -> Iterator[Row]:
     table = topk_bench.catalogue(items)
+    table_bytes = topk_bench.packed(table)
     for cold in (True, False):
         for batch in batches:
-            yield from topk_bench.measure(batch, table, cold)
+            yield from topk_bench.measure(batch, table, cold, table_bytes)
     yield from _faiss(table, batches, f"N {items}, bfloat16", options, "cuda" if why_no_faiss_gpu() is None else "cpu")
 
 

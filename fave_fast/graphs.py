@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fave_fast.ops import Exclusions, score_topk
+from fave_fast.ops.byte_table import ByteTable
 from fave_fast.ops.encoder import MAX_PLANNED, EncoderWeights, InputPath, Plan, encode_ids, planned_rows
 from fave_fast.ops.encoder import OP as ENCODER
 from fave_fast.ops.score_topk import OP as SCORE_TOPK
@@ -62,6 +63,7 @@ class Step:
     path: InputPath
     backend: str
     on_step: Callable[[float, float], None] | None = None  # hears the seconds of encoder and top-K, on a CPU
+    table_bytes: ByteTable | None = None  # of `table`, for the top-K
 
     @property
     def table(self) -> Tensor:
@@ -138,7 +140,7 @@ class Step:
         encoded = time.perf_counter()
         best = score_topk(
             endpoint, self.table, k, exclude, deny,
-            out=out, workspace=workspace, backend=self.backend, overlap=overlap,
+            out=out, workspace=workspace, table_bytes=self.table_bytes, backend=self.backend, overlap=overlap,
         )  # fmt: skip
         if self.on_step is not None and endpoint.device.type == "cpu":
             self.on_step(encoded - started, time.perf_counter() - encoded)
@@ -245,7 +247,7 @@ class StepGraphs:
         self._request_host, self._response_host = (torch.zeros(n, dtype=torch.int32).pin_memory() for n in words)
         self._request, self._response = (torch.zeros(n, dtype=torch.int32, device=device) for n in words)
         self._endpoint = torch.zeros(most, table.shape[1], dtype=table.dtype, device=device)
-        sizes = [workspace_bytes(self._endpoint[:b], table, k, self.items(b)) for b in self.batches]
+        sizes = [workspace_bytes(self._endpoint[:b], table, k, self.items(b), step.table_bytes) for b in self.batches]
         self._workspace = torch.empty(max(sizes), dtype=torch.uint8, device=device)
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._completion = Completion(self._stream)
