@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -64,6 +64,7 @@ class Step:
     backend: str
     on_step: Callable[[float, float], None] | None = None  # hears the seconds of encoder and top-K, on a CPU
     table_bytes: ByteTable | None = None  # of `table`, for the top-K
+    only_kernels: ClassVar[bool] = True  # that begin and end it: what is launched beside them may start early
 
     @property
     def table(self) -> Tensor:
@@ -232,14 +233,14 @@ class StepGraphs:
         batches: the batch sizes, ascending.
     """
 
-    def __init__(self, step: Step, k: int, batches: Sequence[int] = BATCHES) -> None:
-        """Capture, the largest first; waits for the device.
+    def __init__(self, step: Step, k: int, batches: Sequence[int] = BATCHES, timeout: float = 10.0) -> None:
+        """Capture, the largest first; waits for the device. `timeout` as in `Submission`.
 
         Raises:
             BackendError: the step's backend cannot run here.
         """
         self.k, self.batches = k, tuple(sorted(batches))
-        self._step = step
+        self._step, self._timeout = step, timeout
         self._lock = threading.Lock()
         table = step.table
         device, most = table.device, self.batches[-1]
@@ -273,14 +274,18 @@ class StepGraphs:
     def fitting(self, histories: Histories) -> CapturedStep | None:
         """The smallest graph that takes these histories, or None."""
         batch = self.batch_of(histories)
-        return None if batch is None else self._captured[batch]
+        return None if batch is None else self.of(batch)
+
+    def of(self, batch: int) -> CapturedStep:
+        """The graph of `batch`, one of `batches`."""
+        return self._captured[batch]
 
     def _capture(self, batch: int) -> CapturedStep:
         from fave_fast.kernels.submit import carry
 
         host, request = (_Request(words, batch, self.items(batch)) for words in (self._request_host, self._request))
         response_host, response = (_Response(words, batch, self.k) for words in (self._response_host, self._response))
-        pdl = launches_overlap(self._step.table.device)
+        pdl = self._step.only_kernels and launches_overlap(self._step.table.device)
         exclude = Exclusions(request.ids, request.exclude_offsets)
         endpoint = self._endpoint[:batch]
 
@@ -288,7 +293,7 @@ class StepGraphs:
             self._step(
                 request.ids, request.offsets, exclude, self.k,
                 plan=plan, endpoint=endpoint, out=(response.scores, response.ids), workspace=self._workspace,
-                overlap=True,
+                overlap=self._step.only_kernels,
             )  # fmt: skip
 
         with torch.cuda.stream(self._stream), torch.no_grad():
@@ -303,5 +308,5 @@ class StepGraphs:
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 carry(host.words, request.words, pdl=pdl)
                 work()
-                self._completion.signal(response.words, response_host.words)
-        return CapturedStep(Submission(graph, self._completion), host, response_host, self._lock)
+                self._completion.signal(response.words, response_host.words, early=pdl)
+        return CapturedStep(Submission(graph, self._completion, self._timeout), host, response_host, self._lock)

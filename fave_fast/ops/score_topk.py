@@ -124,6 +124,8 @@ def workspace_bytes(
         table_bytes: as in `score_topk`.
     """
     batch, items = len(queries), len(table) - 1
+    if items == 0:
+        return 0
     size = _Plan.make(batch, items, queries, k, excluded).bytes
     if _scanned(batch, items, table_bytes) is None:
         return size
