@@ -22,6 +22,7 @@ does not see captured exchanges, and would end the process for others: each rank
 
 from __future__ import annotations
 
+import importlib
 import logging
 import threading
 import time
@@ -29,6 +30,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -45,6 +47,7 @@ from fave_fast.model import FAVE
 from fave_fast.ops import Exclusions, score_topk
 from fave_fast.ops.byte_table import ByteTable
 from fave_fast.ops.encoder import Plan, encode_ids
+from fave_fast.ops.registry import why_no_triton
 from fave_fast.ops.score_topk import OP as SCORE_TOPK
 from fave_fast.ops.score_topk import beyond_kernels
 
@@ -82,17 +85,32 @@ class ShardedTable:
     timeout: float
     table_bytes: ByteTable | None = None
 
-    def embeddings(self, ids: Tensor) -> Tensor:
-        """The embeddings [T, D] of items `ids` [T], from whichever ranks hold them; zeros for 0. A collective.
+    def staged(self, ids: Tensor, offsets: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """The embeddings of each history's newest items, from whichever ranks hold them. A collective.
+
+        Args:
+            ids: int32 or int64 [T], packed histories, oldest first: numbers of the whole catalogue.
+            offsets: int32 or int64 [B + 1].
+            width: how many of each history.
+
+        Returns:
+            [1 + B * width, D]: zeros, then those of each history, the newest first, zeros where it has fewer; and int32
+            [T], where each of `ids` is there, 0 where it is older than that.
 
         Raises:
             RankLost: another rank does not answer.
         """
-        found = self.rows[self.local(ids)]
+        kernels = self._kernels
+        if kernels is None:
+            newest, places = newest_items(ids, offsets, width)
+            found = torch.cat((self.rows.new_zeros(1, self.rows.shape[1]), self.rows[self.local(newest)]))
+        else:
+            found = self.rows.new_empty(1 + (len(offsets) - 1) * width, self.rows.shape[1])
+            places = torch.zeros(len(ids), dtype=torch.int32, device=ids.device)
+            kernels.stage(ids, offsets, _words(self.rows), _words(found), places, first=self.first, width=width)
         # Whole numbers are summed, all but one of them 0, so that every bit arrives, the sign of a zero included.
-        words = found.view(torch.int32 if found.element_size() * found.shape[1] % 4 == 0 else torch.uint8)
-        self._collective("the histories' embeddings", dist.all_reduce, words)
-        return found
+        self._collective("the histories' embeddings", dist.all_reduce, _words(found[1:]))
+        return found, places
 
     def score_topk(
         self,
@@ -101,6 +119,7 @@ class ShardedTable:
         exclude: Exclusions | None,
         deny: Tensor | None,
         *,
+        out: tuple[Tensor, Tensor] | None = None,
         workspace: Tensor | None = None,
         backend: str = "auto",
     ) -> tuple[Tensor, Tensor]:
@@ -111,6 +130,7 @@ class ShardedTable:
             k: K.
             exclude: numbers of the whole catalogue that are no candidates, row by row.
             deny: [n + 1] bool for this rank's rows.
+            out: as in `ops.score_topk`.
             workspace: of the local scan.
             backend: of the local scan.
 
@@ -130,11 +150,27 @@ class ShardedTable:
         else:
             scores = torch.full((len(queries), k), -torch.inf, device=queries.device)
             ids = torch.zeros(len(queries), k, dtype=torch.int64, device=queries.device)
-        keys = pack_keys(scores, torch.where(ids > 0, ids + (self.first - 1), 0))
+        kernels = self._kernels
+        if kernels is None:
+            keys = pack_keys(scores, torch.where(ids > 0, ids + (self.first - 1), 0))
+        else:
+            keys = torch.empty_like(ids)
+            kernels.pack_keys(scores, ids, keys, first=self.first)
         every = keys.new_empty(self.group.size(), *keys.shape)
         self._collective("the lists", dist.all_gather, list(every), keys)
-        best = every.transpose(0, 1).flatten(1).topk(k, dim=1).values
-        return unpack_keys(best)
+        if kernels is None or len(every) * k > kernels.MOST_MERGED:
+            best = unpack_keys(every.transpose(0, 1).flatten(1).topk(k, dim=1).values)
+            return best if out is None else (out[0].copy_(best[0]), out[1].copy_(best[1]))
+        out = (scores, ids) if out is None else out
+        kernels.merge(every, *out)
+        return out
+
+    @cached_property
+    def _kernels(self) -> Any:
+        """The kernels' module where they run, else None."""
+        if self.rows.device.type != "cuda" or why_no_triton() is not None or _words(self.rows).dtype != torch.int32:
+            return None
+        return importlib.import_module("fave_fast.kernels.sharded")
 
     def settle(self) -> None:
         """Wait for this rank's device, which may wait for another's.
@@ -161,12 +197,31 @@ class ShardedTable:
 
     def local(self, ids: Tensor) -> Tensor:
         """Numbers among `rows`; 0 for items of other ranks."""
+        if self._kernels is not None and ids.device == self.rows.device:
+            out = torch.empty_like(ids)
+            self._kernels.local_numbers(ids, out, first=self.first, rows=len(self.rows))
+            return out
         local = ids - (self.first - 1)
         return torch.where((local > 0) & (local < len(self.rows)), local, 0)
 
     def _collective(self, what: str, call: Callable[..., Any], *tensors: Tensor | list[Tensor]) -> None:
         with naming_the_loss(f"while {what} were exchanged", self.timeout):
             call(*tensors, group=self.group)
+
+
+def newest_items(ids: Tensor, offsets: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The newest `width` items of each history, int [B * width], 0 where it has fewer, and for each of `ids` its place.
+
+    Places count from 1; 0 where an item is older than that. Shapes depend on nothing but the arguments'.
+    """
+    ages = torch.arange(width, device=ids.device)
+    place = offsets[1:, None] - 1 - ages
+    present = place >= offsets[:-1, None]
+    newest = torch.where(present, ids[place.clamp_min(0)], 0).flatten()
+    numbers = torch.arange(1, len(newest) + 1, dtype=torch.int32, device=ids.device)
+    nowhere = torch.where(present, place, len(ids)).flatten().long()
+    places = numbers.new_zeros(len(ids) + 1).scatter_(0, nowhere, numbers)
+    return newest, places[:-1]
 
 
 def pack_keys(scores: Tensor, ids: Tensor) -> Tensor:
@@ -256,32 +311,14 @@ class ShardedStep(Step):
         plan = plan or self.plan(users)
         if plan is not None:
             plan.refill(offsets)
-        newest, tokens = _staged(ids, offsets, self.width)
-        rows = self.shard.embeddings(newest)
         # The encoder reads rows by number: here an item's is its place among all that are exchanged, from 1.
-        table = torch.cat((rows.new_zeros(1, rows.shape[1]), rows))
-        self.weights.model.item_embedding.weight = nn.Parameter(table, requires_grad=False)
+        rows, places = self.shard.staged(ids, offsets, self.width)
+        self.weights.model.item_embedding.weight = nn.Parameter(rows, requires_grad=False)
         endpoint = encode_ids(
-            self.weights, self.path, tokens, offsets,
+            self.weights, self.path, places, offsets,
             plan=plan, out=endpoint, backend=self.encoder_backend(users),
         )  # fmt: skip
-        best = self.shard.score_topk(endpoint, k, exclude, deny, workspace=workspace, backend=self.backend)
-        return best if out is None else (out[0].copy_(best[0]), out[1].copy_(best[1]))
-
-
-def _staged(ids: Tensor, offsets: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """The newest `width` items of each history, int [B * width], 0 where it has fewer, and for each of `ids` its place.
-
-    Places count from 1; 0 where an item is older than that. Shapes depend on nothing but the arguments'.
-    """
-    ages = torch.arange(width, device=ids.device)
-    place = offsets[1:, None] - 1 - ages
-    present = place >= offsets[:-1, None]
-    newest = torch.where(present, ids[place.clamp_min(0)], 0).flatten()
-    numbers = torch.arange(1, len(newest) + 1, dtype=torch.int32, device=ids.device)
-    nowhere = torch.where(present, place, len(ids)).flatten().long()
-    tokens = numbers.new_zeros(len(ids) + 1).scatter_(0, nowhere, numbers)
-    return newest, tokens[:-1]
+        return self.shard.score_topk(endpoint, k, exclude, deny, out=out, workspace=workspace, backend=self.backend)
 
 
 class ShardedRecommender(Recommender):
@@ -547,6 +584,11 @@ class _Asked:
         payload = torch.cat((first[_HEADER:], rest))[: tokens + bounds + denied]
         ids, offsets, numbers = torch.split(payload, [tokens, bounds, denied])
         return cls(kind, ids, offsets, numbers, k, bool(exclude), bool(deny), range(start, end), batch)
+
+
+def _words(rows: Tensor) -> Tensor:
+    """Rows [n, D] as whole numbers [n, ...] in the same memory."""
+    return rows.view(torch.int32 if rows.element_size() * rows.shape[1] % 4 == 0 else torch.uint8)
 
 
 def _group(backend: str, timeout: timedelta) -> dist.ProcessGroup:

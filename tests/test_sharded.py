@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_graphs import ITEMS, checkpoint, histories
 
 from fave_fast import checkpoint as checkpoints
 from fave_fast.engine import Recommendation, Recommender
 from fave_fast.errors import InputError, RankLost
-from fave_fast.ops.registry import why_no_extension
-from fave_fast.sharded import ShardedRecommender, _Asked, _staged, even_sizes, pack_keys, unpack_keys
+from fave_fast.ops.registry import why_no_extension, why_no_triton
+from fave_fast.sharded import ShardedRecommender, ShardedTable, _Asked, even_sizes, newest_items, pack_keys, unpack_keys
 
 PATIENCE = 60.0  # seconds until a test gives up
 
@@ -302,7 +302,7 @@ def test_the_newest_items_are_exchanged(lengths: list[int], width: int, spare: i
     """By the places that the encoder gets, it finds the items that it reads, whatever else stands in the memory."""
     offsets = torch.tensor([0, *np.cumsum(lengths)])
     ids = torch.arange(100, 100 + sum(lengths) + spare + 1, dtype=torch.int32)
-    newest, places = _staged(ids, offsets, width)
+    newest, places = newest_items(ids, offsets, width)
     assert newest.shape == (len(lengths) * width,)
     table = torch.cat((torch.zeros(1, dtype=newest.dtype), newest))
     for start, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
@@ -327,3 +327,52 @@ def test_a_request_arrives_as_it_was_sent(tokens: int, denied: int) -> None:
     assert all(torch.equal(getattr(got, name), getattr(sent, name)) for name in ("ids", "offsets", "denied"))
     plain = ("kind", "k", "exclude", "deny", "seeds", "batch")
     assert [getattr(got, name) for name in plain] == [getattr(sent, name) for name in plain]
+
+
+@pytest.mark.skipif(why_no_triton() is not None, reason=str(why_no_triton()))
+@settings(max_examples=20, deadline=None)
+@given(data=st.data())
+def test_the_kernels_do_what_the_operations_do(data: st.DataObject) -> None:
+    """Around the exchanges, to the bit: staging of rows, local numbers, keys and their merging."""
+    from fave_fast.kernels import sharded as kernels
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    source = torch.Generator().manual_seed(data.draw(st.integers(0, 1 << 20)))
+    first, rows, d = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 6)), data.draw(st.sampled_from((2, 6)))
+    table = torch.randn(rows, d, generator=source)
+    table[torch.rand(rows, d, generator=source) < 0.3] = -0.0
+    shard = ShardedTable(table, first, 20, None, 1.0)  # type: ignore[arg-type]
+    lengths, width = data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=4)), data.draw(st.integers(1, 6))
+    offsets = torch.tensor([0, *np.cumsum(lengths)])
+    ids = torch.randint(0, 20, (sum(lengths) + 1,), generator=source, dtype=torch.int32)
+    newest, places = newest_items(ids, offsets, width)
+    local = shard.local(newest)
+    expected = torch.where(local[:, None] > 0, table.view(torch.int32)[local], 0)
+    staged = torch.full((1 + len(newest), d), -7, dtype=torch.int32, device=device)
+    found = torch.zeros(len(ids), dtype=torch.int32, device=device)
+    on_device = [part.to(device) for part in (ids, offsets, table.view(torch.int32))]
+    kernels.stage(*on_device, staged, found, first=first, width=width)
+    assert torch.equal(staged.cpu(), torch.cat((torch.zeros(1, d, dtype=torch.int32), expected)))
+    assert torch.equal(found.cpu(), places)
+    numbers = torch.empty_like(on_device[0])
+    kernels.local_numbers(on_device[0], numbers, first=first, rows=rows)
+    assert torch.equal(numbers.cpu(), shard.local(ids))
+
+    ranks, batch, k = (data.draw(st.integers(1, most)) for most in (3, 3, 9))
+    scores = torch.randint(-2, 3, (ranks, batch, k), generator=source).float()
+    scores[torch.rand(scores.shape, generator=source) < 0.2] = -0.0
+    scores[torch.rand(scores.shape, generator=source) < 0.2] = -torch.inf
+    listed = torch.arange(1, scores.numel() + 1).view(scores.shape)[:, torch.randperm(batch, generator=source)]
+    listed = torch.where(scores == -torch.inf, 0, listed)
+    every = torch.stack(
+        [pack_keys(s, torch.where(i > 0, i + first - 1, 0)) for s, i in zip(scores, listed, strict=True)]
+    )
+    keys = torch.empty_like(every, device=device)
+    for rank in range(ranks):
+        kernels.pack_keys(scores[rank].to(device), listed[rank].to(device), keys[rank], first=first)
+    assert torch.equal(keys.cpu(), every)
+    best = unpack_keys(every.transpose(0, 1).flatten(1).topk(k, dim=1).values)
+    merged = torch.full((batch, k), torch.nan, device=device), torch.full((batch, k), -7, device=device)
+    kernels.merge(keys, *merged)
+    assert torch.equal(merged[0].cpu().view(torch.int32), best[0].view(torch.int32))
+    assert torch.equal(merged[1].cpu(), best[1])
