@@ -34,8 +34,8 @@ from fave_fast.flow import InferenceNoise, one_step
 from fave_fast.graphs import Histories
 from fave_fast.model import DTYPES, FAVE
 from fave_fast.ops import score_topk
+from fave_fast.ops.byte_table import ByteTable
 from fave_fast.ops.encoder import EncoderWeights, InputPath, encode_ids
-from fave_fast.ops.score_topk_cpu import ByteTable
 from fave_fast.ops.step_cpu import NativeStep, TimedLists
 
 THREADS, K, LENGTH = 2, 20, 50

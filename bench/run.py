@@ -31,7 +31,7 @@ from fave_fast.config import PRESETS
 from fave_fast.errors import InputError
 from fave_fast.model import DTYPES
 
-BATCHES = {"cuda": {"topk": (1, 16, 128, 512), "": (1, 8, 64, 512)}, "cpu": {"": (1, 64)}}
+BATCHES = {"cuda": {"topk": (1, 8, 16, 128, 512), "": (1, 8, 64, 512)}, "cpu": {"": (1, 64)}}
 ITEMS = {
     "cuda": {"topk": (12_101, 1_000_000, 10_000_000), "": (12_101,)},
     "cpu": {"topk": (12_101, 100_000, 1_000_000), "cpu": (12_101, 1_000_000), "": (12_101,)},

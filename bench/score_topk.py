@@ -1,11 +1,15 @@
-"""Exact top 20 beside matmul + topk and the bare matrix product; `python -m bench.score_topk`.
+"""Exact top 20 beside matmul + topk and the bare matrix product; `python -m bench.score_topk [ITEMS ...]`.
 
-FlashInfer's top_k on the scores is measured where it is installed.
+"triton, bytes" is the scan of the table in one byte an element, whose lists are compared with those of the table; its
+share of lists that took the table's scan after all is printed. FlashInfer's top_k on the scores is measured where it is
+installed.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,13 +18,14 @@ from torch import Tensor
 
 from bench.measure import COLD, WARM, Row, table, time_us
 from fave_fast.ops import Exclusions, score_topk
-from fave_fast.ops.score_topk import workspace_bytes
+from fave_fast.ops.byte_table import ByteTable
+from fave_fast.ops.score_topk import BYTES_LEAST_ITEMS, BYTES_MOST_ROWS, workspace_bytes
 
 D, K = 128, 20
 CASES = (
     (12_101, (1, 512)),
     (1_000_000, (1, 128, 512)),
-    (10_000_000, (1, 16, 512)),
+    (10_000_000, (1, 8, 16, 64, 512)),
 )
 WITH_EXCLUSIONS = ((12_101, 1), (12_101, 512), (1_000_000, 1), (1_000_000, 512))
 CHECKED = 32  # rows of a batch, its last ones
@@ -52,12 +57,14 @@ def exclusions(batch: int, n: int) -> Exclusions:
     return Exclusions(ids, torch.arange(batch + 1, device="cuda") * EXCLUDED)
 
 
-def buffers(queries: Tensor, items: Tensor, exclude: Exclusions | None) -> tuple[tuple[Tensor, Tensor], Tensor]:
+def buffers(
+    queries: Tensor, items: Tensor, exclude: Exclusions | None, table_bytes: ByteTable | None = None
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
     out = (
         torch.full((len(queries), K), torch.nan, device="cuda"),
         torch.zeros(len(queries), K, dtype=torch.int64, device="cuda"),
     )
-    size = workspace_bytes(queries, items, K, 0 if exclude is None else len(exclude.ids))
+    size = workspace_bytes(queries, items, K, 0 if exclude is None else len(exclude.ids), table_bytes)
     return out, torch.empty(size, dtype=torch.uint8, device="cuda")
 
 
@@ -74,8 +81,32 @@ def check(batch: int, items: Tensor, exclude: Exclusions | None) -> None:
         raise AssertionError(f"lists of {batch} rows among {len(items) - 1} items are not the reference's")
 
 
-def measure(batch: int, items: Tensor, cold: bool = True) -> Iterator[Row]:
-    """Ours with and without exclusions, matmul + topk, and the product alone, from a cold L2 cache or a warm one."""
+def packed(items: Tensor) -> ByteTable | None:
+    """The table in bytes, where the kernels would scan them."""
+    return ByteTable.pack(items) if len(items) - 1 >= BYTES_LEAST_ITEMS else None
+
+
+def by_bytes(queries: Tensor, items: Tensor, table_bytes: ByteTable) -> Callable[[], None]:
+    """The call, after a look at its lists: those of the table, to the bit."""
+    out, workspace = buffers(queries, items, None, table_bytes)
+
+    def call() -> None:
+        score_topk(queries, items, K, out=out, workspace=workspace, table_bytes=table_bytes, backend="triton")
+
+    call()
+    scores, ids = score_topk(queries, items, K, backend="triton")
+    if not (torch.equal(out[1], ids) and torch.equal(out[0].view(torch.int32), scores.view(torch.int32))):
+        raise AssertionError(f"lists of {len(queries)} rows by bytes are not those of the table")
+    share = table_bytes.fallback_share
+    print(f"N {len(items) - 1}, B {len(queries)}: {share:.2%} of lists by bytes so far fell back", file=sys.stderr)
+    return call
+
+
+def measure(batch: int, items: Tensor, cold: bool = True, table_bytes: ByteTable | None = None) -> Iterator[Row]:
+    """Ours with and without exclusions and by bytes, matmul + topk, and the product alone.
+
+    From a cold L2 cache or a warm one.
+    """
     n = len(items) - 1
     queries = torch.randn(batch, D, device="cuda").to(items.dtype)
     kinds: list[tuple[str, Exclusions | None]] = [("triton", None)]
@@ -100,6 +131,15 @@ def measure(batch: int, items: Tensor, cold: bool = True) -> Iterator[Row]:
 
         yield Row("score_topk", case, who, time_us(ours, cold=cold), **size)
         del out, workspace, ours
+    if table_bytes is not None and batch <= BYTES_MOST_ROWS:
+        read = {"floor_bytes": n * (D + 4) + 2 * batch * D + batch * K * 12}
+        yield Row(
+            "score_topk",
+            case,
+            "triton, bytes",
+            time_us(by_bytes(queries, items, table_bytes), cold=cold),
+            **size | read,
+        )
     slow = batch * n > SLOW
     repeats = 5 if slow else 30
     scores = torch.empty(batch, n, dtype=items.dtype, device="cuda")
@@ -114,13 +154,21 @@ def measure(batch: int, items: Tensor, cold: bool = True) -> Iterator[Row]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.score_topk", description=__doc__.splitlines()[0])
+    parser.add_argument("items", nargs="*", type=int, metavar="ITEMS", help="catalogues of the cases (default: all)")
+    wanted = parser.parse_args().items
+    if unknown := set(wanted) - {n for n, _ in CASES}:
+        parser.error(f"no case has {unknown.pop()} items; expected some of {', '.join(str(n) for n, _ in CASES)}")
     gpu = torch.cuda.get_device_name()
     rows = []
     for n, batches in CASES:
+        if wanted and n not in wanted:
+            continue
         items = catalogue(n)
+        table_bytes = packed(items)
         for batch in batches:
-            rows += measure(batch, items)
-        del items
+            rows += measure(batch, items, table_bytes=table_bytes)
+        del items, table_bytes
     print(table(rows, gpu))
     if flashinfer_top_k() is None:
         print("FlashInfer is not installed: its top_k is not measured")

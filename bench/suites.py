@@ -38,7 +38,7 @@ from fave_fast.engine import Recommender
 from fave_fast.graphs import Histories, Step
 from fave_fast.model import DTYPES, FAVE
 from fave_fast.ops import Exclusions, score_topk
-from fave_fast.ops.score_topk_cpu import ByteTable
+from fave_fast.ops.byte_table import ByteTable
 
 K, LENGTH, D = 20, 50, 128
 LEAST_APPROXIMATE = 50_000  # items, for an approximate index
@@ -244,9 +244,10 @@ def _gpu_batches(items: int, batches: Sequence[int]) -> Sequence[int]:
 
 def _gpu_topk(items: int, batches: Sequence[int], options: Options) -> Iterator[Row]:
     table = topk_bench.catalogue(items)
+    table_bytes = topk_bench.packed(table)
     for cold in (True, False):
         for batch in batches:
-            yield from topk_bench.measure(batch, table, cold)
+            yield from topk_bench.measure(batch, table, cold, table_bytes)
     yield from _faiss(table, batches, f"N {items}, bfloat16", options, "cuda" if why_no_faiss_gpu() is None else "cpu")
 
 

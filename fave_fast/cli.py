@@ -91,6 +91,15 @@ def add_run_options(parser: argparse.ArgumentParser, dtype_help: str) -> None:
     parser.add_argument("--backend", default="auto", choices=BACKENDS, help="who computes the catalogue operations")
 
 
+def add_table_bytes_option(parser: argparse.ArgumentParser) -> None:
+    """Whether the catalogue is scanned in bytes."""
+    parser.add_argument(
+        "--table-bytes",
+        action="store_true",
+        help="keep the table in one byte an element too: large catalogues answer sooner, with the same lists",
+    )
+
+
 def add_profile_option(parser: argparse.ArgumentParser) -> None:
     """Where a trace goes."""
     what = f"folder for a torch.profiler trace of the first steps or batches, up to {TRACED_STEPS}"

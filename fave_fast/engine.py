@@ -27,6 +27,7 @@ from fave_fast.flow import InferenceNoise
 from fave_fast.graphs import BATCHES, CapturedStep, Histories, OnStep, Step, StepGraphs
 from fave_fast.model import DTYPES, FAVE
 from fave_fast.ops import Exclusions
+from fave_fast.ops.byte_table import ByteTable
 from fave_fast.ops.encoder import OP as ENCODER
 from fave_fast.ops.encoder import EncoderWeights, InputPath
 from fave_fast.ops.score_topk import OP as SCORE_TOPK
@@ -66,12 +67,17 @@ class Recommender:
         device: torch.device | str = "cpu",
         dtype: torch.dtype | str = torch.float32,
         backend: str = "auto",
+        table_bytes: bool = False,
     ) -> None:
         """Put the model on `device` in `dtype` (or its name, fp32 or bf16).
 
+        With `table_bytes` the table is kept in one byte an element, too: large catalogues answer small batches sooner,
+        with the same lists (`fave_fast.ops.byte_table`). On a CPU each change of the catalogue then takes the time to
+        make the bytes of the whole table.
+
         Raises:
             InputError: a name that is no dtype of ours.
-            BackendError: `backend` was asked for by name and cannot run here.
+            BackendError: `backend` was asked for by name and cannot run here, or nothing scans bytes here.
             CheckpointError: weights and configuration do not fit.
         """
         if isinstance(dtype, str):
@@ -89,6 +95,7 @@ class Recommender:
         self._catalogue = Catalogue.of(checkpoint.item_ids, checkpoint.popularity.numpy())
         self._by_popularity = _popular_first(self._catalogue)
         self._weights = EncoderWeights.pack(self._model)
+        self._bytes = ByteTable.pack(self._table) if table_bytes else None
         self._steps: dict[int, Step] = {}  # by seed
         self._graphs: StepGraphs | None = None
         self._gate = _Gate()
@@ -104,14 +111,15 @@ class Recommender:
         device: torch.device | str = "cpu",
         dtype: torch.dtype | str = torch.float32,
         backend: str = "auto",
+        table_bytes: bool = False,
     ) -> Recommender:
         """Load a checkpoint written by `fave_fast.train`.
 
         Raises:
             CheckpointError: the file is no whole checkpoint of a version that can be read.
-            BackendError: `backend` was asked for by name and cannot run here.
+            BackendError: `backend` was asked for by name and cannot run here, or nothing scans bytes here.
         """
-        return cls(checkpoints.load(path), device=device, dtype=dtype, backend=backend)
+        return cls(checkpoints.load(path), device=device, dtype=dtype, backend=backend, table_bytes=table_bytes)
 
     def _build(self, checkpoint: Checkpoint) -> FAVE:
         """The network, on the CPU."""
@@ -121,6 +129,11 @@ class Recommender:
     def device(self) -> torch.device:
         """Where the model runs."""
         return self._table.device
+
+    @property
+    def fallback_share(self) -> float:
+        """Of all lists by `table_bytes`, how many took the whole table's scan after all. Waits for a GPU."""
+        return 0.0 if self._bytes is None else self._bytes.fallback_share
 
     @property
     def catalogue(self) -> Catalogue:
@@ -303,6 +316,7 @@ class Recommender:
                     weight.copy_(theirs[name])
             self._table[: len(rows)] = rows
             self._table[len(rows) :] = torch.nan
+            self._refresh_bytes()
             self._weights.refresh()
             for step in self._steps.values():
                 step.path.refresh(self._model)
@@ -312,7 +326,9 @@ class Recommender:
 
     @torch.no_grad()
     def _write(self, numbers: Ints, rows: Tensor) -> None:
-        self._table[torch.from_numpy(numbers).to(self.device)] = rows
+        places = torch.from_numpy(numbers).to(self.device)
+        self._table[places] = rows
+        self._refresh_bytes(places)
 
     def _turn_to(self, catalogue: Catalogue) -> int:
         if self._on_gpu:
@@ -326,11 +342,14 @@ class Recommender:
         self._room = items + max(1024, items // 8)
         table = self._table.new_full((self._room + 1, self._table.shape[1]), torch.nan)
         table[: len(self._table)] = self._table
-        graphs = self._graphs
+        graphs, self._graphs = self._graphs, None
         self._model.item_embedding.weight = nn.Parameter(table, requires_grad=False)
-        self._steps = {seed: replace(step) for seed, step in self._steps.items()}  # nothing of the old table
+        had_bytes, self._bytes = self._bytes is not None, None
+        self._renew_steps()  # nothing of the old table: its memory goes back before the next takes its own
+        if had_bytes:
+            self._bytes = ByteTable.pack(table)
+            self._renew_steps()
         if graphs is not None:
-            self._graphs = None
             self._graphs = StepGraphs(self._step(self.config.flow.seed), graphs.k, graphs.batches)
 
     def _deny_bitmap(self, catalogue: Catalogue, deny: Iterable[ItemId] | None) -> Tensor | None:
@@ -345,10 +364,20 @@ class Recommender:
         if step is None:
             flow = self.config.flow
             path = InputPath.pack(self._model, flow, InferenceNoise.draw(self._model, flow, seed))
-            step = Step(self._weights, path, self.backend)
+            step = Step(self._weights, path, self.backend, self._bytes)
             if seed == flow.seed:  # a caller's own seeds may be many: not kept
                 self._steps[seed] = step
         return step
+
+    def _renew_steps(self) -> None:
+        """Steps of the table and the bytes that there are now."""
+        self._steps = {seed: replace(step, table_bytes=self._bytes) for seed, step in self._steps.items()}
+
+    def _refresh_bytes(self, numbers: Tensor | None = None) -> None:
+        """After rows `numbers`, or all, have changed."""
+        if self._bytes is not None:
+            self._bytes = self._bytes.refreshed(self._table, numbers)
+            self._renew_steps()
 
     def _best(
         self, histories: Histories, k: int, exclude: bool, denied: Tensor | None, seeds: range

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fave_fast.ops import Exclusions, score_topk
+from fave_fast.ops.byte_table import ByteTable
 from fave_fast.ops.encoder import MAX_PLANNED, EncoderWeights, InputPath, Plan, encode_ids, planned_rows
 from fave_fast.ops.encoder import OP as ENCODER
 from fave_fast.ops.score_topk import OP as SCORE_TOPK
@@ -63,6 +64,8 @@ class Step:
     weights: EncoderWeights
     path: InputPath
     backend: str
+    table_bytes: ByteTable | None = None  # of `table`, for the top-K
+    only_kernels: ClassVar[bool] = True  # that begin and end it: what is launched beside them may start early
 
     @property
     def table(self) -> Tensor:
@@ -73,10 +76,12 @@ class Step:
     def native(self) -> NativeStep | None:
         """The same by one call into C++, where that is what runs here; it keeps the catalogue that it was made of.
 
+        None with `table_bytes`, which that call does not take.
+
         Raises:
             BackendError: the step's backend cannot run here.
         """
-        return NativeStep.of(self.weights, self.path, self.backend)
+        return NativeStep.of(self.weights, self.path, self.backend) if self.table_bytes is None else None
 
     def encoder_backend(self, users: int) -> str:
         """`backend`; where that is auto, the cluster kernel for small batches on a GPU that has it.
@@ -150,7 +155,7 @@ class Step:
         encoded = time.perf_counter()
         best = score_topk(
             endpoint, self.table, k, exclude, deny,
-            out=out, workspace=workspace, backend=self.backend, overlap=overlap,
+            out=out, workspace=workspace, table_bytes=self.table_bytes, backend=self.backend, overlap=overlap,
         )  # fmt: skip
         if on_step is not None:
             on_step(encoded - started, time.perf_counter() - encoded)
@@ -242,14 +247,14 @@ class StepGraphs:
         batches: the batch sizes, ascending.
     """
 
-    def __init__(self, step: Step, k: int, batches: Sequence[int] = BATCHES) -> None:
-        """Capture, the largest first; waits for the device.
+    def __init__(self, step: Step, k: int, batches: Sequence[int] = BATCHES, timeout: float = 10.0) -> None:
+        """Capture, the largest first; waits for the device. `timeout` as in `Submission`.
 
         Raises:
             BackendError: the step's backend cannot run here.
         """
         self.k, self.batches = k, tuple(sorted(batches))
-        self._step = step
+        self._step, self._timeout = step, timeout
         self._lock = threading.Lock()
         table = step.table
         device, most = table.device, self.batches[-1]
@@ -257,7 +262,7 @@ class StepGraphs:
         self._request_host, self._response_host = (torch.zeros(n, dtype=torch.int32).pin_memory() for n in words)
         self._request, self._response = (torch.zeros(n, dtype=torch.int32, device=device) for n in words)
         self._endpoint = torch.zeros(most, table.shape[1], dtype=table.dtype, device=device)
-        sizes = [workspace_bytes(self._endpoint[:b], table, k, self.items(b)) for b in self.batches]
+        sizes = [workspace_bytes(self._endpoint[:b], table, k, self.items(b), step.table_bytes) for b in self.batches]
         self._workspace = torch.empty(max(sizes), dtype=torch.uint8, device=device)
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._completion = Completion(self._stream)
@@ -283,14 +288,18 @@ class StepGraphs:
     def fitting(self, histories: Histories) -> CapturedStep | None:
         """The smallest graph that takes these histories, or None."""
         batch = self.batch_of(histories)
-        return None if batch is None else self._captured[batch]
+        return None if batch is None else self.of(batch)
+
+    def of(self, batch: int) -> CapturedStep:
+        """The graph of `batch`, one of `batches`."""
+        return self._captured[batch]
 
     def _capture(self, batch: int) -> CapturedStep:
         from fave_fast.kernels.submit import carry
 
         host, request = (_Request(words, batch, self.items(batch)) for words in (self._request_host, self._request))
         response_host, response = (_Response(words, batch, self.k) for words in (self._response_host, self._response))
-        pdl = launches_overlap(self._step.table.device)
+        pdl = self._step.only_kernels and launches_overlap(self._step.table.device)
         exclude = Exclusions(request.ids, request.exclude_offsets)
         endpoint = self._endpoint[:batch]
 
@@ -298,7 +307,7 @@ class StepGraphs:
             self._step(
                 request.ids, request.offsets, exclude, self.k,
                 plan=plan, endpoint=endpoint, out=(response.scores, response.ids), workspace=self._workspace,
-                overlap=True,
+                overlap=self._step.only_kernels,
             )  # fmt: skip
 
         with torch.cuda.stream(self._stream), torch.no_grad():
@@ -313,5 +322,5 @@ class StepGraphs:
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 carry(host.words, request.words, pdl=pdl)
                 work()
-                self._completion.signal(response.words, response_host.words)
-        return CapturedStep(Submission(graph, self._completion), host, response_host, self._lock)
+                self._completion.signal(response.words, response_host.words, early=pdl)
+        return CapturedStep(Submission(graph, self._completion, self._timeout), host, response_host, self._lock)

@@ -337,6 +337,7 @@ def _parser() -> cli.Parser:
     parser.add_argument("--seed", type=cli.whole_number(0), help="of what is drawn; none: as trained")
     cli.add_log_options(parser)
     cli.add_run_options(parser, "of weights and scores")
+    cli.add_table_bytes_option(parser)
     cli.add_profile_option(parser)
     return parser
 
@@ -363,6 +364,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         device=cli.resolve_device(arguments.device),
         dtype=DTYPES[arguments.dtype],
         backend=arguments.backend,
+        table_bytes=arguments.table_bytes,
     )
     largest = 1 if arguments.input is None else arguments.batch_size
     seconds = recommender.warmup(arguments.topk, batches_up_to(largest))

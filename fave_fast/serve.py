@@ -50,6 +50,7 @@ def _parser() -> cli.Parser:
     parser.add_argument("--drain-seconds", type=whole(0), default=0, help="to answer on, not ready, before a stop")
     parser.add_argument("--no-request-log", action="store_true", help="log no line for each request")
     cli.add_run_options(parser, "of weights and scores")
+    cli.add_table_bytes_option(parser)
     return parser
 
 
@@ -67,6 +68,7 @@ def _load_model(arguments: argparse.Namespace) -> Model:
         device=cli.resolve_device(arguments.device),
         dtype=DTYPES[arguments.dtype],
         backend=arguments.backend,
+        table_bytes=arguments.table_bytes,
     )
     recommender.warmup(arguments.topk, batches_up_to(arguments.max_batch))
     recommender.recommend([checkpoint.item_ids.take(np.zeros(1, np.int64))], arguments.topk)  # the first is the slowest

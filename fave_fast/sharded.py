@@ -5,10 +5,15 @@ and one exchange of the local lists, 8 bytes a place. Each rank encodes the hist
 wait for another's endpoint. Lists are, bit for bit, those of one process with the whole table, wherever the backend
 gives an item the same score in any table (triton and cpp do).
 
+On GPUs `warmup` captures all of that but the broadcast as CUDA graphs, NCCL's exchanges included. PyTorch's watchdog
+does not see captured exchanges, and would end the process for others: each rank waits for its own device, at most
+`timeout` seconds.
+
     torchrun --nproc-per-node 4 serve_my_lists.py
 
     recommender = ShardedRecommender(checkpoints.load("model.pt"), device=f"cuda:{local_rank}")
     if recommender.rank == 0:
+        recommender.warmup()
         print(recommender.recommend([["item-17", "item-4"]]))
         recommender.close()
     else:
@@ -17,13 +22,18 @@ gives an item the same score in any table (triton and cpp do).
 
 from __future__ import annotations
 
+import importlib
+import logging
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any
+from functools import cached_property
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -32,16 +42,22 @@ from fave_fast.catalogue import Catalogue, ItemId
 from fave_fast.checkpoint import Checkpoint
 from fave_fast.engine import Floats, Ints, Recommender, merge_drawn
 from fave_fast.errors import Closed, InputError, RankLost
-from fave_fast.graphs import Histories
+from fave_fast.graphs import BATCHES, Histories, OnStep, Step, StepGraphs
 from fave_fast.model import FAVE
 from fave_fast.ops import Exclusions, score_topk
-from fave_fast.ops.encoder import EncoderWeights, InputPath, encode_ids
+from fave_fast.ops.byte_table import ByteTable
+from fave_fast.ops.encoder import Plan, encode_ids
+from fave_fast.ops.registry import why_no_triton
 from fave_fast.ops.score_topk import OP as SCORE_TOPK
 from fave_fast.ops.score_topk import beyond_kernels
 
+_logger = logging.getLogger(__name__)
 _IDLE = timedelta(days=365)  # that a rank waits for a request
 _INT31 = (1 << 31) - 1
-_HEADER = 8  # words: of a request, its `Asked` as numbers; all 0 at the end
+_FIRST = 512  # words of a request's first message: its header, and as much of its payload as fits
+_HEADER = 10
+_END, _ASK, _WARM_UP = range(3)  # the first word: what is asked for
+_WATCHDOG = 3  # times the timeout: PyTorch's watchdog ends the process, so that ours has to be earlier
 
 
 def even_sizes(items: int, ranks: int) -> list[int]:
@@ -59,6 +75,7 @@ class ShardedTable:
         items: N, of all ranks together; below 2^31 - 1.
         group: of all ranks.
         timeout: seconds after which a rank that says nothing counts as lost.
+        table_bytes: of `rows`, or None.
     """
 
     rows: Tensor
@@ -66,21 +83,45 @@ class ShardedTable:
     items: int
     group: dist.ProcessGroup
     timeout: float
+    table_bytes: ByteTable | None = None
 
-    def embeddings(self, ids: Tensor) -> Tensor:
-        """The embeddings [T, D] of items `ids` [T], from whichever ranks hold them; zeros for 0. A collective.
+    def staged(self, ids: Tensor, offsets: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """The embeddings of each history's newest items, from whichever ranks hold them. A collective.
+
+        Args:
+            ids: int32 or int64 [T], packed histories, oldest first: numbers of the whole catalogue.
+            offsets: int32 or int64 [B + 1].
+            width: how many of each history.
+
+        Returns:
+            [1 + B * width, D]: zeros, then those of each history, the newest first, zeros where it has fewer; and int32
+            [T], where each of `ids` is there, 0 where it is older than that.
 
         Raises:
             RankLost: another rank does not answer.
         """
-        found = self.rows[self.local(ids)]
+        kernels = self._kernels
+        if kernels is None:
+            newest, places = newest_items(ids, offsets, width)
+            found = torch.cat((self.rows.new_zeros(1, self.rows.shape[1]), self.rows[self.local(newest)]))
+        else:
+            found = self.rows.new_empty(1 + (len(offsets) - 1) * width, self.rows.shape[1])
+            places = torch.zeros(len(ids), dtype=torch.int32, device=ids.device)
+            kernels.stage(ids, offsets, _words(self.rows), _words(found), places, first=self.first, width=width)
         # Whole numbers are summed, all but one of them 0, so that every bit arrives, the sign of a zero included.
-        words = found.view(torch.int32 if found.element_size() * found.shape[1] % 4 == 0 else torch.uint8)
-        self._collective("the histories' embeddings", dist.all_reduce, words)
-        return found
+        self._collective("the histories' embeddings", dist.all_reduce, _words(found[1:]))
+        return found, places
 
     def score_topk(
-        self, queries: Tensor, k: int, exclude: Exclusions | None, deny: Tensor | None, *, backend: str = "auto"
+        self,
+        queries: Tensor,
+        k: int,
+        exclude: Exclusions | None,
+        deny: Tensor | None,
+        *,
+        out: tuple[Tensor, Tensor] | None = None,
+        workspace: Tensor | None = None,
+        backend: str = "auto",
     ) -> tuple[Tensor, Tensor]:
         """The K best items of the whole catalogue for each query, as `ops.score_topk`. A collective.
 
@@ -89,6 +130,8 @@ class ShardedTable:
             k: K.
             exclude: numbers of the whole catalogue that are no candidates, row by row.
             deny: [n + 1] bool for this rank's rows.
+            out: as in `ops.score_topk`.
+            workspace: of the local scan.
             backend: of the local scan.
 
         Returns:
@@ -100,24 +143,85 @@ class ShardedTable:
         """
         here = Exclusions(self.local(exclude.ids), exclude.offsets) if exclude is not None else None
         if len(self.rows) > 1:
-            scores, ids = score_topk(queries, self.rows, k, here, deny, backend=backend)
+            scores, ids = score_topk(
+                queries, self.rows, k, here, deny,
+                workspace=workspace, table_bytes=self.table_bytes, backend=backend,
+            )  # fmt: skip
         else:
             scores = torch.full((len(queries), k), -torch.inf, device=queries.device)
             ids = torch.zeros(len(queries), k, dtype=torch.int64, device=queries.device)
-        keys = pack_keys(scores, torch.where(ids > 0, ids + (self.first - 1), 0))
+        kernels = self._kernels
+        if kernels is None:
+            keys = pack_keys(scores, torch.where(ids > 0, ids + (self.first - 1), 0))
+        else:
+            keys = torch.empty_like(ids)
+            kernels.pack_keys(scores, ids, keys, first=self.first)
         every = keys.new_empty(self.group.size(), *keys.shape)
         self._collective("the lists", dist.all_gather, list(every), keys)
-        best = every.transpose(0, 1).flatten(1).topk(k, dim=1).values
-        return unpack_keys(best)
+        if kernels is None or len(every) * k > kernels.MOST_MERGED:
+            best = unpack_keys(every.transpose(0, 1).flatten(1).topk(k, dim=1).values)
+            return best if out is None else (out[0].copy_(best[0]), out[1].copy_(best[1]))
+        out = (scores, ids) if out is None else out
+        kernels.merge(every, *out)
+        return out
+
+    @cached_property
+    def _kernels(self) -> Any:
+        """The kernels' module where they run, else None."""
+        if self.rows.device.type != "cuda" or why_no_triton() is not None or _words(self.rows).dtype != torch.int32:
+            return None
+        return importlib.import_module("fave_fast.kernels.sharded")
+
+    def settle(self) -> None:
+        """Wait for this rank's device, which may wait for another's.
+
+        Raises:
+            RankLost: it takes too long.
+        """
+        if self.rows.device.type != "cuda":
+            return
+        latest = time.monotonic() + self.timeout
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done.record(torch.cuda.current_stream(self.rows.device))
+        with naming_the_loss("while the lists were made", self.timeout):
+            while not done.query():  # type: ignore[no-untyped-call]
+                if time.monotonic() > latest:
+                    raise TimeoutError("the device waits")
+                time.sleep(2e-5)
+
+    def abort(self) -> None:
+        """Give up on the other ranks, so that this one's device waits for them no longer."""
+        if self.rows.device.type == "cuda":
+            # It may itself wait for the device, and nobody for it.
+            threading.Thread(target=self.group.abort, daemon=True).start()
 
     def local(self, ids: Tensor) -> Tensor:
         """Numbers among `rows`; 0 for items of other ranks."""
+        if self._kernels is not None and ids.device == self.rows.device:
+            out = torch.empty_like(ids)
+            self._kernels.local_numbers(ids, out, first=self.first, rows=len(self.rows))
+            return out
         local = ids - (self.first - 1)
         return torch.where((local > 0) & (local < len(self.rows)), local, 0)
 
     def _collective(self, what: str, call: Callable[..., Any], *tensors: Tensor | list[Tensor]) -> None:
         with naming_the_loss(f"while {what} were exchanged", self.timeout):
             call(*tensors, group=self.group)
+
+
+def newest_items(ids: Tensor, offsets: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The newest `width` items of each history, int [B * width], 0 where it has fewer, and for each of `ids` its place.
+
+    Places count from 1; 0 where an item is older than that. Shapes depend on nothing but the arguments'.
+    """
+    ages = torch.arange(width, device=ids.device)
+    place = offsets[1:, None] - 1 - ages
+    present = place >= offsets[:-1, None]
+    newest = torch.where(present, ids[place.clamp_min(0)], 0).flatten()
+    numbers = torch.arange(1, len(newest) + 1, dtype=torch.int32, device=ids.device)
+    nowhere = torch.where(present, place, len(ids)).flatten().long()
+    places = numbers.new_zeros(len(ids) + 1).scatter_(0, nowhere, numbers)
+    return newest, places[:-1]
 
 
 def pack_keys(scores: Tensor, ids: Tensor) -> Tensor:
@@ -144,7 +248,7 @@ def naming_the_loss(when: str, timeout: float) -> Iterator[None]:
     """What a collective raises as `RankLost`."""
     try:
         yield
-    except RuntimeError as error:  # gloo's and NCCL's errors have no class of their own
+    except (RuntimeError, TimeoutError) as error:  # gloo's and NCCL's errors have no class of their own
         reason = str(error).strip().splitlines()[0]
         raise RankLost(
             f"a rank ended, or said nothing for {timeout:g} s, {when}; expected all ranks to live: start all anew "
@@ -152,55 +256,71 @@ def naming_the_loss(when: str, timeout: float) -> Iterator[None]:
         ) from error
 
 
-@dataclass(frozen=True)
-class ShardedStep:
+@dataclass(frozen=True, kw_only=True)
+class ShardedStep(Step):
     """`graphs.Step` over a sharded table: every rank calls it with the same arguments and gets the same lists.
 
+    The embedding of its weights' model is staging memory: the rows of one request's items.
+
     Attributes:
-        weights: of a model whose embedding is this step's staging memory: the rows of one request's tokens.
-        path: as in `Step`.
-        table: this rank's part of the catalogue.
-        backend: of encoder and scan.
+        shard: this rank's part of the catalogue.
+        width: how many of a history's newest items are exchanged, at least what the longest one has or the model reads.
     """
 
-    weights: EncoderWeights
-    path: InputPath
-    table: ShardedTable
-    backend: str
+    shard: ShardedTable
+    width: int
+    only_kernels: ClassVar[bool] = False
+
+    @property
+    def table(self) -> Tensor:
+        """The rows of this rank [n + 1, D]."""
+        return self.shard.rows
 
     def __call__(
-        self, ids: Tensor, offsets: Tensor, exclude: Exclusions | None, k: int, deny: Tensor | None = None
+        self,
+        ids: Tensor,
+        offsets: Tensor,
+        exclude: Exclusions | None,
+        k: int,
+        deny: Tensor | None = None,
+        *,
+        plan: Plan | None = None,
+        endpoint: Tensor | None = None,
+        out: tuple[Tensor, Tensor] | None = None,
+        workspace: Tensor | None = None,
+        overlap: bool = False,
+        on_step: OnStep | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Scores float32 [B, K] and ids int64 [B, K]; a collective.
+        """Scores float32 [B, K] and ids int64 [B, K]; a collective, without a wait for the device.
 
         Args:
             ids: int32 or int64 [T], packed histories, oldest first: numbers of the whole catalogue.
-            offsets: int64 [B + 1].
+            offsets: int32 or int64 [B + 1].
             exclude: as in `ShardedTable.score_topk`.
             k: K.
             deny: as in `ShardedTable.score_topk`.
+            plan: as in `Step`.
+            endpoint: as in `Step`.
+            out: as in `Step`.
+            workspace: as in `Step`.
+            overlap: changes nothing: a collective waits for what precedes it.
+            on_step: hears nothing: the collectives' waits are nobody's part.
 
         Raises:
             RankLost: another rank does not answer.
         """
-        ids, offsets = _newest(ids, offsets, self.weights.model.config.max_length)
-        rows = self.table.embeddings(ids)
-        # The encoder reads rows by number: here token t is item t + 1 of a table of tokens.
-        staged = torch.cat((rows.new_zeros(1, rows.shape[1]), rows))
-        self.weights.model.item_embedding.weight = nn.Parameter(staged, requires_grad=False)
-        tokens = torch.arange(1, len(ids) + 1, dtype=torch.int32, device=ids.device)
-        endpoint = encode_ids(self.weights, self.path, tokens, offsets, backend=self.backend)
-        return self.table.score_topk(endpoint, k, exclude, deny, backend=self.backend)
-
-
-def _newest(ids: Tensor, offsets: Tensor, longest: int) -> tuple[Tensor, Tensor]:
-    """The histories cut to their newest `longest` items."""
-    lengths = offsets.diff()
-    if not bool((lengths > longest).any()):
-        return ids, offsets
-    from_end = offsets[1:].repeat_interleave(lengths) - torch.arange(len(ids), device=ids.device)
-    kept = nn.functional.pad(lengths.clamp_max(longest).cumsum(0), (1, 0))
-    return ids[from_end <= longest], kept
+        users = len(offsets) - 1
+        plan = plan or self.plan(users)
+        if plan is not None:
+            plan.refill(offsets)
+        # The encoder reads rows by number: here an item's is its place among all that are exchanged, from 1.
+        rows, places = self.shard.staged(ids, offsets, self.width)
+        self.weights.model.item_embedding.weight = nn.Parameter(rows, requires_grad=False)
+        endpoint = encode_ids(
+            self.weights, self.path, places, offsets,
+            plan=plan, out=endpoint, backend=self.encoder_backend(users),
+        )  # fmt: skip
+        return self.shard.score_topk(endpoint, k, exclude, deny, out=out, workspace=workspace, backend=self.backend)
 
 
 class ShardedRecommender(Recommender):
@@ -210,7 +330,7 @@ class ShardedRecommender(Recommender):
     The catalogue is that of the checkpoint: it does not change.
 
     A rank that ends, or hangs for `timeout` seconds in a request, raises `RankLost` on the others, then and on every
-    later call: start all ranks anew.
+    later call: start all ranks anew. On a GPU the process's current device becomes this rank's.
     """
 
     def __init__(
@@ -222,6 +342,7 @@ class ShardedRecommender(Recommender):
         device: torch.device | str = "cpu",
         dtype: torch.dtype | str = torch.float32,
         backend: str = "auto",
+        table_bytes: bool = False,
     ) -> None:
         """Put this rank's part of the table on `device`; a collective.
 
@@ -232,6 +353,7 @@ class ShardedRecommender(Recommender):
             device: of this rank.
             dtype: as in `Recommender`.
             backend: as in `Recommender`.
+            table_bytes: as in `Recommender`.
 
         Raises:
             InputError: sizes that are not one for each rank, or do not add up to the catalogue.
@@ -244,15 +366,17 @@ class ShardedRecommender(Recommender):
         self.rank, self.timeout = dist.get_rank(), timeout
         self._start = sum(sizes[: self.rank])
         self._size = sizes[self.rank]
-        super().__init__(checkpoint, device=device, dtype=dtype, backend=backend)
+        super().__init__(checkpoint, device=device, dtype=dtype, backend=backend, table_bytes=table_bytes)
         self._room = items
         on_time = timedelta(seconds=timeout)
+        if self._on_gpu:
+            torch.cuda.set_device(self.device)  # where kernels and NCCL go
         with naming_the_loss("while the groups were made", timeout):
             self._waiting = _group("gloo", _IDLE)
             self._talking = _group("gloo", on_time)
-            exchange = self._talking if self.device.type == "cpu" else _group("nccl", on_time)
-        self._sharded = ShardedTable(self._table, self._start + 1, items, exchange, timeout)
-        self._turn = threading.Lock()
+            exchange = _group("nccl", _WATCHDOG * on_time) if self._on_gpu else self._talking
+        self._sharded = ShardedTable(self._table, self._start + 1, items, exchange, timeout, self._bytes)
+        self._turn = threading.RLock()
         self._ended: Exception | None = None  # why nothing more can be asked
 
     def _build(self, checkpoint: Checkpoint) -> FAVE:
@@ -276,18 +400,28 @@ class ShardedRecommender(Recommender):
         if self.rank == 0:
             raise RuntimeError("rank 0 asks; expected follow on the other ranks")
         while (asked := self._receive()) is not None:
-            self._answer(asked)
+            self._do(asked)
 
     def close(self) -> None:
         """Let the followers go; on rank 0. Again is no error."""
         with self._turn:
+            self._graphs = None  # before NCCL's memory that they refer to
             if self.rank == 0 and self._ended is None:
                 self._ended = Closed("the recommender is closed; expected a request before that")
-                self._broadcast(torch.zeros(_HEADER, dtype=torch.int64), self._waiting)
+                self._broadcast(torch.zeros(_FIRST, dtype=torch.int64), self._waiting)
 
-    def warmup(self, k: int = 20, batches: Sequence[int] = ()) -> float:
-        """Nothing is captured: 0 seconds."""
-        return 0.0
+    def warmup(self, k: int = 20, batches: Sequence[int] = BATCHES) -> float:
+        """As `Recommender.warmup`, on all ranks at once, when rank 0 calls it; elsewhere nothing."""
+        if not self._on_gpu or self.rank != 0:
+            return 0.0
+        started, k = time.perf_counter(), min(k, self._room)
+        reason = self._sharded_step(self.config.flow.seed, 1).why_not_captured(k)
+        if reason is not None:
+            _logger.info("no CUDA graphs: %s", reason)
+            return 0.0
+        none = torch.zeros(0, dtype=torch.int64)
+        self._ask(_Asked(_WARM_UP, torch.tensor(batches), none, none, k, False, False, range(0), 0))
+        return time.perf_counter() - started
 
     def add_items(self, ids: Sequence[ItemId], embeddings: Any) -> int:
         """Not to be had: `InputError`."""
@@ -314,7 +448,17 @@ class ShardedRecommender(Recommender):
     ) -> tuple[Floats, Ints]:
         numbers = torch.zeros(0, dtype=torch.int64) if denied is None else denied.nonzero().flatten()
         ids, offsets = (torch.from_numpy(part).long() for part in histories)
-        asked = _Asked(ids, offsets, numbers, min(k, self._room), exclude, denied is not None, seeds)
+        asked = _Asked(_ASK, ids, offsets, numbers, min(k, self._room), exclude, denied is not None, seeds, 0)
+        with self._turn:
+            if self._on_gpu:
+                found = self._captured(histories, asked.k, denied, seeds)
+                self.batches[found if isinstance(found, str) else "captured"] += 1
+                if self._graphs is not None and not isinstance(found, str):
+                    asked = replace(asked, batch=self._graphs.batch_of(histories) or 0)
+            return self._ask(asked)
+
+    def _ask(self, asked: _Asked) -> tuple[Floats, Ints]:
+        """Let all ranks do something, rank 0 among them."""
         with self._turn:
             if self.rank != 0:
                 raise RuntimeError(f"rank {self.rank} was asked; expected rank 0 to be, and the others to follow")
@@ -326,22 +470,37 @@ class ShardedRecommender(Recommender):
                 self.backend, table.device, table.dtype, beyond_kernels(table.shape[1], asked.k, len(table))
             )
             try:
-                self._broadcast(asked.header(), self._waiting)
-                self._broadcast(asked.payload(), self._talking)
-                scores, items = self._answer(asked)
+                first, rest = asked.messages()
+                self._broadcast(first, self._waiting)
+                if len(rest) > 0:
+                    self._broadcast(rest, self._talking)
+                return self._do(asked)
             except Exception as error:  # whatever it was, the ranks may now be at different places
                 self._ended = error
                 raise
-        return scores.cpu().numpy(), items.cpu().numpy()
+
+    def _do(self, asked: _Asked) -> tuple[Floats, Ints]:
+        """Do the part of this rank."""
+        try:
+            if asked.kind == _WARM_UP:
+                self._graphs = None  # gives its memory back before the next takes its own
+                step = self._sharded_step(self.config.flow.seed, self.config.model.max_length)
+                self._graphs = StepGraphs(step, asked.k, asked.ids.tolist(), self.timeout)
+                return np.zeros((0, 0), np.float32), np.zeros((0, 0), np.int64)
+            return self._answer(asked)
+        except RankLost:
+            self._sharded.abort()
+            raise
 
     def _receive(self) -> _Asked | None:
-        header = torch.zeros(_HEADER, dtype=torch.int64)
-        self._broadcast(header, self._waiting)
-        if not bool(header.any()):
+        first = torch.zeros(_FIRST, dtype=torch.int64)
+        self._broadcast(first, self._waiting)
+        if int(first[0]) == _END:
             return None
-        payload = torch.empty(int(header[:3].sum()), dtype=torch.int64)
-        self._broadcast(payload, self._talking)
-        return _Asked.of(header, payload)
+        rest = torch.empty(_Asked.missing(first), dtype=torch.int64)
+        if len(rest) > 0:
+            self._broadcast(rest, self._talking)
+        return _Asked.of(first, rest)
 
     def _broadcast(self, tensor: Tensor, group: dist.ProcessGroup) -> None:
         with naming_the_loss("while a request was passed on", self.timeout):
@@ -351,8 +510,13 @@ class ShardedRecommender(Recommender):
             work.wait(timedelta(seconds=self.timeout) if self.rank == 0 else _IDLE)
 
     @torch.no_grad()
-    def _answer(self, asked: _Asked) -> tuple[Tensor, Tensor]:
-        """Do the part of this rank; the same lists on every one."""
+    def _answer(self, asked: _Asked) -> tuple[Floats, Ints]:
+        """The same lists on every rank."""
+        if asked.batch > 0 and self._graphs is not None:
+            histories = Histories(asked.ids.int().numpy(), asked.offsets.numpy())
+            with naming_the_loss("while a captured step ran", self.timeout):
+                scores, items = self._graphs.of(asked.batch).run(histories, asked.exclude)
+            return scores[:, : asked.k], items[:, : asked.k]
         ids, offsets = asked.ids.to(self.device), asked.offsets.to(self.device)
         seen = Exclusions(ids, offsets) if asked.exclude else None
         deny = None
@@ -360,18 +524,36 @@ class ShardedRecommender(Recommender):
             deny = torch.zeros(self._size + 1, dtype=torch.bool)
             deny[self._sharded.local(asked.denied)] = True
             deny = deny.to(self.device)
-        drawn = []
-        for seed in asked.seeds:
-            step = self._step(seed)
-            sharded = ShardedStep(step.weights, step.path, self._sharded, self.backend)
-            drawn.append(sharded(ids, offsets, seen, asked.k, deny))
-        return drawn[0] if len(drawn) == 1 else merge_drawn(drawn, asked.k)
+        width = min(int(asked.offsets.diff().max()), self.config.model.max_length)
+        drawn = [self._sharded_step(seed, width)(ids, offsets, seen, asked.k, deny) for seed in asked.seeds]
+        best = drawn[0] if len(drawn) == 1 else merge_drawn(drawn, asked.k)
+        self._sharded.settle()
+        return best[0].cpu().numpy(), best[1].cpu().numpy()
+
+    def _sharded_step(self, seed: int, width: int) -> ShardedStep:
+        step = self._step(seed)
+        return ShardedStep(
+            step.weights, step.path, step.backend, table_bytes=step.table_bytes, shard=self._sharded, width=width
+        )
 
 
 @dataclass(frozen=True)
 class _Asked:
-    """A request as it goes from rank 0 to the others: numbers of the whole catalogue, on the CPU."""
+    """What all ranks shall do, as it goes from rank 0 to the others: numbers of the whole catalogue, on the CPU.
 
+    Attributes:
+        kind: `_ASK`, or `_WARM_UP`.
+        ids: of the histories; for a warm-up the batch sizes.
+        offsets: of the histories.
+        denied: item numbers that nobody gets.
+        k: K.
+        exclude: whether a history's own items are left out.
+        deny: whether there is a list of denied items.
+        seeds: of what is drawn.
+        batch: of the captured graph that answers; 0 where none does.
+    """
+
+    kind: int
     ids: Tensor
     offsets: Tensor
     denied: Tensor
@@ -379,22 +561,36 @@ class _Asked:
     exclude: bool
     deny: bool
     seeds: range
+    batch: int
 
-    def header(self) -> Tensor:
-        """int64 [8], with the lengths of the payload's parts first."""
+    def messages(self) -> tuple[Tensor, Tensor]:
+        """int64 [`_FIRST`]: lengths and numbers, then the payload's beginning; and the payload's rest."""
         lengths = (len(self.ids), len(self.offsets), len(self.denied))
-        return torch.tensor([*lengths, self.k, self.exclude, self.deny, self.seeds.start, self.seeds.stop])
-
-    def payload(self) -> Tensor:
-        """int64, all parts end to end."""
-        return torch.cat((self.ids, self.offsets, self.denied))
+        numbers = (self.k, self.exclude, self.deny, self.seeds.start, self.seeds.stop, self.batch)
+        payload = torch.cat((self.ids, self.offsets, self.denied))
+        begun, rest = payload[: _FIRST - _HEADER], payload[_FIRST - _HEADER :]
+        first = torch.zeros(_FIRST, dtype=torch.int64)
+        first[:_HEADER] = torch.tensor([self.kind, *lengths, *numbers])
+        first[_HEADER : _HEADER + len(begun)] = begun
+        return first, rest
 
     @classmethod
-    def of(cls, header: Tensor, payload: Tensor) -> _Asked:
-        """What `header` and `payload` hold."""
-        tokens, bounds, denied, k, exclude, deny, first, end = header.tolist()
+    def missing(cls, first: Tensor) -> int:
+        """How many words are not in the first message."""
+        return max(0, int(first[1:4].sum()) - (_FIRST - _HEADER))
+
+    @classmethod
+    def of(cls, first: Tensor, rest: Tensor) -> _Asked:
+        """What `messages` made."""
+        kind, tokens, bounds, denied, k, exclude, deny, start, end, batch = first[:_HEADER].tolist()
+        payload = torch.cat((first[_HEADER:], rest))[: tokens + bounds + denied]
         ids, offsets, numbers = torch.split(payload, [tokens, bounds, denied])
-        return cls(ids, offsets, numbers, k, bool(exclude), bool(deny), range(first, end))
+        return cls(kind, ids, offsets, numbers, k, bool(exclude), bool(deny), range(start, end), batch)
+
+
+def _words(rows: Tensor) -> Tensor:
+    """Rows [n, D] as whole numbers [n, ...] in the same memory."""
+    return rows.view(torch.int32 if rows.element_size() * rows.shape[1] % 4 == 0 else torch.uint8)
 
 
 def _group(backend: str, timeout: timedelta) -> dist.ProcessGroup:

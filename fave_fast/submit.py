@@ -67,12 +67,13 @@ class Completion:
         if int(self._flag) != 1:
             raise RuntimeError(f"the completion flag is {int(self._flag)} after one signal; expected 1")
 
-    def signal(self, answer: Tensor | None = None, host: Tensor | None = None) -> None:
+    def signal(self, answer: Tensor | None = None, host: Tensor | None = None, *, early: bool = True) -> None:
         """Launch the last work of a request on the current stream, under capture: its answer is copied, and it counts.
 
         Args:
             answer: int32 on the device, contiguous; None where there is nothing to copy.
             host: of the same shape in pinned memory.
+            early: what precedes it is a kernel, while whose end it may start.
         """
         if answer is None or host is None:
             answer = host = self._nothing
@@ -82,7 +83,7 @@ class Completion:
         from fave_fast.kernels import submit as kernels
 
         # In a graph a kernel starts early only behind a kernel: it says what depends on what.
-        pdl = torch.cuda.is_current_stream_capturing() and launches_overlap(self.stream.device)
+        pdl = early and torch.cuda.is_current_stream_capturing() and launches_overlap(self.stream.device)
         kernels.hand_over(answer, host, self._counts, self._flag, pdl=pdl)
 
     def run(self, graph: CUDAGraph, graph_exec: int, timeout: float) -> None:

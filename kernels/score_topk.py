@@ -22,11 +22,56 @@ Scores are compared as integers in the same order; the bits of a NaN count as th
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a catalogue and its lists are cut.
+
+    Attributes:
+        k: K, at most 1,024.
+        wanted: groups that are chosen at least, if there are so many: K, or more of groups that have upper bounds only.
+        capacity: groups and spans that are chosen at most, at least `wanted`.
+        group: items of a group, a power of two, at most a tile's.
+        tiles: tiles of the catalogue, the last one perhaps not full.
+        spans: spans of the catalogue, 0 where groups are few enough to be chosen from at once.
+        tiles_of_chunk: tiles that one program of `scan` takes, whole spans.
+        tiles_of_span: tiles of a span.
+        span_width: maxima that the choice of spans holds in registers, a power of two.
+        group_width: likewise that of groups.
+    """
+
+    k: int
+    wanted: int
+    capacity: int
+    group: int
+    tiles: int
+    spans: int
+    tiles_of_chunk: int
+    tiles_of_span: int
+    span_width: int
+    group_width: int
+
+
+@dataclass(frozen=True)
+class Certified:
+    """What becomes of lists by upper bounds.
+
+    Attributes:
+        flags: int32 [B]: 1 where a list is not certain, else 0.
+        counts: int64 [2]: how many lists there were, and how many of them were not certain; added to.
+    """
+
+    flags: Tensor
+    counts: Tensor
+
 
 BUFFERS = ("group_max", "span_max", "bounds", "chosen_spans", "chosen_groups", "entries")
 
@@ -89,6 +134,7 @@ def scan(
     table,
     table_tiles,
     deny,
+    flags,
     group_max,
     span_max,
     rows,
@@ -106,6 +152,7 @@ def scan(
     STAGES: tl.constexpr,
     SPANS: tl.constexpr,
     DENY: tl.constexpr,
+    FLAGGED: tl.constexpr,
     TMA: tl.constexpr,
     PDL: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -114,7 +161,7 @@ def scan(
     """Group maxima [rows, tiles * BN / G], and where SPANS the maxima [rows, spans] of `tiles_of_span` tiles each.
 
     A program takes M rows and a chunk of tiles, whole spans. The programs of one chunk start side by side, so that all
-    but the first read its tiles from L2.
+    but the first read its tiles from L2. FLAGGED: it does nothing unless one of its rows has a flag.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -131,6 +178,8 @@ def scan(
         q = tl.load(queries + row[:, None] * D + column, mask=present[:, None] & (column < D), other=0.0)
     first = chunk * tiles_of_chunk
     stop = tl.minimum(first + tiles_of_chunk, tiles)
+    if FLAGGED:
+        stop = tl.where(tl.max(tl.load(flags + row, mask=present, other=0), axis=0) > 0, stop, first)
     full = tl.minimum(stop, items // BN)
     group_row = group_max + (row * tiles * GROUPS)[:, None] + tl.arange(0, GROUPS)
     span_row = span_max + row * spans
@@ -363,13 +412,31 @@ def _take_out(
         tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["k", "capacity", "items", "groups_at_all", "spans", "width"])
+@triton.jit
+def _is_certain(last, all_chosen, least, above_all, group_max, G: tl.constexpr):
+    """Whether no item of a group that was not chosen comes before the K-th entry, `last`.
+
+    All chosen groups reach `least`, and no other exceeds it. Equals of it may be among those, but where it is the
+    largest of all, the chosen ones are the first of their equals: then an item that reaches it in a chosen group comes
+    before all items of groups that were not chosen. (So it is where the query is zero.)
+    """
+    key = (last >> 32).to(tl.int32)
+    group = tl.maximum(((last & _LAST_ID) ^ _LAST_ID) - 1, 0) // G
+    listed = key > _LOWEST
+    bound = _order(tl.load(group_max + group, mask=listed, other=-float("inf")))
+    equals = (key == least) & (above_all - 1 == least) & (bound == least)
+    return all_chosen | (listed & ((key > least) | equals))
+
+
+@triton.jit(do_not_specialize=["k", "wanted", "capacity", "items", "groups_at_all", "spans", "width"])
 def finish(
     queries,
     table,
     deny,
     excluded_ids,
     excluded_offsets,
+    flags,
+    counts,
     group_max,
     span_max,
     bounds,
@@ -379,6 +446,7 @@ def finish(
     scores_out,
     ids_out,
     k,
+    wanted,
     capacity,
     items,
     groups_at_all,
@@ -398,13 +466,21 @@ def finish(
     SPANS: tl.constexpr,
     DENY: tl.constexpr,
     EXCLUDE: tl.constexpr,
+    CERTIFY: tl.constexpr,
+    FLAGGED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """The list of one row from its maxima."""
+    """The list of one row from its maxima.
+
+    CERTIFY: these are upper bounds, and the row's flag says whether the list is not certain. FLAGGED: a row without a
+    flag has its list.
+    """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
+    if FLAGGED and tl.load(flags + row) == 0:
+        return
     column = tl.arange(0, DP)
     group_max += row * groups_at_all
     span_max += row * spans
@@ -423,31 +499,33 @@ def finish(
         _take_out(excluded_ids, begin, end, group_max, span_max, bounds, items, groups_at_all, width, G, SPANS)
     if SPANS:
         chosen_spans += row * capacity
-        count, low, high = _choose_maxima(
-            span_max, spans, chosen_spans, chosen_spans, 1, spans, 0, 0, k, capacity, SPAN_WIDTH, 0, False
+        count, low, above_all = _choose_maxima(
+            span_max, spans, chosen_spans, chosen_spans, 1, spans, 0, 0, wanted, capacity, SPAN_WIDTH, 0, False
         )
-        clean, floor, _ = _choose_maxima(
-            group_max, count * width, chosen_groups, chosen_spans, width, groups_at_all, low, high, k, capacity,
-            WIDTH, SHIFT, True,
+        clean, least, _ = _choose_maxima(
+            group_max, count * width, chosen_groups, chosen_spans, width, groups_at_all, low, above_all, wanted,
+            capacity, WIDTH, SHIFT, True,
         )  # fmt: skip
     else:
-        clean, floor, _ = _choose_maxima(
-            group_max, groups_at_all, chosen_groups, chosen_spans, 1, groups_at_all, 0, 0, k, capacity, WIDTH, 0, False
-        )
+        clean, least, above_all = _choose_maxima(
+            group_max, groups_at_all, chosen_groups, chosen_spans, 1, groups_at_all, 0, 0, wanted, capacity, WIDTH, 0,
+            False,
+        )  # fmt: skip
     groups = clean
     if EXCLUDE:
         lane = tl.arange(0, 128)
         for at in range(begin, end, 128):
             bound = _order(tl.load(bounds + at + lane, mask=at + lane < end, other=-float("inf")))
             item = tl.load(excluded_ids + at + lane, mask=at + lane < end, other=1)
-            reaches = bound >= floor
+            reaches = bound >= least
             place = tl.cumsum(reaches.to(tl.int32), axis=0)
             tl.store(chosen_groups + groups + place - 1, ((item - 1) // G).to(tl.int32), mask=reaches)
             groups += tl.sum(reaches.to(tl.int32), axis=0)
         tl.debug_barrier()
 
     # An entry is a key over an id that counts down: entries differ, and the larger one comes first.
-    floor = floor.to(tl.int64) << 32
+    # The K-th score may be below bounds that K groups reach.
+    floor = (clean * 0 + _LOWEST + 1 if CERTIFY else least).to(tl.int64) << 32
     fill = groups * 0
     total = groups * G
     lane = tl.arange(0, R)
@@ -496,6 +574,94 @@ def finish(
     missing = (lane >= fill) & (lane < k)
     tl.store(scores_out + row * k + lane, tl.full([RANKED], -float("inf"), tl.float32), mask=missing)
     tl.store(ids_out + row * k + lane, tl.zeros([RANKED], tl.int64), mask=missing)
+    if CERTIFY:
+        last = tl.max(tl.where(listed & (rank == k - 1), entry, _NO_ENTRY), axis=0)
+        certain = _is_certain(last, clean < wanted, least, above_all, group_max, G)
+        tl.store(flags + row, 1 - certain.to(tl.int32))
+        if tl.max(tl.max((q != 0).to(tl.int32), axis=1), axis=0) > 0:
+            tl.atomic_add(counts, 1, sem="relaxed")
+            tl.atomic_add(counts + 1, 1 - certain.to(tl.int64), sem="relaxed")
+
+
+def launch_finish(
+    queries: Tensor,
+    table: Tensor,
+    deny: Tensor | None,
+    excluded: tuple[Tensor, Tensor] | None,
+    buffers: dict[str, Tensor],
+    scores: Tensor,
+    ids: Tensor,
+    *,
+    cut: Cut,
+    of_tile: int,
+    shapes: dict[str, int],
+    certified: Certified | None = None,
+    flags: Tensor | None = None,
+) -> None:
+    """The lists of maxima in `buffers`.
+
+    Args:
+        queries: as in `score_topk`, and so is all that is not named here.
+        table: as above.
+        deny: as above.
+        excluded: as above.
+        buffers: as above.
+        scores: as above.
+        ids: as above.
+        cut: as above.
+        of_tile: groups of a tile.
+        shapes: as `finish_shapes`.
+        certified: for maxima that are upper bounds: which lists are certain is written there.
+        flags: as above.
+    """
+    rows, d = queries.shape
+    padded = max(16, triton.next_power_of_2(d))
+    width = cut.tiles_of_span * of_tile
+    r = min(shapes["R"], triton.next_power_of_2(cut.capacity * cut.group))
+    ranked = max(128, triton.next_power_of_2(cut.k))
+    excluded_ids, excluded_offsets = (ids, ids) if excluded is None else excluded
+    pdl = bool(shapes["PDL"])
+    if certified is not None:
+        flags = certified.flags
+    finish[(rows,)](
+        queries,
+        table,
+        table if deny is None else deny.view(torch.int8),
+        excluded_ids,
+        excluded_offsets,
+        ids if flags is None else flags,
+        ids if certified is None else certified.counts,
+        *(buffers[name] for name in BUFFERS),
+        scores,
+        ids,
+        cut.k,
+        cut.wanted,
+        cut.capacity,
+        len(table) - 1,
+        cut.tiles * of_tile,
+        cut.spans,
+        width,
+        D=d,
+        DP=padded,
+        G=cut.group,
+        BK=min(shapes["BK"] or padded, padded),
+        M=shapes["M"],
+        R=r,
+        SPAN_WIDTH=cut.span_width,
+        WIDTH=cut.group_width,
+        SHIFT=width.bit_length() - 1 if width & (width - 1) == 0 else -1,
+        BUFFER=triton.next_power_of_2(ranked + r),
+        RANKED=ranked,
+        SPANS=cut.spans > 0,
+        DENY=deny is not None,
+        EXCLUDE=excluded is not None,
+        CERTIFY=certified is not None,
+        FLAGGED=flags is not None and certified is None,
+        PDL=pdl,
+        num_warps=shapes["num_warps"],
+        **({"launch_pdl": True} if pdl else {}),
+        **({"maxnreg": shapes["REGISTERS"]} if shapes["REGISTERS"] else {}),
+    )
 
 
 def score_topk(
@@ -507,18 +673,11 @@ def score_topk(
     scores: Tensor,
     ids: Tensor,
     *,
-    k: int,
-    capacity: int,
-    group: int,
-    tiles: int,
-    spans: int,
-    tiles_of_chunk: int,
-    tiles_of_span: int,
-    span_width: int,
-    group_width: int,
+    cut: Cut,
     scan_shapes: dict[str, int],
     finish_shapes: dict[str, int],
     overlap: bool,
+    flags: Tensor | None = None,
 ) -> None:
     """Write the lists of queries [B, D] over table [N + 1, D] to scores [B, k] float32 and ids [B, k] int64.
 
@@ -531,90 +690,48 @@ def score_topk(
             `chosen_groups` int32, `entries` int64: contents do not matter and change.
         scores: written.
         ids: written.
-        k: K, at most 1,024.
-        capacity: groups and spans that are chosen at most, at least k.
-        group: items of a group, a power of two, at most a tile's.
-        tiles: tiles of the catalogue, the last one perhaps not full.
-        spans: spans of the catalogue, 0 where groups are few enough to be chosen from at once.
-        tiles_of_chunk: tiles that one program of `scan` takes, whole spans.
-        tiles_of_span: tiles of a span.
-        span_width: maxima that the choice of spans holds in registers, a power of two.
-        group_width: likewise that of groups.
+        cut: how the catalogue is cut.
         scan_shapes: M, BN, BK, num_warps, num_stages, TMA.
         finish_shapes: M, R, BK, num_warps, REGISTERS (a thread's at most, or 0), PDL.
         overlap: `scan` too may start while what was launched before it ends, a kernel.
+        flags: int32 [B]: only rows with a flag get a list; by default all do.
     """
     rows, d = queries.shape
-    items = len(table) - 1
     padded = max(16, triton.next_power_of_2(d))
     m, bn = scan_shapes["M"], scan_shapes["BN"]
     tma = bool(scan_shapes["TMA"])
-    nested = spans > 0
-    width = tiles_of_span * (bn // group)
-    pdl = bool(finish_shapes["PDL"])
-    scan[(triton.cdiv(rows, m) * triton.cdiv(tiles, tiles_of_chunk),)](
+    scan[(triton.cdiv(rows, m) * triton.cdiv(cut.tiles, cut.tiles_of_chunk),)](
         queries,
         table,
         TensorDescriptor.from_tensor(table[1:], [bn, padded]) if tma else table,
         table if deny is None else deny.view(torch.int8),
+        ids if flags is None else flags,
         buffers["group_max"],
         buffers["span_max"],
         rows,
-        items,
-        tiles,
-        spans,
-        tiles_of_chunk,
-        tiles_of_span,
+        len(table) - 1,
+        cut.tiles,
+        cut.spans,
+        cut.tiles_of_chunk,
+        cut.tiles_of_span,
         D=d,
         DP=padded,
         BK=min(scan_shapes["BK"] or padded, padded),
         M=m,
         BN=bn,
-        G=group,
+        G=cut.group,
         STAGES=scan_shapes["num_stages"],
-        SPANS=nested,
+        SPANS=cut.spans > 0,
         DENY=deny is not None,
+        FLAGGED=flags is not None,
         TMA=tma,
-        PDL=pdl,
+        PDL=bool(finish_shapes["PDL"]),
         OVERLAP=overlap,
         INTERPRETED=not queries.is_cuda,
         num_warps=scan_shapes["num_warps"],
         **({"launch_pdl": True} if overlap else {}),
     )
-    r = min(finish_shapes["R"], triton.next_power_of_2(capacity * group))
-    ranked = max(128, triton.next_power_of_2(k))
-    excluded_ids, excluded_offsets = (ids, ids) if excluded is None else excluded
-    finish[(rows,)](
-        queries,
-        table,
-        table if deny is None else deny.view(torch.int8),
-        excluded_ids,
-        excluded_offsets,
-        *(buffers[name] for name in BUFFERS),
-        scores,
-        ids,
-        k,
-        capacity,
-        items,
-        tiles * (bn // group),
-        spans,
-        width,
-        D=d,
-        DP=padded,
-        G=group,
-        BK=min(finish_shapes["BK"] or padded, padded),
-        M=finish_shapes["M"],
-        R=r,
-        SPAN_WIDTH=span_width,
-        WIDTH=group_width,
-        SHIFT=width.bit_length() - 1 if width & (width - 1) == 0 else -1,
-        BUFFER=triton.next_power_of_2(ranked + r),
-        RANKED=ranked,
-        SPANS=nested,
-        DENY=deny is not None,
-        EXCLUDE=excluded is not None,
-        PDL=pdl,
-        num_warps=finish_shapes["num_warps"],
-        **({"launch_pdl": True} if pdl else {}),
-        **({"maxnreg": finish_shapes["REGISTERS"]} if finish_shapes["REGISTERS"] else {}),
-    )
+    launch_finish(
+        queries, table, deny, excluded, buffers, scores, ids,
+        cut=cut, of_tile=bn // cut.group, shapes=finish_shapes, flags=flags,
+    )  # fmt: skip

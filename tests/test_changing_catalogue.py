@@ -13,6 +13,7 @@ from fave_fast import checkpoint as checkpoints
 from fave_fast.checkpoint import Checkpoint
 from fave_fast.engine import ItemId, Recommendation, Recommender
 from fave_fast.errors import InputError
+from fave_fast.ops.registry import why_no_extension
 
 HISTORIES: list[list[ItemId]] = [[101], [103, 102, 101], [124, 101, 124, 110, 105, 101], [], [104, 900]]
 
@@ -152,3 +153,22 @@ def test_a_list_knows_one_version(kept: Checkpoint) -> None:
     assert len({answers[0].version for answers in found}) > 3
     for answers in found:
         assert answers == expected[answers[0].version]
+
+
+@pytest.mark.skipif(why_no_extension() is not None, reason=str(why_no_extension()))
+def test_the_table_in_bytes_follows_every_change(kept: Checkpoint) -> None:
+    more = torch.randn(60, kept.config.model.d)
+    other = replace(kept, weights={name: 1.5 * weight for name, weight in kept.weights.items()})
+    plain, in_bytes = Recommender(kept), Recommender(kept, table_bytes=True)
+    for change in (
+        lambda each: each.add_items(range(200, 260), 2 * more),  # the table moves
+        lambda each: each.add_items([101, 300], more[:2]),
+        lambda each: each.remove_items([102, 230]),
+        lambda each: each.swap(other),
+    ):
+        for each in (plain, in_bytes):
+            change(each)
+        assert in_bytes.recommend(HISTORIES, 30) == plain.recommend(HISTORIES, 30)
+    assert in_bytes._bytes is not None
+    in_bytes._bytes.require(in_bytes._table)
+    assert (plain.fallback_share, in_bytes.fallback_share) == (0, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -33,8 +34,8 @@ def checkpoint(**flow: Any) -> Checkpoint:
     return Checkpoint(config, weights, ids, IdMap.from_ids([]), popularity, {}, none, none, none.new_zeros(1))
 
 
-def recommender(backend: str = "auto", **flow: Any) -> Recommender:
-    return Recommender(checkpoint(**flow), device="cuda", dtype="bf16", backend=backend)
+def recommender(backend: str = "auto", table_bytes: bool = False, **flow: Any) -> Recommender:
+    return Recommender(checkpoint(**flow), device="cuda", dtype="bf16", backend=backend, table_bytes=table_bytes)
 
 
 def histories(count: int, seed: int = 0) -> Histories:
@@ -136,8 +137,10 @@ def test_nothing_is_allocated_after_warm_up(warm: Recommender) -> None:
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
 
 
-def test_items_come_and_go_without_a_new_capture() -> None:
-    served, plain = recommender("triton"), recommender("triton")
+@pytest.mark.parametrize("table_bytes", [False, True])
+def test_items_come_and_go_without_a_new_capture(table_bytes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(import_module("fave_fast.ops.score_topk"), "BYTES_LEAST_ITEMS", 1)
+    served, plain = recommender("triton", table_bytes), recommender("triton")
     rows = torch.randn(3, 128)
     for each in (served, plain):
         each.add_items([5000], rows[:1])  # the table moves, and has room from now on
@@ -158,6 +161,7 @@ def test_items_come_and_go_without_a_new_capture() -> None:
     assert served._graphs is not graphs
     served.best_items(*some)
     assert set(served.batches) == {"captured"}
+    assert served._bytes is None or served._bytes.counts[0] > 0
 
 
 def test_graphs_take_memory_on_their_own_stream(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,10 +27,10 @@ from fave_fast.flow import InferenceNoise
 from fave_fast.graphs import Step
 from fave_fast.model import FAVE
 from fave_fast.ops import Exclusions, score_topk
+from fave_fast.ops.byte_table import NativeByteTable
 from fave_fast.ops.encoder import EncoderWeights, InputPath, encode, encode_ids
 from fave_fast.ops.encoder_cpu import NativeWeights
 from fave_fast.ops.registry import why_no_extension
-from fave_fast.ops.score_topk_cpu import ByteTable
 from fave_fast.ops.step_cpu import NativeStep, TimedLists
 
 if why_no_extension() is not None:
@@ -236,7 +236,7 @@ def test_lists_equal_a_full_sort(isa: str, monkeypatch: pytest.MonkeyPatch) -> N
         exclude = Exclusions.from_lists([rng.integers(0, items + 2, 30).tolist() for _ in range(batch)])
         deny = torch.from_numpy(rng.random(items + 1) < 0.2)
         expected = score_topk(queries, table, k, exclude, deny, backend="reference")
-        for table_bytes in (None, ByteTable.pack(table)):
+        for table_bytes in (None, NativeByteTable.pack(table)):
             got = score_topk(queries, table, k, exclude, deny, table_bytes=table_bytes, backend="cpp")
             assert torch.equal(got[0], expected[0])
             assert torch.equal(got[1], expected[1])
@@ -261,7 +261,7 @@ def test_the_certified_scan_has_the_plain_ones_bits(
     queries[4, 0] = torch.inf
     queries[5] *= 1e-30
     table, queries = table.to(dtype), queries.to(dtype)
-    table_bytes = ByteTable.pack(table)
+    table_bytes = NativeByteTable.pack(table)
     for batch in (queries, queries[:1]):
         plain = score_topk(batch, table, 20, backend="cpp")
         certified = score_topk(batch, table, 20, table_bytes=table_bytes, backend="cpp")
@@ -280,7 +280,7 @@ def test_the_bound_holds_for_what_is_left_out(isa: str, dtype: torch.dtype) -> N
     scale = table.float().abs().amax(1, keepdim=True) / 127
     rest = table.float() - (table.float() / scale).round() * scale
     queries = (rest[1:9] * 1000 + table[1:9].float()).to(dtype)
-    table_bytes = ByteTable.pack(table, isa)
+    table_bytes = NativeByteTable.pack(table, isa)
     plain = [torch.empty(8, 20), torch.empty(8, 20, dtype=torch.int64)]
     view = torch.uint16 if dtype == torch.bfloat16 else torch.float32
     arrays = queries.view(view).numpy(), table.view(view).numpy()
@@ -295,7 +295,7 @@ def test_where_too_much_is_left_the_plain_scan_answers() -> None:
     generator = torch.Generator().manual_seed(0)
     table = 1 + 1e-4 * torch.randn(20_001, 16, generator=generator)
     queries = torch.randn(3, 16, generator=generator)
-    table_bytes = ByteTable.pack(table)
+    table_bytes = NativeByteTable.pack(table)
     got = score_topk(queries, table, 5, table_bytes=table_bytes, backend="cpp")
     expected = score_topk(queries, table, 5, backend="cpp")
     assert torch.equal(got[0], expected[0])
@@ -306,9 +306,9 @@ def test_where_too_much_is_left_the_plain_scan_answers() -> None:
 def test_bytes_of_another_table_are_refused() -> None:
     table = torch.randn(50, 8)
     with pytest.raises(ValueError, match="made of another table"):
-        score_topk(torch.randn(2, 8), table.clone(), 3, table_bytes=ByteTable.pack(table))
+        score_topk(torch.randn(2, 8), table.clone(), 3, table_bytes=NativeByteTable.pack(table))
     with pytest.raises(BackendError, match=r"float32 and bfloat16, not torch\.float64"):
-        ByteTable.pack(table.double())
+        NativeByteTable.pack(table.double())
 
 
 @settings(max_examples=40, deadline=None)
@@ -328,7 +328,7 @@ def test_drawn_catalogues(data: st.DataObject) -> None:
     k = data.draw(st.integers(1, items + 5))
     torch.set_num_threads(data.draw(st.integers(1, 3)))
     expected = score_topk(queries, table, k, exclude, deny, backend="reference")
-    for table_bytes in (None, ByteTable.pack(table, data.draw(st.sampled_from(SETS)))):
+    for table_bytes in (None, NativeByteTable.pack(table, data.draw(st.sampled_from(SETS)))):
         got = score_topk(queries, table, k, exclude, deny, table_bytes=table_bytes, backend="cpp")
         assert torch.equal(got[0], expected[0])
         assert torch.equal(got[1], expected[1])
@@ -489,7 +489,7 @@ def test_an_instruction_set_by_name(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     with pytest.raises(BackendError, match=r"FAVE_FAST_ISA is 'abacus'; expected one of .*scalar"):
         score_topk(torch.ones(1, 4), torch.ones(3, 4), 1, backend="cpp")
     with pytest.raises(ValueError, match=r"'abacus' cannot run here; expected one of .*scalar"):
-        ByteTable.pack(torch.ones(3, 4), "abacus")
+        NativeByteTable.pack(torch.ones(3, 4), "abacus")
     assert environment([]) == 0
     assert f"instruction sets: {', '.join(SETS)}" in capsys.readouterr().out
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from fave_fast.errors import BackendError
 from fave_fast.ops import Exclusions, score_topk
+from fave_fast.ops.byte_table import ByteTable
 from fave_fast.ops.registry import why_no_extension, why_no_triton
 from fave_fast.ops.score_topk import workspace_bytes
-from fave_fast.ops.score_topk_cpu import ByteTable
 
 needs_triton = pytest.mark.skipif(why_no_triton() is not None, reason=str(why_no_triton()))
 needs_extension = pytest.mark.skipif(why_no_extension() is not None, reason=str(why_no_extension()))
@@ -153,7 +153,7 @@ def test_exclusions_and_a_deny_list(
 @needs_triton
 def test_spans_of_three_tiles(narrow: None) -> None:
     queries, table = whole_numbers(1, 2000, 4)
-    assert OP_MODULE._Plan.make(1, 2000, queries, 20, 0).tiles_of_span == 3 or DEVICE.type == "cuda"
+    assert OP_MODULE._Plan.make(1, 2000, queries, 20, 0).cut["tiles_of_span"] == 3 or DEVICE.type == "cuda"
     assert_equals_the_reference(queries, table, 20, exclusions(1, 2000, (90,)))
 
 
@@ -326,9 +326,9 @@ def test_both_kernels_form_the_same_bits(batch: int, dtype: torch.dtype) -> None
     out, workspace = poisoned(queries, table, 1008)
     scores, ids = score_topk(queries, table, 1008, out=out, workspace=workspace, backend="triton")
     plan = OP_MODULE._Plan.make(batch, 1008, queries, 1008, 0)
-    maxima = plan.buffers(workspace)["group_max"].view(batch, -1)[:, : 1008 // plan.group]
+    maxima = plan.buffers(workspace)["group_max"].view(batch, -1)[:, : 1008 // plan.cut["group"]]
     by_id = torch.empty_like(scores).scatter_(1, ids - 1, scores)
-    assert torch.equal(by_id.view(batch, -1, plan.group).amax(2), maxima)
+    assert torch.equal(by_id.view(batch, -1, plan.cut["group"]).amax(2), maxima)
 
 
 @pytest.mark.gpu

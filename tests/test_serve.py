@@ -426,6 +426,7 @@ def test_metrics_count_what_happened(tiny_checkpoint: Path) -> None:
         ("fave_fast_unknown_items_total",): 1,
         ("fave_fast_catalogue_items",): 24,
         ("fave_fast_catalogue_version",): 0,
+        ("fave_fast_topk_fallback_share",): 0,
     }
     assert {key: found[key] for key in expected} == expected
     calls = found[("fave_fast_engine_seconds_count",)]

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerContext
+from multiprocessing.context import BaseContext, ForkServerContext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_graphs import ITEMS, checkpoint, histories
 
 from fave_fast import checkpoint as checkpoints
 from fave_fast.engine import Recommendation, Recommender
 from fave_fast.errors import InputError, RankLost
-from fave_fast.ops.registry import why_no_extension
-from fave_fast.sharded import ShardedRecommender, even_sizes, pack_keys, unpack_keys
+from fave_fast.ops.registry import why_no_extension, why_no_triton
+from fave_fast.sharded import ShardedRecommender, ShardedTable, _Asked, even_sizes, newest_items, pack_keys, unpack_keys
 
 PATIENCE = 60.0  # seconds until a test gives up
 
@@ -63,7 +65,7 @@ class Ranks:
     """So many processes that do `work(rank, *arguments)`."""
 
     def __init__(
-        self, context: ForkServerContext, ranks: int, store: Path, work: Callable[..., object], *arguments: Any
+        self, context: BaseContext, ranks: int, store: Path, work: Callable[..., object], *arguments: Any
     ) -> None:
         pipes = [context.Pipe(duplex=False) for _ in range(ranks)]
         self.pipes = [pipe for pipe, _ in pipes]
@@ -214,3 +216,163 @@ def test_keys_order_as_lists_do_and_lose_nothing(pairs: Sequence[tuple[float, in
     best = keys.sort(descending=True, stable=True).indices.tolist()
     ordered = [(-pairs[at][0], pairs[at][1]) for at in best]
     assert ordered == sorted(ordered)
+
+
+GPU_ASKS = [(1, True), (3, True), (4, False), (64, True), (65, True)]  # histories; the last are more than is captured
+
+
+def ask_numbers(recommender: Recommender) -> list[tuple[Any, Any]]:
+    return [recommender.best_items(*histories(count, seed=count), 20, exclude) for count, exclude in GPU_ASKS]
+
+
+def answer_on_gpus(rank: int, sizes: list[int] | None, table_bytes: bool) -> object:
+    recommender = ShardedRecommender(
+        checkpoint(), sizes=sizes, device=f"cuda:{rank}", dtype="bf16", backend="triton", timeout=PATIENCE,
+        table_bytes=table_bytes,
+    )  # fmt: skip
+    if rank > 0:
+        recommender.follow()
+        return "followed"
+    one_by_one = ask_numbers(recommender)
+    assert recommender.warmup(batches=(1, 4, 64)) > 0
+    captured = ask_numbers(recommender)
+    denied = recommender.recommend([[101, 102]], deny=[103])
+    recommender.close()
+    return one_by_one, captured, denied, dict(recommender.batches)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("table_bytes", [False, True])
+@pytest.mark.parametrize(("ranks", "sizes"), [(1, None), (2, None), (2, [ITEMS - 5, 5]), (2, [0, ITEMS]), (4, None)])
+def test_gpus_give_the_lists_of_one_captured_or_not(
+    ranks: int, sizes: list[int] | None, table_bytes: bool, tmp_path: Path
+) -> None:
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} GPUs")
+    group = Ranks(multiprocessing.get_context("spawn"), ranks, tmp_path / "store", answer_on_gpus, sizes, table_bytes)
+    found = group.result(0)
+    assert isinstance(found, tuple), found
+    one = Recommender(checkpoint(), device="cuda", dtype="bf16", backend="triton")
+    expected = ask_numbers(one)
+    one_by_one, captured, denied, batches = found
+    for lists in (one_by_one, captured):
+        for mine, other in zip(lists, expected, strict=True):
+            for part in range(2):
+                np.testing.assert_array_equal(mine[part], other[part])
+    assert denied == one.recommend([[101, 102]], deny=[103])
+    assert batches == {
+        "not warmed up": 5,
+        "captured": 4,
+        "more histories or items than captured": 1,
+        "denied items": 1,
+    }
+    assert [group.result(rank) for rank in range(1, ranks)] == ["followed"] * (ranks - 1)
+
+
+def lose_a_gpu(rank: int, signal_number: int, captured: bool, pids: Path) -> object:
+    recommender = ShardedRecommender(checkpoint(), device=f"cuda:{rank}", dtype="bf16", backend="triton", timeout=5.0)
+    if rank > 0:
+        (pids / str(rank)).write_text(str(os.getpid()))
+        recommender.follow()
+        return "followed"
+    if captured:
+        recommender.warmup(batches=(1,))
+    recommender.recommend([[101]])
+    os.kill(int((pids / "1").read_text()), signal_number)
+    with pytest.raises(RankLost) as caught:
+        ask_often(recommender)
+    return str(caught.value)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("captured", [True, False])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_gpu_that_is_lost_is_an_error(how: int, captured: bool, tmp_path: Path) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs 2 GPUs")
+    context = multiprocessing.get_context("spawn")
+    group = Ranks(context, 2, tmp_path / "store", lose_a_gpu, how, captured, tmp_path)
+    assert "a rank ended, or said nothing for 5 s, while" in str(group.result(0))
+    group.processes[1].kill()
+
+
+@given(lengths=st.lists(st.integers(0, 6), min_size=1, max_size=5), width=st.integers(1, 7), spare=st.integers(0, 3))
+def test_the_newest_items_are_exchanged(lengths: list[int], width: int, spare: int) -> None:
+    """By the places that the encoder gets, it finds the items that it reads, whatever else stands in the memory."""
+    offsets = torch.tensor([0, *np.cumsum(lengths)])
+    ids = torch.arange(100, 100 + sum(lengths) + spare + 1, dtype=torch.int32)
+    newest, places = newest_items(ids, offsets, width)
+    assert newest.shape == (len(lengths) * width,)
+    table = torch.cat((torch.zeros(1, dtype=newest.dtype), newest))
+    for start, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
+        first = max(start, end - width)
+        assert table[places[first:end].long()].tolist() == ids[first:end].tolist()
+        assert places[start:first].eq(0).all()
+    assert sorted(newest[newest > 0].tolist()) == sorted(
+        ids[at].item()
+        for start, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
+        for at in range(max(start, end - width), end)
+    )
+
+
+@given(tokens=st.integers(0, 1200), denied=st.integers(0, 3))
+def test_a_request_arrives_as_it_was_sent(tokens: int, denied: int) -> None:
+    sent = _Asked(
+        1, torch.arange(tokens), torch.tensor([0, tokens]), torch.arange(denied), 7, True, False, range(3, 5), 4
+    )
+    first, rest = sent.messages()
+    assert (len(first), len(rest)) == (512, _Asked.missing(first))
+    got = _Asked.of(first, rest)
+    assert all(torch.equal(getattr(got, name), getattr(sent, name)) for name in ("ids", "offsets", "denied"))
+    plain = ("kind", "k", "exclude", "deny", "seeds", "batch")
+    assert [getattr(got, name) for name in plain] == [getattr(sent, name) for name in plain]
+
+
+@pytest.mark.skipif(why_no_triton() is not None, reason=str(why_no_triton()))
+@settings(max_examples=20, deadline=None)
+@given(data=st.data())
+def test_the_kernels_do_what_the_operations_do(data: st.DataObject) -> None:
+    """Around the exchanges, to the bit: staging of rows, local numbers, keys and their merging."""
+    from fave_fast.kernels import sharded as kernels
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    source = torch.Generator().manual_seed(data.draw(st.integers(0, 1 << 20)))
+    first, rows, d = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 6)), data.draw(st.sampled_from((2, 6)))
+    table = torch.randn(rows, d, generator=source)
+    table[torch.rand(rows, d, generator=source) < 0.3] = -0.0
+    shard = ShardedTable(table, first, 20, None, 1.0)  # type: ignore[arg-type]
+    lengths, width = data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=4)), data.draw(st.integers(1, 6))
+    offsets = torch.tensor([0, *np.cumsum(lengths)])
+    ids = torch.randint(0, 20, (sum(lengths) + 1,), generator=source, dtype=torch.int32)
+    newest, places = newest_items(ids, offsets, width)
+    local = shard.local(newest)
+    expected = torch.where(local[:, None] > 0, table.view(torch.int32)[local], 0)
+    staged = torch.full((1 + len(newest), d), -7, dtype=torch.int32, device=device)
+    found = torch.zeros(len(ids), dtype=torch.int32, device=device)
+    on_device = [part.to(device) for part in (ids, offsets, table.view(torch.int32))]
+    kernels.stage(*on_device, staged, found, first=first, width=width)
+    assert torch.equal(staged.cpu(), torch.cat((torch.zeros(1, d, dtype=torch.int32), expected)))
+    assert torch.equal(found.cpu(), places)
+    numbers = torch.empty_like(on_device[0])
+    kernels.local_numbers(on_device[0], numbers, first=first, rows=rows)
+    assert torch.equal(numbers.cpu(), shard.local(ids))
+
+    ranks, batch, k = (data.draw(st.integers(1, most)) for most in (3, 3, 9))
+    scores = torch.randint(-2, 3, (ranks, batch, k), generator=source).float()
+    scores[torch.rand(scores.shape, generator=source) < 0.2] = -0.0
+    scores[torch.rand(scores.shape, generator=source) < 0.2] = -torch.inf
+    listed = torch.arange(1, scores.numel() + 1).view(scores.shape)[:, torch.randperm(batch, generator=source)]
+    listed = torch.where(scores == -torch.inf, 0, listed)
+    every = torch.stack(
+        [pack_keys(s, torch.where(i > 0, i + first - 1, 0)) for s, i in zip(scores, listed, strict=True)]
+    )
+    keys = torch.empty_like(every, device=device)
+    for rank in range(ranks):
+        kernels.pack_keys(scores[rank].to(device), listed[rank].to(device), keys[rank], first=first)
+    assert torch.equal(keys.cpu(), every)
+    best = unpack_keys(every.transpose(0, 1).flatten(1).topk(k, dim=1).values)
+    merged = torch.full((batch, k), torch.nan, device=device), torch.full((batch, k), -7, device=device)
+    kernels.merge(keys, *merged)
+    assert torch.equal(merged[0].cpu().view(torch.int32), best[0].view(torch.int32))
+    assert torch.equal(merged[1].cpu(), best[1])

@@ -46,3 +46,8 @@ def array(tensor: Tensor) -> npt.NDArray[Any]:
     if tensor.dtype == torch.bfloat16:
         tensor = tensor.view(torch.uint16)
     return tensor.numpy()
+
+
+def rows(matrix: Tensor) -> npt.NDArray[Any]:
+    """A matrix whose rows lie as one piece each: its own memory where they do."""
+    return array(matrix if matrix.stride(1) == 1 or matrix.shape[1] <= 1 else matrix.contiguous())

@@ -4,7 +4,8 @@ The order is: higher score first, and of equal ones the lower id first. `torch.t
 open, so rows where a tie crosses the K-th place are settled by a stable sort; the others never pay for one.
 
 The Triton kernels (`kernels/score_topk.py`) hold no [B, N] matrix: of every group of neighbouring items they keep the
-largest score, choose groups, and compute the scores of these groups' items once more.
+largest score, choose groups, and compute the scores of these groups' items once more. With a table in bytes
+(`kernels/score_topk_bytes.py`) they keep the largest upper bound, and prove the list or compute it by the table.
 """
 
 from __future__ import annotations
@@ -12,16 +13,16 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from fave_fast.ops import native, score_topk_cpu
+from fave_fast.ops.byte_table import ByteTable, KernelByteTable, NativeByteTable
 from fave_fast.ops.exclusions import Exclusions
 from fave_fast.ops.registry import Implementation, Op, not_interpreted, triton_kernels
-from fave_fast.ops.score_topk_cpu import ByteTable
 from fave_fast.ops.tiles import Tiles
 from fave_fast.ops.tuning import Shapes, launches_overlap, multiprocessors, tile_shapes
 from fave_fast.profiling import ranged
@@ -35,6 +36,11 @@ MAX_WIDTH = 256  # D of the kernels
 MAX_ITEMS = (1 << 31) - (1 << 12)  # N of the kernels: ids of a tile's last items stay below 2^31
 MAX_WORKSPACE = 512 << 20  # bytes of group maxima at a time
 ROWS_AT_LEAST = 128  # at a time, though they need more
+
+# Where the kernels scan bytes. Smaller tables are read in less time than what the bytes' two further launches take; at
+# B = 128 the two products of bytes take as long as reading the table in 16 bits.
+BYTES_LEAST_ITEMS = 1 << 18
+BYTES_MOST_ROWS = 64
 
 
 @ranged("fave/topk")
@@ -69,8 +75,9 @@ def score_topk(
         out: scores [B, K] float32 and ids [B, K] int64, contiguous: written and returned. May lie in pinned memory of
             the host: the kernels write each list once, and the host sees it when they are done.
         workspace: at least `workspace_bytes` of uint8 for the triton backend; its contents do not matter and change.
-        table_bytes: of this table, made after its last change, for the cpp backend: the same lists, to the bit, by a
-            scan of a quarter of the bytes. Other backends do without.
+        table_bytes: of this table, made or refreshed after its last change: the same lists, to the bit, by a scan of
+            one byte an element, where the backend is the one that it was made for, cpp or triton. The triton backend
+            scans it for `BYTES_LEAST_ITEMS` and more and up to `BYTES_MOST_ROWS` queries. Others do without.
         backend: auto, reference, triton (K up to 1,024, D up to 256, N up to 2^31 - 2^12), or cpp (CPU; float32 and
             bfloat16, K up to 65,536, D up to 65,536, N up to 2^31 - 2).
         overlap: what precedes this on the stream is a kernel, beside whose end the triton backend may start.
@@ -104,7 +111,9 @@ def score_topk(
     return run(tiles, k, deny, out, workspace, table_bytes, overlap)
 
 
-def workspace_bytes(queries: Tensor, table: Tensor, k: int, excluded: int = 0) -> int:
+def workspace_bytes(
+    queries: Tensor, table: Tensor, k: int, excluded: int = 0, table_bytes: ByteTable | None = None
+) -> int:
     """Bytes of workspace that `score_topk` needs with the triton backend for these tensors.
 
     Args:
@@ -112,8 +121,21 @@ def workspace_bytes(queries: Tensor, table: Tensor, k: int, excluded: int = 0) -
         table: [N + 1, D].
         k: K.
         excluded: length of `exclude.ids`.
+        table_bytes: as in `score_topk`.
     """
-    return _Plan.make(len(queries), len(table) - 1, queries, k, excluded).bytes
+    batch, items = len(queries), len(table) - 1
+    if items == 0:
+        return 0
+    size = _Plan.make(batch, items, queries, k, excluded).bytes
+    if _scanned(batch, items, table_bytes) is None:
+        return size
+    return _aligned(torch.int32, batch) + max(size, _Plan.make(batch, items, queries, k, excluded, in_bytes=True).bytes)
+
+
+def _scanned(batch: int, items: int, table_bytes: ByteTable | None) -> KernelByteTable | None:
+    """The bytes, where the kernels scan them."""
+    fits = 0 < batch <= BYTES_MOST_ROWS and items >= BYTES_LEAST_ITEMS
+    return table_bytes if fits and isinstance(table_bytes, KernelByteTable) else None
 
 
 @torch.no_grad()
@@ -181,44 +203,35 @@ class _Plan:
 
     Attributes:
         rows: rows at a time.
-        group: items of a group.
-        tiles: tiles of the catalogue.
-        spans: spans of the catalogue; 0 where the groups are few enough to choose from them at once.
-        tiles_of_chunk: tiles that a program of the scan takes, whole spans.
-        tiles_of_span: tiles of a span.
-        capacity: groups chosen at most.
-        span_width: maxima that the choice of spans holds in registers.
-        group_width: likewise that of groups.
+        cut: of the catalogue and the lists, the fields of the kernels' `Cut`.
         scan: shapes of the scan.
         finish: shapes of the rest.
         sizes: workspace, each buffer's name, dtype and number of elements.
     """
 
     rows: int
-    group: int
-    tiles: int
-    spans: int
-    tiles_of_chunk: int
-    tiles_of_span: int
-    capacity: int
-    span_width: int
-    group_width: int
+    cut: dict[str, int]
     scan: Shapes
     finish: Shapes
     sizes: tuple[tuple[str, torch.dtype, int], ...]
 
     @classmethod
-    def make(cls, batch: int, items: int, queries: Tensor, k: int, excluded: int) -> _Plan:
+    def make(cls, batch: int, items: int, queries: Tensor, k: int, excluded: int, *, in_bytes: bool = False) -> _Plan:
         device, d = queries.device, queries.shape[1]
         kind = "32bit" if queries.dtype == torch.float32 else "16bit"
-        few = "few" if batch <= 64 else "many"
-        finish = dict(tile_shapes("score_topk", f"finish_{kind}_{few}", device))
-        scan = dict(tile_shapes("score_topk", f"scan_{kind}_{few}", device))
+        if in_bytes:
+            finish = dict(tile_shapes("score_topk", f"certify_{kind}", device))
+            scan = dict(tile_shapes("score_topk", f"scan_8bit_{'few' if batch <= 16 else 'many'}", device))
+        else:
+            few = "few" if batch <= 64 else "many"
+            finish = dict(tile_shapes("score_topk", f"finish_{kind}_{few}", device))
+            scan = dict(tile_shapes("score_topk", f"scan_{kind}_{few}", device))
         for shapes, name in ((scan, "BN"), (finish, "R")):  # tiles of wider rows keep their bytes
             shapes[name] = max(16, shapes[name] * 128 // max(128, _power_of_two(d)))
         if not launches_overlap(device):  # the copy engine came with the same GPUs
             scan["TMA"] = finish["PDL"] = 0
-        group = min(scan["BN"], _group_size(batch, items))
+        wanted = 2 * k + 24 if in_bytes else k
+        group = min(scan["BN"], _group_size(batch, items, in_bytes))
         tiles = _parts(items, scan["BN"])
         rows = MAX_WORKSPACE * group // (4 * items) // ROWS_AT_LEAST * ROWS_AT_LEAST
         rows = min(batch, max(ROWS_AT_LEAST, rows))
@@ -226,7 +239,7 @@ class _Plan:
         tiles_of_chunk = _parts(tiles, chunks)
         of_tile = scan["BN"] // group
         groups = tiles * of_tile
-        capacity = k + max(4, k * finish["SLACK"] // 100)
+        capacity = wanted + max(4, wanted * finish["SLACK"] // 100)
         spans, tiles_of_span, compared = 0, 1, groups
         if groups > max(min(256, finish["WIDTH"]), 2 * capacity):
             # As many spans as there are groups in the chosen ones: their sum is least so.
@@ -244,8 +257,12 @@ class _Plan:
             ("chosen_spans", torch.int32, rows * capacity),
             ("chosen_groups", torch.int32, rows * capacity + excluded),
         )
-        chosen = (capacity, span_width, group_width)
-        return cls(rows, group, tiles, spans, tiles_of_chunk, tiles_of_span, *chosen, scan, finish, sizes)
+        cut = {
+            "k": k, "wanted": wanted, "capacity": capacity, "group": group, "tiles": tiles, "spans": spans,
+            "tiles_of_chunk": tiles_of_chunk, "tiles_of_span": tiles_of_span,
+            "span_width": span_width, "group_width": group_width,
+        }  # fmt: skip
+        return cls(rows, cut, scan, finish, sizes)
 
     @property
     def bytes(self) -> int:
@@ -290,8 +307,13 @@ def _even_spans(tiles: int, wanted: int, chunks: int, most: int) -> tuple[int, i
     return _parts(tiles, spans) * spans, _parts(tiles, spans)
 
 
-def _group_size(batch: int, items: int) -> int:
-    """Small groups cost memory for their maxima, large ones work when their items are scored again."""
+def _group_size(batch: int, items: int, in_bytes: bool = False) -> int:
+    """Small groups cost memory for their maxima, large ones work when their items are scored again.
+
+    Of groups that have bounds only more are scored again, and they are smaller.
+    """
+    if in_bytes:
+        return 16 if items <= 1 << 22 else 32 if items <= 1 << 25 else 64
     if items <= 1 << 22:
         return 8 if items <= 1 << 16 else 16 if batch <= 64 else 32
     return 64 if items <= 1 << 25 else 128
@@ -322,8 +344,6 @@ def _run_triton(
     table_bytes: ByteTable | None,
     overlap: bool,
 ) -> tuple[Tensor, Tensor]:
-    from fave_fast.kernels import score_topk as kernels
-
     queries, table = tiles.queries.contiguous(), tiles.table.contiguous()
     batch, items, device = len(queries), len(table) - 1, queries.device
     if out is None:
@@ -331,51 +351,106 @@ def _run_triton(
             torch.empty(batch, k, device=device),
             torch.empty(batch, k, dtype=torch.int64, device=device),
         )
-    scores, ids = out
     if batch == 0 or items == 0:
-        scores.fill_(-math.inf)
-        ids.zero_()
+        out[0].fill_(-math.inf)
+        out[1].zero_()
         return out
     exclude = tiles.exclude if tiles.exclude is not None and len(tiles.exclude.ids) > 0 else None
-    plan = _Plan.make(batch, items, queries, k, 0 if exclude is None else len(exclude.ids))
+    needed = workspace_bytes(queries, table, k, 0 if exclude is None else len(exclude.ids), table_bytes)
     if workspace is None:
-        workspace = torch.empty(plan.bytes, dtype=torch.uint8, device=device)
-    if workspace.dtype != torch.uint8 or workspace.numel() < plan.bytes or workspace.device != device:
+        workspace = torch.empty(needed, dtype=torch.uint8, device=device)
+    if workspace.dtype != torch.uint8 or workspace.numel() < needed or workspace.device != device:
         raise ValueError(
             f"workspace is {workspace.dtype} {list(workspace.shape)} on {workspace.device}; "
-            f"expected uint8 [{plan.bytes}] on {device}"
+            f"expected uint8 [{needed}] on {device}"
         )
+    call = _KernelCall(
+        queries,
+        table,
+        None if deny is None else deny.contiguous(),
+        None if exclude is None else (exclude.ids.contiguous(), exclude.offsets.contiguous()),
+        k,
+        out,
+        workspace,
+        overlap and launches_overlap(device),
+    )
+    scanned = _scanned(batch, items, table_bytes)
+    if scanned is not None:
+        _certified_lists(call, scanned)
+    else:
+        _plain_lists(call)
+    return out
+
+
+@dataclass(frozen=True)
+class _KernelCall:
+    """One call of the kernels, its arguments contiguous."""
+
+    queries: Tensor
+    table: Tensor
+    deny: Tensor | None
+    excluded: tuple[Tensor, Tensor] | None
+    k: int
+    out: _Out
+    workspace: Tensor
+    overlap: bool
+
+    def plan(self, *, in_bytes: bool = False) -> _Plan:
+        excluded = 0 if self.excluded is None else len(self.excluded[0])
+        return _Plan.make(len(self.queries), len(self.table) - 1, self.queries, self.k, excluded, in_bytes=in_bytes)
+
+
+def _plain_lists(call: _KernelCall, flags: Tensor | None = None) -> None:
+    """Lists by the table itself; with `flags` [B] of the rows that have one."""
+    from fave_fast.kernels import score_topk as kernels
+
+    plan = call.plan()
+    queries, table, (scores, ids) = call.queries, call.table, call.out
     # The copy engine takes rows that start at multiples of 16 bytes.
     aligned = table.data_ptr() % 16 == 0 and table.shape[1] * table.element_size() % 16 == 0
-    scan = plan.scan if aligned else {**plan.scan, "TMA": 0}
-    buffers = plan.buffers(workspace)
-    deny = None if deny is None else deny.contiguous()
-    excluded = None if exclude is None else (exclude.ids.contiguous(), exclude.offsets.contiguous())
-    overlap = overlap and launches_overlap(device)
-    for start in range(0, batch, plan.rows):
-        part = slice(start, min(start + plan.rows, batch))
+    buffers = plan.buffers(call.workspace)
+    for start in range(0, len(queries), plan.rows):
+        part = slice(start, min(start + plan.rows, len(queries)))
         kernels.score_topk(
             queries[part],
             table,
-            deny,
-            None if excluded is None else (excluded[0], excluded[1][start:]),
+            call.deny,
+            None if call.excluded is None else (call.excluded[0], call.excluded[1][start:]),
             buffers,
             scores[part],
             ids[part],
-            k=k,
-            capacity=plan.capacity,
-            group=plan.group,
-            tiles=plan.tiles,
-            spans=plan.spans,
-            tiles_of_chunk=plan.tiles_of_chunk,
-            tiles_of_span=plan.tiles_of_span,
-            span_width=plan.span_width,
-            group_width=plan.group_width,
-            scan_shapes=scan,
+            cut=kernels.Cut(**plan.cut),
+            scan_shapes=plan.scan if aligned else {**plan.scan, "TMA": 0},
             finish_shapes=plan.finish,
-            overlap=overlap,
+            overlap=call.overlap,
+            flags=None if flags is None else flags[part],
         )
-    return out
+
+
+def _certified_lists(call: _KernelCall, table_bytes: KernelByteTable) -> None:
+    """Lists by the bytes, and by the table itself where their bounds prove none."""
+    from fave_fast.kernels import score_topk as kernels
+    from fave_fast.kernels import score_topk_bytes
+
+    plan, room = call.plan(in_bytes=True), _aligned(torch.int32, len(call.queries))
+    flags = call.workspace[: 4 * len(call.queries)].view(torch.int32)
+    rest = call.workspace[room:]
+    score_topk_bytes.score_topk(
+        call.queries,
+        call.table,
+        (table_bytes.rows, table_bytes.words),
+        call.deny,
+        call.excluded,
+        plan.buffers(rest),
+        *call.out,
+        cut=kernels.Cut(**plan.cut),
+        scan_shapes=plan.scan,
+        finish_shapes=plan.finish,
+        certified=kernels.Certified(flags, table_bytes.counts),
+        overlap=call.overlap,
+    )
+    early = launches_overlap(call.queries.device)  # behind a kernel, wherever the call stands
+    _plain_lists(replace(call, workspace=rest, overlap=early), flags)
 
 
 def _run_cpp(
@@ -390,7 +465,7 @@ def _run_cpp(
     if out is None:
         count = tiles.queries.shape[0]
         out = torch.empty(count, k), torch.empty(count, k, dtype=torch.int64)
-    score_topk_cpu.run(tiles, k, deny, out, table_bytes)
+    score_topk_cpu.run(tiles, k, deny, out, table_bytes if isinstance(table_bytes, NativeByteTable) else None)
     return out
 
 

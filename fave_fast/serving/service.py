@@ -44,6 +44,7 @@ class _Served:
             catalogue.version,
             int((~catalogue.gone).sum()),
             self.batcher.statistics.waiting,
+            self.model.recommender.fallback_share,
             self.totals(past),
         )
 

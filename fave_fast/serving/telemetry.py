@@ -53,6 +53,7 @@ class Snapshot:
     version: int
     items: int
     waiting: int
+    fallback_share: float
     totals: Totals
 
 
@@ -136,6 +137,8 @@ class _Watched(Collector):
         yield GaugeMetricFamily("fave_fast_catalogue_version", "Changes of the catalogue so far", now.version)
         yield GaugeMetricFamily("fave_fast_catalogue_items", "Items of the catalogue", now.items)
         yield GaugeMetricFamily("fave_fast_queue_histories", "Histories that wait", now.waiting)
+        text = "Lists by the table in bytes that took the whole table's scan after all, of all"
+        yield GaugeMetricFamily("fave_fast_topk_fallback_share", text, now.fallback_share)
         yield _by_label("fave_fast_histories", "Histories by outcome", "outcome", now.totals.outcomes)
         yield _by_label(
             "fave_fast_gpu_batches", "Batches captured in a CUDA graph, or why not", "reason", now.totals.batches
