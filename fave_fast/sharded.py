@@ -54,6 +54,8 @@ from fave_fast.ops.score_topk import beyond_kernels
 _logger = logging.getLogger(__name__)
 _IDLE = timedelta(days=365)  # that a rank waits for a request
 _INT31 = (1 << 31) - 1
+# Into one tensor; torch 2.13 gave it another name.
+_all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _FIRST = 512  # words of a request's first message: its header, and as much of its payload as fits
 _HEADER = 10
 _END, _ASK, _WARM_UP = range(3)  # the first word: what is asked for
@@ -157,7 +159,7 @@ class ShardedTable:
             keys = torch.empty_like(ids)
             kernels.pack_keys(scores, ids, keys, first=self.first)
         every = keys.new_empty(self.group.size(), *keys.shape)
-        self._collective("the lists", dist.all_gather, list(every), keys)
+        self._collective("the lists", _all_gather, every.view(-1, k), keys)
         if kernels is None or len(every) * k > kernels.MOST_MERGED:
             best = unpack_keys(every.transpose(0, 1).flatten(1).topk(k, dim=1).values)
             return best if out is None else (out[0].copy_(best[0]), out[1].copy_(best[1]))
@@ -204,7 +206,7 @@ class ShardedTable:
         local = ids - (self.first - 1)
         return torch.where((local > 0) & (local < len(self.rows)), local, 0)
 
-    def _collective(self, what: str, call: Callable[..., Any], *tensors: Tensor | list[Tensor]) -> None:
+    def _collective(self, what: str, call: Callable[..., Any], *tensors: Tensor) -> None:
         with naming_the_loss(f"while {what} were exchanged", self.timeout):
             call(*tensors, group=self.group)
 
@@ -366,11 +368,11 @@ class ShardedRecommender(Recommender):
         self.rank, self.timeout = dist.get_rank(), timeout
         self._start = sum(sizes[: self.rank])
         self._size = sizes[self.rank]
+        if (place := torch.device(device)).type == "cuda" and place.index is not None:
+            torch.cuda.set_device(place)  # where kernels and NCCL go
         super().__init__(checkpoint, device=device, dtype=dtype, backend=backend, table_bytes=table_bytes)
         self._room = items
         on_time = timedelta(seconds=timeout)
-        if self._on_gpu:
-            torch.cuda.set_device(self.device)  # where kernels and NCCL go
         with naming_the_loss("while the groups were made", timeout):
             self._waiting = _group("gloo", _IDLE)
             self._talking = _group("gloo", on_time)

@@ -173,7 +173,7 @@ def score_topk(
     width = x.shape[1]
     padded = max(32, triton.next_power_of_2(width))
     m, bn = scan_shapes["M"], scan_shapes["BN"]
-    tma = bool(scan_shapes["TMA"])
+    tma = bool(scan_shapes["TMA"]) and width == padded
     scan[(triton.cdiv(rows, m) * triton.cdiv(cut.tiles, cut.tiles_of_chunk),)](
         queries,
         x,

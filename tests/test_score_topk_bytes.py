@@ -72,7 +72,7 @@ def assert_the_same_lists(
 
 
 @pytest.mark.parametrize(
-    ("batch", "items", "d", "k"), [(1, 1, 4, 3), (2, 97, 5, 97), (1, 400, 16, 1), (2, 200, 33, 20), (17, 50, 4, 7)]
+    ("batch", "items", "d", "k"), [(1, 1, 4, 3), (2, 97, 5, 97), (1, 400, 16, 1), (2, 200, 33, 20), (17, 20, 4, 3)]
 )
 def test_lists_are_those_of_the_table(small: None, batch: int, items: int, d: int, k: int) -> None:
     queries, table = numbers(batch, d, 1), numbers(items + 1, d)
@@ -157,15 +157,15 @@ def test_the_shipped_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rows_that_change_are_quantised_in_place(small: None) -> None:
-    queries, table = numbers(2, 16, 1), numbers(301, 16)
+    queries, table = numbers(2, 16, 1), numbers(121, 16)
     table_bytes = KernelByteTable.pack(table)
     memory = (table_bytes.rows.data_ptr(), table_bytes.words.data_ptr())
-    changed = torch.tensor([7, 300, 12], device=DEVICE)
+    changed = torch.tensor([7, 120, 12], device=DEVICE)
     table[changed] = 4 * queries[0]
     assert table_bytes.refreshed(table, changed) is table_bytes
     assert (table_bytes.rows.data_ptr(), table_bytes.words.data_ptr()) == memory
     assert_the_same_lists(queries, table, 5, table_bytes=table_bytes)
-    assert score_topk(queries, table, 3, table_bytes=table_bytes, backend="triton")[1][0].tolist() == [7, 12, 300]
+    assert score_topk(queries, table, 3, table_bytes=table_bytes, backend="triton")[1][0].tolist() == [7, 12, 120]
     table[changed[1:]] = torch.nan
     table_bytes.refreshed(table, changed[1:])
     assert_the_same_lists(queries, table, 5, table_bytes=table_bytes)
@@ -246,7 +246,7 @@ def test_no_score_exceeds_its_bound(data: st.DataObject) -> None:
     assert ((exact + 8 * d * 2.0**-24 * length * table.double().norm(dim=1) <= bound) | ~bounded).all()
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(seed=st.integers(0, 1 << 30), spread=st.sampled_from((0.0, 1.0, 4.0)), along=st.booleans())
 def test_the_scan_keeps_the_bounds(seed: int, spread: float, along: bool) -> None:
     """The kernel's own arithmetic: bounds are not below scores in float64, and within twice what may be lost."""
