@@ -33,6 +33,7 @@ PACKAGES = {
     "onnxruntime": ("ONNX Runtime", "pip install onnx onnxruntime"),
     "openvino": ("OpenVINO", "pip install onnx openvino"),
     "onnx": ("ONNX", "pip install onnx; without it neither ONNX Runtime nor OpenVINO gets the network"),
+    "onnxscript": ("ONNX Script", "pip install onnxscript; PyTorch writes no ONNX without it"),
 }
 
 

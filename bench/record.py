@@ -31,7 +31,8 @@ from fave_fast.ops.tuning import file_name
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = (
-    "torch", "triton", "numpy", "onnx", "onnxruntime", "openvino", "faiss-cpu", "flashinfer-python", "pytest-benchmark",
+    "torch", "triton", "numpy", "onnx", "onnxscript", "onnxruntime", "openvino", "faiss-cpu", "flashinfer-python",
+    "pytest-benchmark",
 )  # fmt: skip
 LARGEST_CACHES = {"bf16": 64 << 20, "fp32": 256 << 20}  # of a GPU, of a CPU: by the product that its ceilings name
 _SMI = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.draw", "temperature.gpu")

@@ -358,7 +358,7 @@ def training(options: Options) -> Iterator[Row]:
 
 def cpu(options: Options) -> Iterator[Row]:
     """A whole step on the CPU in both dtypes, beside PyTorch, ONNX Runtime and OpenVINO: `bench/cpu.py`."""
-    options.absent.update(absent("onnx", "onnxruntime", "openvino"))
+    options.absent.update(absent(*cpu_bench.PACKAGES))
     cases = {name: lengths for name, lengths in cpu_bench.CASES.items() if len(lengths) in options.batches}
     yield from cpu_bench.rows(cases, options.items)
 
