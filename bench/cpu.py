@@ -198,7 +198,8 @@ def export(step: Step, grid: Tensor, path: Path) -> None:
 
     The least of 200 calls of either peer was 0.81 to 1.07 times that on what the TorchScript exporter wrote.
     """
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # else: that torchvision is not there
+    for name in ("torch.onnx", "onnxscript", "onnx_ir"):  # which tell each node that they fold, and what is not there
+        logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of PyTorch's own code
         torch.onnx.export(step, (grid,), path, input_names=["ids"], dynamo=True, verbose=False)

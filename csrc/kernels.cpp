@@ -522,6 +522,8 @@ void attend_of(const Attention& at, float* scratch, float* out, std::int64_t out
   const Tiles tiles(n - at.first_query);
   for (int t = 0; t < tiles.count; ++t) {
     const int first = at.first_query + tiles.begin(t), rows = tiles.begin(t + 1) - tiles.begin(t);
+    // Summed in doubles, scores would make the error of encode 13 % smaller (96 float32 models of 20 and 32 channels with
+    // peaked attention, mean of the norms), and a worst element beyond 2 x PyTorch's as rare as 1 in 96, not 6.
     small_product<kOperand>(queries + first * units, units, rows, columns, keys, units, key_vectors, weights, keys);
     float inverse[kRows];
     for (int r = 0; r < rows; ++r) {
