@@ -290,6 +290,16 @@ def test_without_a_token_nobody_reloads(tiny_checkpoint: Path) -> None:
     assert [answer.status_code for answer in Server(tiny_checkpoint).ask(post(None, "/v1/reload"))] == [404]
 
 
+def test_a_replica_names_itself_and_is_not_reloaded_alone(tiny_checkpoint: Path) -> None:
+    server = Server(tiny_checkpoint, token=TOKEN, reloadable=False, labels={"replica": "r-1"})
+    reload, metrics = server.ask(post(None, "/v1/reload", headers=AUTHORIZED), get("/metrics", headers=AUTHORIZED))
+    assert reload.status_code == 404
+    found = samples(metrics.text)
+    assert found["fave_fast_http_requests_total", "r-1", "other", "404"] == 1
+    assert found["fave_fast_catalogue_items", "r-1"] == 24
+    assert all("r-1" in key for key in found)
+
+
 def test_more_than_may_wait_is_refused_as_a_whole(tiny_checkpoint: Path) -> None:
     server = Server(tiny_checkpoint, held=True, max_queue=3)
 
