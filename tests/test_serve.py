@@ -27,14 +27,13 @@ from fave_fast.batching import Engine, MicroBatcher
 from fave_fast.engine import History, ItemId, Recommendation, Recommender
 from fave_fast.errors import InputError
 from fave_fast.serving.api import Limits, RecommendResponse
-from fave_fast.serving.app import OPEN_ROUTES, create_app
+from fave_fast.serving.app import OPEN_ROUTES, RECOMMEND, create_app
 from fave_fast.serving.gateway import Gateway
 from fave_fast.serving.service import Model, Service
 from fave_fast.serving.telemetry import JsonLines
 
 PATIENCE = 60.0  # seconds until a test gives up; no test waits for time to pass
 LIMITS = Limits(k=30, deny=5, histories=4, history=12, body_bytes=4000)
-RECOMMEND = "/v1/recommend"
 TOKEN = "a.secret"
 AUTHORIZED = {"Authorization": f"Bearer {TOKEN}"}
 
@@ -205,6 +204,9 @@ RAW_BODIES = [
     (b'{"histories": [["\\ud800"]]}', 422),
     (b'{"histories": [[NaN]]}', 422),
     (b'{"histories": [[' + b"1" * 3900 + b"]]}", 200),
+    (json.dumps({"histories": [[101]]}).encode("utf-16"), 200),
+    (b'{"histories": [[101]], "k": 0, "k": 5}', 200),
+    (b'{"histories": [[101]], "k": 5, "k": 0}', 422),
     (b"[" * 3900, 400),
     (b" " * 4001, 413),
 ]

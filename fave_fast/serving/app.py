@@ -15,6 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.routing import Route
 
 import fave_fast
 from fave_fast.errors import Closed, InputError, Overloaded
@@ -31,10 +32,12 @@ from fave_fast.serving.api import (
     Status,
     request_model,
 )
+from fave_fast.serving.direct import DirectRecommend
 from fave_fast.serving.gateway import Gateway
 from fave_fast.serving.service import Service
 from fave_fast.serving.telemetry import Labelled
 
+RECOMMEND = "/v1/recommend"
 RETRY_AFTER_SECONDS = 1
 BODY_SECONDS = 30.0
 OPEN_ROUTES = frozenset({"/", "/healthz", "/readyz", "/docs", "/openapi.json"})
@@ -119,7 +122,7 @@ def _secured(token: bool) -> list[Any]:
 
 def _add_recommend(app: FastAPI, service: Service, asked: type[RecommendRequest], token: bool) -> None:
     @app.post(
-        "/v1/recommend",
+        RECOMMEND,
         response_model=RecommendResponse,
         responses=_documented(400, 408, 413, 422, 500, 503, token=token),
         dependencies=_secured(token),
@@ -128,6 +131,10 @@ def _add_recommend(app: FastAPI, service: Service, asked: type[RecommendRequest]
     async def recommend(body: asked) -> Response:  # type: ignore[valid-type]
         answer = await service.recommend(body)
         return Response(answer.model_dump_json(), media_type="application/json")
+
+    (documented,) = (route for route in app.routes if getattr(route, "path", None) == RECOMMEND)
+    direct = DirectRecommend(service, asked, documented)
+    app.router.routes.insert(0, Route(RECOMMEND, direct, methods=["POST"], include_in_schema=False))
 
 
 def _add_reload(app: FastAPI, service: Service) -> None:
