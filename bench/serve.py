@@ -5,6 +5,7 @@
 Needs the load generator `hey` (Debian has it under that name). A random checkpoint of the default configuration, one
 history of 50 items a request, on this machine alone.
 
+- app: CPU time of a request in the app alone, from its scope to its answer: no socket, and an engine that does nothing.
 - added: rounds of one second each, the engine called directly and the server asked by `hey`, 100 requests a second
   each, in turn. Of each the median latency of every round, and of these the least, the median and the difference:
   other work on the machine can only add to a round.
@@ -18,6 +19,7 @@ The last line is one JSON object.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import csv
 import io
 import json
@@ -28,20 +30,26 @@ import tempfile
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from bench.batching import Nothing
 from bench.latency import random_checkpoint
 from fave_fast import checkpoint as checkpoints
 from fave_fast import cli
+from fave_fast.batching import MicroBatcher
 from fave_fast.data import IdMap
 from fave_fast.engine import ItemId, Recommender
 from fave_fast.errors import InputError
 from fave_fast.model import DTYPES
+from fave_fast.serving.api import Limits
+from fave_fast.serving.app import create_app
+from fave_fast.serving.service import Model, Service
 
 RATE = 100
 CALLERS, MANY_CALLERS = 64, 512
@@ -147,14 +155,56 @@ def overload(path: Path, dtype: str, body: Path, rate: float) -> dict[str, objec
     }
 
 
+class Idle(Recommender):
+    """Answers at once."""
+
+    recommend = Nothing.recommend  # type: ignore[assignment]
+    answer = Nothing.answer._replace(items=list(range(1, 21)), scores=[0.5] * 20)
+
+
+def app_alone(path: Path, body: bytes, rounds: int) -> dict[str, float]:
+    """Microseconds of CPU time a request, by rounds of 100."""
+    engine = Idle.from_pretrained(path)
+    service = Service(lambda: Model("0" * 64, str(path), engine), MicroBatcher)
+    app = create_app(service, limits=Limits(), log_requests=False)
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    about = {"type": "http", "method": "POST", "path": "/v1/recommend", "query_string": b"", "client": ("127.0.0.1", 1)}
+
+    async def ask() -> None:
+        statuses: list[int] = []
+
+        async def receive() -> dict[str, object]:
+            return {"type": "http.request", "body": body}
+
+        async def send(message: MutableMapping[str, Any]) -> None:
+            statuses.append(message.get("status", 0))
+
+        await app({**about, "headers": headers, "state": {}}, receive, send)
+        assert statuses[0] == 200
+
+    async def work() -> list[float]:
+        found = []
+        for _ in range(rounds + 3):
+            started = time.process_time()
+            for _ in range(100):
+                await ask()
+            found.append(1e4 * (time.process_time() - started))
+        await service.close()
+        return found[3:]
+
+    found = asyncio.run(work())
+    return {"cpu_us_least": round(min(found)), "cpu_us_median": round(float(np.median(found)))}
+
+
 def measure(dtype: str, items: int, rounds: int) -> dict[str, object]:
-    """All three."""
+    """All four."""
     history: list[ItemId] = [37 * at % items + 1 for at in range(50)]
     with tempfile.TemporaryDirectory() as folder:
         path, body = Path(folder) / "model.pt", Path(folder) / "body.json"
         checkpoints.save(replace(random_checkpoint(items), user_ids=IdMap.from_ids([1])), path)
         body.write_text(json.dumps({"histories": [history]}))
         found: dict[str, object] = {"dtype": dtype, "items": items, "device": "cpu"}
+        found["app"] = app_alone(path, body.read_bytes(), rounds)
         with server(path, dtype, "--no-request-log") as address:
             recommender = Recommender.from_pretrained(path, dtype=DTYPES[dtype])
             found["at_100_a_second"] = added(address, body, recommender, history, rounds)

@@ -2,7 +2,8 @@
 
 The folder holds one `batch-B.pt2` for each batch size, `items.jsonl` (line n is item n: its original id, and how often
 it was trained on, for the fallback of histories without a known item) and `manifest.json`. A program's inputs and
-outputs are those of `OneStep.forward`, in that order.
+outputs are those of `OneStep.forward`, in that order. For Triton Inference Server all of this lies in `fave/1`, the
+program as `model.pt2`, below `fave/config.pbtxt`.
 
 A server reads `manifest.json`, maps ids to the numbers of `items.jsonl`, pads histories on the left and exclusions
 anywhere with 0, and calls `torch::inductor::AOTIModelPackageLoader(path).run({history, exclude, deny})` (aoti).
@@ -23,7 +24,7 @@ from torch.export import Dim, ExportedProgram
 
 import fave_fast
 from fave_fast import checkpoint as checkpoints
-from fave_fast import cli
+from fave_fast import cli, triton_server
 from fave_fast.checkpoint import Checkpoint
 from fave_fast.errors import InputError
 from fave_fast.files import check_new_folder, new_folder
@@ -31,7 +32,7 @@ from fave_fast.flow import InferenceNoise
 from fave_fast.model import DTYPES
 from fave_fast.one_step import OneStep
 
-FORMATS = ("pt2", "aoti")
+FORMATS = ("pt2", "aoti", "triton")
 MANIFEST_VERSION = 1
 ANY = "any"
 _TRACED = 2  # an example of any batch: torch.export takes 1 for a constant
@@ -61,8 +62,8 @@ def save(program: ExportedProgram, path: Path, format: str) -> None:
     Args:
         program: of `export_one_step`.
         path: a file of that name is replaced.
-        format: pt2 (graph and weights, for `torch.export.load`) or aoti (compiled for the device that the program is
-            on and its like, for `torch._inductor.aoti_load_package` and its twin in C++).
+        format: pt2 (graph and weights, for `torch.export.load`), or aoti or triton (compiled for the device that the
+            program is on and its like, for `torch._inductor.aoti_load_package` and its twin in C++).
 
     Raises:
         InputError: the compiler failed, for want of a C++ compiler, say.
@@ -102,7 +103,7 @@ def export(
     Args:
         checkpoint: whose model to export.
         folder: new, or empty.
-        format: pt2 or aoti.
+        format: one of `FORMATS`; triton is a model repository of Triton Inference Server, for one batch size.
         batches: batch sizes, a file each, which holds the whole catalogue; None is one for any number.
         length: L; None is the model's longest.
         excluded: E, how many exclusions a row may have.
@@ -112,13 +113,15 @@ def export(
         seed: of what is drawn; None is the checkpoint's.
 
     Raises:
-        InputError: a folder that is not empty or cannot be written, a length that the model does not take, or a failure
-            of the compiler.
+        InputError: a folder that is not empty or cannot be written, a length that the model does not take, a failure of
+            the compiler, or what no model of Triton Inference Server can be made of.
         CheckpointError: weights and configuration do not fit.
     """
     longest, flow = checkpoint.config.model.max_length, checkpoint.config.flow
     if length is not None and not 1 <= length <= longest:
         raise InputError(f"length is {length}; expected 1 to {longest}, the longest history that the model reads")
+    if format == "triton":
+        triton_server.check_exportable(len(batches), excluded)
     check_new_folder(folder)
     model = checkpoint.build_model().to(device, DTYPES[dtype])
     step = OneStep(model, flow, InferenceNoise.draw(model, flow, seed), k, length)
@@ -139,10 +142,14 @@ def export(
         "config": checkpoint.config.to_dict(),
     }
     with new_folder(folder) as part:
-        _write_items(checkpoint, part / manifest["item_ids"])
+        home = triton_server.version_folder(part) if format == "triton" else part
+        _write_items(checkpoint, home / manifest["item_ids"])
         for batch in batches:
-            manifest["programs"].append(_write_program(step, batch, excluded, part, format))
-        (part / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+            name = triton_server.PROGRAM if format == "triton" else f"batch-{batch or ANY}.pt2"
+            manifest["programs"].append(_write_program(step, batch, excluded, home / name, format))
+        (home / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        if format == "triton":
+            triton_server.write_config(manifest["programs"][0], step.table.device.type, part)
     return manifest
 
 
@@ -175,23 +182,22 @@ def _write_items(checkpoint: Checkpoint, path: Path) -> None:
             file.write(json.dumps({"id": item, "count": count}, ensure_ascii=False) + "\n")
 
 
-def _write_program(step: OneStep, batch: int | None, excluded: int, folder: Path, format: str) -> dict[str, Any]:
+def _write_program(step: OneStep, batch: int | None, excluded: int, path: Path, format: str) -> dict[str, Any]:
     """Write one program, run it once, and return its part of the manifest."""
     started = time.perf_counter()
-    name = f"batch-{batch or ANY}.pt2"
-    save(export_one_step(step, batch, excluded), folder / name, format)
+    save(export_one_step(step, batch, excluded), path, format)
     seconds = time.perf_counter() - started
     inputs = _example(step, batch or _PROBES, excluded)
-    found, expected = load(folder / name, format)(*inputs), step(*inputs)
+    found, expected = load(path, format)(*inputs), step(*inputs)
     # Lists that end early have -inf in both.
     difference = torch.where(found[0] == expected[0], 0.0, (found[0] - expected[0]).abs()).max().item()
-    size = (folder / name).stat().st_size
+    size = path.stat().st_size
     cli.say(
-        f"{name}: {size / 1e6:.1f} MB in {seconds:.1f} s; scores of {len(inputs[0])} made-up histories differ from "
-        f"plain PyTorch's by at most {difference:.2g}"
+        f"{path.name}: {size / 1e6:.1f} MB in {seconds:.1f} s; scores of {len(inputs[0])} made-up histories differ "
+        f"from plain PyTorch's by at most {difference:.2g}"
     )
     return {
-        "file": name,
+        "file": path.name,
         "batch": batch,
         "inputs": _signature(("history", "exclude", "deny"), inputs, batch),
         "outputs": _signature(("scores", "ids"), expected, batch),
@@ -221,14 +227,19 @@ def _parser() -> cli.Parser:
     parser.add_argument("--ckpt", required=True, metavar="FILE", help="checkpoint written by fave_fast.train")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to make")
     parser.add_argument(
-        "--format", default="pt2", choices=FORMATS, help="pt2: a graph of torch.export; aoti: compiled for this device"
+        "--format",
+        default="pt2",
+        choices=FORMATS,
+        help="pt2: a graph of torch.export; aoti: compiled for this device; triton: compiled, as a model repository of "
+        "Triton Inference Server",
     )
     parser.add_argument(
         "--batch-size",
         action="append",
         type=_batch_size,
         metavar="B",
-        help="histories in one call, a file each (repeat the option); any: one file for all sizes; none: 1 and 64",
+        help="histories in one call, a file each (repeat the option); any: one file for all sizes; none: 1 and 64, but "
+        "any for triton",
     )
     parser.add_argument("--length", type=cli.whole_number(1), help="items of a history, L; none: the model's longest")
     parser.add_argument("--exclusions", type=cli.whole_number(0), default=256, help="items a row can leave out, E")
@@ -241,6 +252,7 @@ def _parser() -> cli.Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     arguments: argparse.Namespace = _parser().parse_args(argv)
+    batches = list(dict.fromkeys(arguments.batch_size or ((None,) if arguments.format == "triton" else (1, 64))))
     check_new_folder(arguments.output)
     device = cli.resolve_device(arguments.device)
     checkpoint = checkpoints.load(arguments.ckpt)
@@ -250,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         checkpoint,
         arguments.output,
         format=arguments.format,
-        batches=list(dict.fromkeys(arguments.batch_size or (1, 64))),
+        batches=batches,
         length=arguments.length,
         excluded=arguments.exclusions,
         k=arguments.topk,

@@ -27,14 +27,13 @@ from fave_fast.batching import Engine, MicroBatcher
 from fave_fast.engine import History, ItemId, Recommendation, Recommender
 from fave_fast.errors import InputError
 from fave_fast.serving.api import Limits, RecommendResponse
-from fave_fast.serving.app import OPEN_ROUTES, create_app
+from fave_fast.serving.app import OPEN_ROUTES, RECOMMEND, create_app
 from fave_fast.serving.gateway import Gateway
 from fave_fast.serving.service import Model, Service
 from fave_fast.serving.telemetry import JsonLines
 
 PATIENCE = 60.0  # seconds until a test gives up; no test waits for time to pass
 LIMITS = Limits(k=30, deny=5, histories=4, history=12, body_bytes=4000)
-RECOMMEND = "/v1/recommend"
 TOKEN = "a.secret"
 AUTHORIZED = {"Authorization": f"Bearer {TOKEN}"}
 
@@ -205,6 +204,9 @@ RAW_BODIES = [
     (b'{"histories": [["\\ud800"]]}', 422),
     (b'{"histories": [[NaN]]}', 422),
     (b'{"histories": [[' + b"1" * 3900 + b"]]}", 200),
+    (json.dumps({"histories": [[101]]}).encode("utf-16"), 200),
+    (b'{"histories": [[101]], "k": 0, "k": 5}', 200),
+    (b'{"histories": [[101]], "k": 5, "k": 0}', 422),
     (b"[" * 3900, 400),
     (b" " * 4001, 413),
 ]
@@ -288,6 +290,16 @@ def test_a_token_guards_all_but_probes_and_pages(tiny_checkpoint: Path) -> None:
 
 def test_without_a_token_nobody_reloads(tiny_checkpoint: Path) -> None:
     assert [answer.status_code for answer in Server(tiny_checkpoint).ask(post(None, "/v1/reload"))] == [404]
+
+
+def test_a_replica_names_itself_and_is_not_reloaded_alone(tiny_checkpoint: Path) -> None:
+    server = Server(tiny_checkpoint, token=TOKEN, reloadable=False, labels={"replica": "r-1"})
+    reload, metrics = server.ask(post(None, "/v1/reload", headers=AUTHORIZED), get("/metrics", headers=AUTHORIZED))
+    assert reload.status_code == 404
+    found = samples(metrics.text)
+    assert found["fave_fast_http_requests_total", "r-1", "other", "404"] == 1
+    assert found["fave_fast_catalogue_items", "r-1"] == 24
+    assert all("r-1" in key for key in found)
 
 
 def test_more_than_may_wait_is_refused_as_a_whole(tiny_checkpoint: Path) -> None:

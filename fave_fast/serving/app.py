@@ -5,7 +5,7 @@
 import base64
 import hashlib
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from importlib import resources
 from typing import Any
@@ -15,6 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.routing import Route
 
 import fave_fast
 from fave_fast.errors import Closed, InputError, Overloaded
@@ -31,9 +32,12 @@ from fave_fast.serving.api import (
     Status,
     request_model,
 )
+from fave_fast.serving.direct import DirectRecommend
 from fave_fast.serving.gateway import Gateway
 from fave_fast.serving.service import Service
+from fave_fast.serving.telemetry import Labelled
 
+RECOMMEND = "/v1/recommend"
 RETRY_AFTER_SECONDS = 1
 BODY_SECONDS = 30.0
 OPEN_ROUTES = frozenset({"/", "/healthz", "/readyz", "/docs", "/openapi.json"})
@@ -56,7 +60,9 @@ def create_app(
     limits: Limits,
     k: int = 20,
     token: str | None = None,
+    reloadable: bool = True,
     log_requests: bool = True,
+    labels: Mapping[str, str] | None = None,
 ) -> Gateway:
     """The ASGI app; the end of its lifespan closes the service.
 
@@ -64,8 +70,10 @@ def create_app(
         service: answers.
         limits: of one request.
         k: length of the lists where a request names none.
-        token: what every request but those to `OPEN_ROUTES` must bring; with it, `POST /v1/reload` is there.
+        token: what every request but those to `OPEN_ROUTES` must bring.
+        reloadable: with a token, `POST /v1/reload` is there.
         log_requests: write a line for each request.
+        labels: of every metric, beside its own.
     """
 
     @asynccontextmanager
@@ -82,8 +90,10 @@ def create_app(
     )
     _add_errors(app)
     _add_recommend(app, service, request_model(limits, k), token is not None)
+    if token is not None and reloadable:
+        _add_reload(app, service)
     _add_probes(app, service)
-    _add_metrics(app, service, token is not None)
+    _add_metrics(app, service, labels or {}, token is not None)
     _add_page(app)
     return Gateway(
         app,
@@ -112,7 +122,7 @@ def _secured(token: bool) -> list[Any]:
 
 def _add_recommend(app: FastAPI, service: Service, asked: type[RecommendRequest], token: bool) -> None:
     @app.post(
-        "/v1/recommend",
+        RECOMMEND,
         response_model=RecommendResponse,
         responses=_documented(400, 408, 413, 422, 500, 503, token=token),
         dependencies=_secured(token),
@@ -122,13 +132,16 @@ def _add_recommend(app: FastAPI, service: Service, asked: type[RecommendRequest]
         answer = await service.recommend(body)
         return Response(answer.model_dump_json(), media_type="application/json")
 
-    if not token:
-        return
+    (documented,) = (route for route in app.routes if getattr(route, "path", None) == RECOMMEND)
+    direct = DirectRecommend(service, asked, documented)
+    app.router.routes.insert(0, Route(RECOMMEND, direct, methods=["POST"], include_in_schema=False))
 
+
+def _add_reload(app: FastAPI, service: Service) -> None:
     @app.post(
         "/v1/reload",
-        responses=_documented(401, 408, 409, 413, 500, token=token),
-        dependencies=_secured(token),
+        responses=_documented(408, 409, 413, 500, token=True),
+        dependencies=_secured(True),
         summary="Read the checkpoint anew and serve it",
     )
     async def reload() -> Reloaded:
@@ -152,7 +165,8 @@ def _status(response: Response, good: bool, yes: str, no: str) -> Status:
     return Status(status=yes if good else no)
 
 
-def _add_metrics(app: FastAPI, service: Service, token: bool) -> None:
+def _add_metrics(app: FastAPI, service: Service, labels: Mapping[str, str], token: bool) -> None:
+    registry = Labelled(service.telemetry.registry, labels)
     documented = _documented(token=token)
     documented[200] = {"content": {"text/plain": {}}, "description": "Metrics as Prometheus reads them."}
 
@@ -164,7 +178,7 @@ def _add_metrics(app: FastAPI, service: Service, token: bool) -> None:
         summary="Metrics for Prometheus",
     )
     async def metrics() -> Response:
-        return Response(generate_latest(service.telemetry.registry), headers={"content-type": CONTENT_TYPE_LATEST})
+        return Response(generate_latest(registry), headers={"content-type": CONTENT_TYPE_LATEST})
 
 
 def _add_page(app: FastAPI) -> None:

@@ -11,7 +11,13 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
 
 from fave_fast.batching import Engine, Statistics
@@ -20,8 +26,6 @@ from fave_fast.engine import History, ItemId, Recommendation
 # Seconds; from a GPU's tens of microseconds to a queue's seconds.
 _SECONDS = tuple(unit / scale for scale in (10**5, 10**4, 1000, 100, 10, 1) for unit in (1, 2, 5))
 _SIZES = tuple(1 << bits for bits in range(11))
-
-Metric = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily | InfoMetricFamily
 
 
 @dataclass
@@ -144,6 +148,20 @@ class _Watched(Collector):
             "fave_fast_gpu_batches", "Batches captured in a CUDA graph, or why not", "reason", now.totals.batches
         )
         yield _queue(now.totals)
+
+
+@dataclass(frozen=True)
+class Labelled(Collector):
+    """A registry all of whose samples carry the same further labels."""
+
+    registry: CollectorRegistry
+    labels: Mapping[str, str]
+
+    def collect(self) -> Iterator[Metric]:
+        """The registry's metrics."""
+        for metric in self.registry.collect():
+            metric.samples = [one._replace(labels={**self.labels, **one.labels}) for one in metric.samples]
+            yield metric
 
 
 def _by_label(name: str, text: str, label: str, counts: Mapping[str, int]) -> CounterMetricFamily:
