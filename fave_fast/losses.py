@@ -132,7 +132,7 @@ class Network(Protocol):
         """L_src of eq. (13) for E_u [B, D]."""
 
 
-class _Reference:
+class ReferenceNetwork:
     """The reference network on left-padded histories [B, L]; lambda is drawn when it is first needed."""
 
     def __init__(
@@ -148,19 +148,27 @@ class _Reference:
         return self._lam
 
     def predict(self, x_t: Tensor, t: Tensor, r: Tensor) -> Prediction:
+        """As `Network`, and so are the others."""
         prediction: Prediction = self.model(self.history, x_t, t, r, self._lambda(x_t))
         return prediction
 
     def predict_with_tangent(self, x_t: Tensor, t: Tensor, r: Tensor, v: Tensor) -> tuple[Prediction, Tensor]:
+        """By forward mode."""
         return predict_with_tangent(self.model, self.history, x_t, t, r, self._lambda(x_t), v)
 
     def draw_anchor(self, rho: float, generator: torch.Generator | None) -> Tensor:
+        """By `flow.draw_anchor`."""
         return flow.draw_anchor(self.model.item_embedding.weight, self.history, rho, generator)
 
     def source_loss(
         self, source: Tensor, kind: Literal["sampled", "dense"], generator: torch.Generator | None
     ) -> Tensor:
+        """By the function of this name."""
         return source_loss(self.model, source, self.history, kind, generator, self.share)
+
+
+Objective = Callable[[Network, FAVE, Config, Tensor, torch.Generator | None], Losses]
+"""A network over one batch of histories, its model, the configuration, int64 targets [B], a generator: the losses."""
 
 
 def stage1_losses(
@@ -175,7 +183,7 @@ def stage1_losses(
 
     history int64 [B, L] left-padded with 0, targets int64 [B]; `share`: where these are a rank's part of a batch.
     """
-    return stage1_objective(_Reference(model, history, generator, share), model, config, targets, generator)
+    return stage1_objective(ReferenceNetwork(model, history, generator, share), model, config, targets, generator)
 
 
 def stage2_losses(
@@ -191,7 +199,7 @@ def stage2_losses(
     The item embeddings stay as they are: the trainer freezes them. With gamma = 0 no tangent is computed. `share` as in
     `stage1_losses`.
     """
-    return stage2_objective(_Reference(model, history, generator, share), model, config, targets, generator)
+    return stage2_objective(ReferenceNetwork(model, history, generator, share), model, config, targets, generator)
 
 
 def stage1_objective(
@@ -226,6 +234,9 @@ def stage2_objective(
                 v = flow.learned_velocity(network.predict(x_t, t, r).endpoint, x_0).to(x_t.dtype)
         prediction, tangent = network.predict_with_tangent(x_t, t, r, v)
     return _weigh(network, model, config, config.loss.match, prediction, x_1, targets, tangent, generator)
+
+
+OBJECTIVES: tuple[Objective, Objective] = (stage1_objective, stage2_objective)
 
 
 def _weigh(
