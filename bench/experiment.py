@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from bench.methods import METHODS
 from fave_fast import checkpoint as checkpoints
 from fave_fast.checkpoint import Checkpoint
 from fave_fast.config import Config
@@ -31,6 +32,7 @@ class Run:
     setting: str
     config: Config
     seed: int
+    method: str = "fave"  # of `bench.methods`
 
     @property
     def name(self) -> str:
@@ -50,12 +52,12 @@ class Options:
 
     def identity(self, run: Run) -> dict[str, Any]:
         """What must be equal for a file to hold this run's result."""
-        return {"config": run.config.to_dict(), "dtype": self.dtype, "backend": self.backend}
+        return {"method": run.method, "config": run.config.to_dict(), "dtype": self.dtype, "backend": self.backend}
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs with one stage 1: what a process takes at a time."""
+    """Runs of one method with one stage 1: what a process takes at a time."""
 
     data: Interactions
     runs: tuple[Run, ...]
@@ -91,6 +93,7 @@ def _trainer(group: Group, config: Config) -> Trainer:
         device=torch.device(options.device),
         dtype=DTYPES[options.dtype],
         backend=options.backend,
+        method=METHODS[group.runs[0].method],
     )
 
 
@@ -151,9 +154,11 @@ def _test(
     group: Group, device: torch.device, choices: dict[str, Checkpoint], lines: dict[str, tuple[int, int]]
 ) -> dict[str, Any]:
     """Test figures of each choice of weights, in fp32 as they are judged in training."""
-    backend = group.options.backend
-    chosen = evaluate(choices["chosen"], group.data, "test", device=device, backend=backend)
-    if lines["chosen"] == lines["last stage"]:
-        return {"chosen": chosen, "last stage": chosen}
-    last = evaluate(choices["last stage"], group.data, "test", device=device, backend=backend)
-    return {"chosen": chosen, "last stage": last}
+
+    def figures(name: str) -> dict[str, Any]:
+        sampler, backend = METHODS[group.runs[0].method].sampler, group.options.backend
+        return evaluate(choices[name], group.data, "test", device=device, backend=backend, sampler=sampler)
+
+    chosen = figures("chosen")
+    same = lines["chosen"] == lines["last stage"]
+    return {"chosen": chosen, "last stage": chosen if same else figures("last stage")}

@@ -24,6 +24,7 @@ import torch
 import yaml
 
 from bench.experiment import Group, Options, Run, perform
+from bench.methods import METHODS
 from bench.summary import SUMMARY, load_runs, markdown, summarise
 from bench.workers import Report, run_all
 from fave_fast import cli, env
@@ -43,13 +44,25 @@ ABLATIONS: dict[str, Overrides] = {
     "without-l-match": {"loss": {"match": 0.0}},
     "gaussian-prior": {"flow": {"prior": "gaussian"}},
 }
-SETTINGS: dict[str, Overrides] = {"preset": {}, **ABLATIONS}
+# Peers on the same network, with the preset's sizes, dropouts and schedule. They have no stage 2.
+_ONE_STAGE = {"epochs_stage2": 0}
+PEERS: dict[str, Overrides] = {
+    "sasrec": {
+        "model": {"attention": "causal", "delta": 0.0},
+        "loss": {"rec": 0.0, "beta": 0.0},
+        "train": _ONE_STAGE,
+    },
+    "diffurec-style": {"method": "diffurec-style", "flow": {"prior": "gaussian"}, "train": _ONE_STAGE},
+    "fmrec-style": {"method": "fmrec-style", "flow": {"prior": "gaussian"}, "train": _ONE_STAGE},
+}
+SETTINGS: dict[str, Overrides] = {"preset": {}, **ABLATIONS, **PEERS}
+_NOT_OF_THE_CONFIG = ("only", "method")
 
 
 def read_settings(path: Path) -> dict[str, Overrides]:
     """Named settings from a YAML file: a mapping of names to what is laid over the preset.
 
-    The key `only` of a setting names the data sets that it is for.
+    The key `only` of a setting names the data sets that it is for, `method` one of `bench.methods`.
 
     Raises:
         InputError: the file cannot be read or is no such mapping. Keys of the configuration are checked later.
@@ -70,6 +83,9 @@ def read_settings(path: Path) -> dict[str, Overrides]:
         only = values.get("only", [])
         if not isinstance(only, list) or not all(isinstance(one, str) for one in only):
             raise InputError(f"{path}: setting {name!r}: only is {only!r}; expected a list of data sets")
+        if values.get("method", "fave") not in METHODS:
+            expected = ", ".join(METHODS)
+            raise InputError(f"{path}: setting {name!r}: method is {values['method']!r}; expected one of {expected}")
     return found
 
 
@@ -111,17 +127,17 @@ def plan(
     for seed, (dataset, base), (setting, values) in itertools.product(seeds, datasets, settings.items()):
         if dataset not in values.get("only", [dataset]):
             continue
-        own = {name: part for name, part in values.items() if name != "only"}
+        own = {name: part for name, part in values.items() if name not in _NOT_OF_THE_CONFIG}
         config = preset(base).override(changes, "--set").override(own, f"setting {setting}")
-        runs.append(Run(dataset, base, setting, config, seed))
+        runs.append(Run(dataset, base, setting, config, seed, values.get("method", "fave")))
     return runs
 
 
 def grouped(runs: Sequence[Run], data: Mapping[tuple[str, Any], Interactions], options: Options) -> list[Group]:
-    """Runs of one data set, seed and stage 1 together, in the order of each group's first."""
+    """Runs of one data set, seed, method and stage 1 together, in the order of each group's first."""
     groups: dict[tuple[Any, ...], list[Run]] = {}
     for run in runs:
-        groups.setdefault((run.dataset, run.seed, run.config.stage1()), []).append(run)
+        groups.setdefault((run.dataset, run.seed, run.method, run.config.stage1()), []).append(run)
     return [Group(data[some[0].dataset, some[0].config.data], tuple(some), options) for some in groups.values()]
 
 
@@ -134,7 +150,7 @@ def _is_done(folder: Path, run: Run, options: Options) -> bool:
     except (OSError, ValueError):
         raise InputError(f"{path}: expected a run that bench.quality wrote") from None
     for name, value in options.identity(run).items():
-        if found.get(name) != value:
+        if {"method": "fave", **found}.get(name) != value:  # earlier files name no method
             raise InputError(f"{path}: holds a run with another {name}; expected another --out or setting name")
     return bool(found["finished"] and (found["test"] is not None or not options.test))
 

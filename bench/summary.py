@@ -14,7 +14,7 @@ from fave_fast.errors import InputError
 VALIDATION = ("HR@20", "NDCG@20")
 TEST = tuple(f"{kind} {name}@{k}" for kind in ("filtered", "raw") for name in ("HR", "NDCG") for k in (10, 20))
 LISTS = ("coverage@20", "ild@20")
-SAME = ("config", "dtype", "backend", "steps", "data")  # in all runs of one name
+SAME = ("method", "config", "dtype", "backend", "steps", "data")  # in all runs of one name
 SUMMARY = "summary.json"
 
 
@@ -51,10 +51,10 @@ def load_runs(folder: Path) -> list[dict[str, Any]]:
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        run = json.loads(path.read_text(encoding="utf-8"))
+        run = {"method": "fave", **json.loads(path.read_text(encoding="utf-8"))}  # earlier files name none
         if {"seed", "finished", *SAME} <= run.keys():
             return {**run, "file": path.name, "key": (run["dataset"], run["setting"])}
-    except (OSError, ValueError, KeyError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError):
         pass
     raise InputError(f"{path}: expected a run that bench.quality wrote")
 

@@ -170,7 +170,7 @@ def test_ablations_change_what_table_2_says() -> None:
     assert changed["without-l-cons"].loss.gamma == 0
     assert changed["without-l-match"].loss == replace(base.loss, match=0.0)
     assert changed["gaussian-prior"].flow.prior == "gaussian"
-    runs = quality.plan([("beauty", "beauty")], quality.SETTINGS, [], [0, 1])
+    runs = quality.plan([("beauty", "beauty")], {"preset": {}, **quality.ABLATIONS}, [], [0, 1])
     assert [run.seed for run in runs] == [0] * 5 + [1] * 5
     groups = quality.grouped(runs, {("beauty", base.data): None}, OPTIONS)  # type: ignore[dict-item]
     assert [[run.setting for run in group.runs] for group in groups[:2]] == [
@@ -207,6 +207,7 @@ BAD: list[tuple[list[str], str]] = [
     (["--data", "LOG", "beauty", "--settings", "FOLDER/list.yaml"], "list.yaml: expected a mapping of names"),
     (["--data", "LOG", "beauty", "--settings", "FOLDER/name.yaml"], "setting 'a/b'; expected a name of letters"),
     (["--data", "LOG", "beauty", "--settings", "FOLDER/only.yaml"], "only is 'beauty'; expected a list of data sets"),
+    (["--data", "LOG", "beauty", "--settings", "FOLDER/method.yaml"], "method is 'caser'; expected one of fave, fmrec"),
     (["--data", "LOG", "beauty", "--device", "cpu", "--backend", "triton"], "triton"),
     (["--summarise", "FOLDER/none"], "none: no such folder"),
     (["--summarise", "FOLDER/empty"], "empty: no runs"),
@@ -221,7 +222,12 @@ def test_bad_input_is_told_before_any_training(
 ) -> None:  # fmt: skip
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(quality, "run_all", lambda *_, **__: pytest.fail("training began"))
-    files = {"list.yaml": "- 1\n", "name.yaml": "a/b: {}\n", "only.yaml": "a: {only: beauty}\n"}
+    files = {
+        "list.yaml": "- 1\n",
+        "name.yaml": "a/b: {}\n",
+        "only.yaml": "a: {only: beauty}\n",
+        "method.yaml": "a: {method: caser}\n",
+    }
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     (tmp_path / "empty").mkdir()
