@@ -43,13 +43,13 @@ class Sampler(nn.Module):
 
     def predictions(self, history: Tensor) -> Callable[[int, Tensor], Tensor]:
         """For int64 [B, L] the function of a step's number and x [B, D] that gives [B, D]."""
-        model, present = self.model, history != 0
+        model, present = self.model, self.model.present(history)
         embedded = model.embed_history(history)
         features = model.time_features(self.times, torch.ones_like(self.times))  # r = 1, as these are trained
 
         def predict(step: int, x: Tensor) -> Tensor:
             lam = torch.randn_like(embedded) * model.config.delta + model.config.delta
-            endpoint: Tensor = model.encode(embedded + lam * (x + features[step])[:, None], present).endpoint
+            endpoint: Tensor = model.encode(model.conditioning(embedded, x + features[step], lam), present).endpoint
             return endpoint
 
         return predict
