@@ -25,7 +25,7 @@ import yaml
 
 from bench.experiment import Group, Options, Run, perform
 from bench.methods import METHODS
-from bench.summary import SUMMARY, load_runs, markdown, summarise
+from bench.summary import SUMMARY, load_runs, markdown, read_run, summarise
 from bench.workers import Report, run_all
 from fave_fast import cli, env
 from fave_fast.config import PRESETS, preset
@@ -55,7 +55,34 @@ PEERS: dict[str, Overrides] = {
     "diffurec-style": {"method": "diffurec-style", "flow": {"prior": "gaussian"}, "train": _ONE_STAGE},
     "fmrec-style": {"method": "fmrec-style", "flow": {"prior": "gaussian"}, "train": _ONE_STAGE},
 }
-SETTINGS: dict[str, Overrides] = {"preset": {}, **ABLATIONS, **PEERS}
+# Ways for x_t to carry information (`fave_fast/conditioning.py`), and where the path begins in the two stages: in noise
+# and then in the anchor, as in the paper, or in one of them throughout.
+_WAYS: dict[str, dict[str, Any]] = {
+    "gate": {"conditioning": "gate", "delta": 1.0},
+    "film": {"conditioning": "film"},
+    "token": {"conditioning": "token"},
+}
+_STARTS: dict[str, dict[str, Any]] = {
+    "": {},
+    "-from-noise": {"flow": {"prior": "gaussian"}},
+    "-from-anchor": {"flow": {"prior_stage1": "anchor"}},
+}
+CONDITIONINGS: dict[str, Overrides] = {
+    way + start: {"model": model, **flow} for way, model in _WAYS.items() for start, flow in _STARTS.items()
+}
+# The paper's figure 5: one weight at a time around the preset.
+_SWEPT = {
+    "loss.alpha": (0.1, 0.2, 0.5, 1.0, 2.0, 4.0),
+    "loss.beta": (0.0, 0.1, 0.2, 0.5, 1.0),
+    "loss.gamma": (0.0, 0.01, 0.1, 1.0),
+    "flow.rho": (0.25, 0.5, 0.75, 1.0),
+}
+SWEEPS: dict[str, Overrides] = {
+    f"{key}-{value:g}": {section: {key: value}}
+    for section, key, values in ((*name.split("."), values) for name, values in _SWEPT.items())
+    for value in values
+}
+SETTINGS: dict[str, Overrides] = {"preset": {}, **ABLATIONS, **PEERS, **CONDITIONINGS, **SWEEPS}
 _NOT_OF_THE_CONFIG = ("only", "method")
 
 
@@ -144,13 +171,11 @@ def grouped(runs: Sequence[Run], data: Mapping[tuple[str, Any], Interactions], o
 def _is_done(folder: Path, run: Run, options: Options) -> bool:
     path = folder / f"{run.name}.json"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_run(path)
     except FileNotFoundError:
         return False
-    except (OSError, ValueError):
-        raise InputError(f"{path}: expected a run that bench.quality wrote") from None
     for name, value in options.identity(run).items():
-        if {"method": "fave", **found}.get(name) != value:  # earlier files name no method
+        if found[name] != value:
             raise InputError(f"{path}: holds a run with another {name}; expected another --out or setting name")
     return bool(found["finished"] and (found["test"] is not None or not options.test))
 

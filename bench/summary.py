@@ -9,7 +9,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fave_fast.errors import InputError
+from fave_fast.config import Config
+from fave_fast.errors import ConfigError, InputError
 
 VALIDATION = ("HR@20", "NDCG@20")
 TEST = tuple(f"{kind} {name}@{k}" for kind in ("filtered", "raw") for name in ("HR", "NDCG") for k in (10, 20))
@@ -49,14 +50,27 @@ def load_runs(folder: Path) -> list[dict[str, Any]]:
     return runs
 
 
-def _load(path: Path) -> dict[str, Any]:
+def read_run(path: Path) -> dict[str, Any]:
+    """The object of a run; one of an earlier version with what it does not name as that was then.
+
+    Raises:
+        FileNotFoundError: no such file.
+        InputError: it cannot be read, or is no run.
+    """
     try:
-        run = {"method": "fave", **json.loads(path.read_text(encoding="utf-8"))}  # earlier files name none
-        if {"seed", "finished", *SAME} <= run.keys():
-            return {**run, "file": path.name, "key": (run["dataset"], run["setting"])}
-    except (OSError, ValueError, KeyError, TypeError):
+        run = {"method": "fave", **json.loads(path.read_text(encoding="utf-8"))}
+        if {"dataset", "setting", "seed", "finished", *SAME} <= run.keys():
+            return {**run, "config": Config.from_dict(run["config"], str(path)).to_dict()}
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, TypeError, ConfigError):
         pass
     raise InputError(f"{path}: expected a run that bench.quality wrote")
+
+
+def _load(path: Path) -> dict[str, Any]:
+    run = read_run(path)
+    return {**run, "file": path.name, "key": (run["dataset"], run["setting"])}
 
 
 def figures(run: dict[str, Any], weights: str) -> dict[str, float]:

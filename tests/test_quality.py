@@ -179,6 +179,38 @@ def test_ablations_change_what_table_2_says() -> None:
     ]
 
 
+def test_sweeps_and_conditionings_change_what_their_names_say() -> None:
+    base = preset("ml-100k").to_dict()
+    for name, values in {**quality.SWEEPS, **quality.CONDITIONINGS}.items():
+        changed = preset("ml-100k").override(values, name).to_dict()
+        found = {
+            f"{section}.{key}": value
+            for section, part in changed.items()
+            for key, value in part.items()
+            if value != base[section][key]
+        }
+        if name in quality.SWEEPS:
+            key, value = name.split("-")
+            section = "flow" if key == "rho" else "loss"
+            assert changed[section][key] == float(value)
+            assert set(found) <= {f"{section}.{key}"}
+        else:
+            assert found.pop("model.conditioning") == name.split("-")[0]
+            assert found.pop("model.delta", 1.0) == 1.0
+            assert found == {
+                "noise": {"flow.prior": "gaussian"}, "anchor": {"flow.prior_stage1": "anchor"}, name: {},
+            }[name.split("-from-")[-1]]  # fmt: skip
+
+
+def test_a_run_of_an_earlier_version_is_read(folder: Path, tmp_path: Path) -> None:
+    run = json.loads((folder / "runs" / "log.preset.0.json").read_text())
+    old = json.loads(json.dumps({name: value for name, value in run.items() if name != "method"}))
+    del old["config"]["model"]["conditioning"]
+    (tmp_path / "log.preset.0.json").write_text(json.dumps(old))
+    (found,) = load_runs(tmp_path)
+    assert {name: found[name] for name in run} == run
+
+
 def test_settings_are_laid_over_set_over_the_preset(tmp_path: Path) -> None:
     path = tmp_path / "settings.yaml"
     path.write_text("a: {train: {lr: 0.5}}\nb: {only: [steam], loss: {alpha: 7}}\n")
