@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 
+from bench.diagnostics import diagnose
 from bench.methods import METHODS
 from fave_fast import checkpoint as checkpoints
 from fave_fast.checkpoint import Checkpoint
 from fave_fast.config import Config
 from fave_fast.data import Interactions
 from fave_fast.evaluate import evaluate
+from fave_fast.losses import OBJECTIVES
 from fave_fast.model import DTYPES
 from fave_fast.train import Outcome, Trainer, resolve_steps
 
@@ -71,6 +73,7 @@ def perform(group: Group, deadline: float) -> Iterator[dict[str, Any]]:
     stage1 = _trainer(group, group.runs[0].config.stage1())
     _train(stage1, deadline)
     state = stage1.state()
+    before = _diagnosed(group, stage1) if stage1.progress.finished else None
     shared = time.monotonic() - started
     for run in group.runs:
         started = time.monotonic()
@@ -80,6 +83,10 @@ def perform(group: Group, deadline: float) -> Iterator[dict[str, Any]]:
             trainer.start_stage2(state)
             outcome = _train(trainer, deadline)
         result = _result(group, run, trainer, outcome)
+        if result["finished"]:
+            _keep_stages(group, run, stage1, trainer)
+            last = before if trainer.progress.stage == 1 else _diagnosed(group, trainer)
+            result["diagnostics"] = None if before is None else {"stage 1": before, "last stage": last}
         yield result | {"wall_seconds": {"stage 1": shared, "rest": time.monotonic() - started}}
 
 
@@ -107,6 +114,27 @@ def _train(trainer: Trainer, deadline: float) -> Outcome:
     return outcome
 
 
+def _diagnosed(group: Group, trainer: Trainer) -> dict[str, Any] | None:
+    """What `bench.diagnostics` says of the present stage's best weights; None of a method without a flow of ours."""
+    if not group.options.test or METHODS[group.runs[0].method].objectives is not OBJECTIVES:
+        return None
+    model = _of_stage(trainer).build_model().to(trainer.device)
+    return diagnose(model, trainer.config, group.data, trainer.split.test)
+
+
+def _of_stage(trainer: Trainer) -> Checkpoint:
+    """The best weights of the stage that it is in."""
+    return replace(trainer.make_checkpoint(), weights=trainer.stage_weights)
+
+
+def _keep_stages(group: Group, run: Run, *trainers: Trainer) -> None:
+    """Checkpoints of each stage's best weights, before and after stage 2, beside the chosen one."""
+    folder = group.options.checkpoints
+    if folder is not None:
+        for trainer in trainers:
+            checkpoints.save(_of_stage(trainer), folder / f"{run.name}.stage{trainer.progress.stage}.pt")
+
+
 def _result(group: Group, run: Run, trainer: Trainer, outcome: Outcome | None) -> dict[str, Any]:
     options, device = group.options, trainer.device
     facts = trainer.make_checkpoint().facts if outcome is None else outcome.checkpoint.facts
@@ -126,7 +154,7 @@ def _result(group: Group, run: Run, trainer: Trainer, outcome: Outcome | None) -
     }
     if outcome is None or not trainer.progress.finished:
         return result
-    choices = {"chosen": outcome.checkpoint, "last stage": replace(outcome.checkpoint, weights=trainer.stage_weights)}
+    choices = {"chosen": outcome.checkpoint, "last stage": _of_stage(trainer)}
     lines = {"chosen": (facts["best_stage"], facts["best_epoch"]), "last stage": _best_of_last_stage(trainer)}
     if options.checkpoints is not None:
         checkpoints.save(outcome.checkpoint, options.checkpoints / f"{run.name}.pt")

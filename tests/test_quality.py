@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from bench import quality
+from bench.diagnostics import diagnose
 from bench.experiment import Group, Options, Run, perform
 from bench.summary import interval, load_runs, markdown, summarise
 from fave_fast import checkpoint as checkpoints
@@ -54,7 +55,8 @@ def folder(tiny_log: Path, tiny_config: Config, tmp_path_factory: pytest.TempPat
 
 def test_a_run_is_what_train_and_evaluate_say(folder: Path, tiny_log: Path, tmp_path: Path) -> None:
     names = {f"log.{setting}.{seed}" for setting in ("preset", "without-l-cons") for seed in (0, 3)}
-    assert {path.stem for path in (folder / "runs").iterdir()} == {path.stem for path in (folder / "kept").iterdir()}
+    kept = {path.name for path in (folder / "kept").iterdir()}
+    assert kept == {f"{name}{part}" for name in names for part in (".pt", ".stage1.pt", ".stage2.pt")}
     assert {path.stem for path in (folder / "runs").iterdir()} == names
     data = load_interactions(tiny_log)
     threads = torch.get_num_threads()
@@ -74,7 +76,14 @@ def test_a_run_is_what_train_and_evaluate_say(folder: Path, tiny_log: Path, tmp_
         assert run["validation"]["chosen"]["NDCG@20"] == facts["best_validation_ndcg20_filtered"]
         kept = checkpoints.load(folder / "kept" / f"{name}.pt")
         last = replace(outcome.checkpoint, weights=trainer.stage_weights)
-        for which, checkpoint in (("chosen", outcome.checkpoint), ("chosen", kept), ("last stage", last)):
+        assert run["diagnostics"]["last stage"] == diagnose(
+            last.build_model(), config, data, split(data, config.data).test
+        )
+        stages = [checkpoints.load(folder / "kept" / f"{name}.stage{stage}.pt") for stage in (1, 2)]
+        assert stages[0].config.train.epochs_stage2 == 0
+        for which, checkpoint in (
+            ("chosen", outcome.checkpoint), ("chosen", kept), ("last stage", last), ("last stage", stages[1])
+        ):  # fmt: skip
             want = evaluate(checkpoint, data, "test", device=trainer.device)
             assert {**run["test"][which], "seconds": 0} == {**want, "seconds": 0}
         model = last.build_model()
@@ -121,6 +130,10 @@ def test_summary(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (cells["data"], cells["seeds"]) == ("log", "2")
     assert cells["raw HR@20"] == f"{found['mean']:.2f} ± {found['half']:.2f}"
     assert "Commits: abc. On: cpu." in table
+    flow = next(row for row in summary["flows"] if (row["setting"], row["weights"]) == ("without-l-cons", "last stage"))
+    gaps = [runs[f"log.without-l-cons.{seed}"]["diagnostics"]["last stage"]["steps"]["30"]["gap"] for seed in (0, 3)]
+    assert flow["figures"]["gap of 30"]["mean"] == pytest.approx(sum(gaps) / 2)
+    assert "| log | without-l-cons | stage 1 |" in table
 
 
 def test_interval() -> None:
