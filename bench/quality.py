@@ -180,7 +180,7 @@ def _is_done(folder: Path, run: Run, options: Options) -> bool:
     return bool(found["finished"] and (found["test"] is not None or not options.test))
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The checkout's commit, `+` behind it where files differ from it; None outside a checkout."""
     here = Path(__file__).resolve().parent
 
@@ -292,7 +292,12 @@ def _expectations(texts: Sequence[str], parser: cli.Parser) -> dict[str, float]:
     return result
 
 
-def _folder(path: Path) -> Path:
+def make_folder(path: Path) -> Path:
+    """The folder, made where it was not.
+
+    Raises:
+        InputError: it cannot be made.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -313,17 +318,14 @@ def _execute(
 ) -> Report:
     measured: dict[str, float] = {}
     common = {
-        "commit": arguments.commit or _commit(),
+        "commit": arguments.commit or commit(),
         "command": "python -m bench.quality " + shlex.join(sys.argv[1:]),
         "versions": env.versions(),
         "jobs": arguments.jobs,
     }
 
     def on_result(group: Group, result: dict[str, Any]) -> None:
-        name = f"{result['dataset']}.{result['setting']}.{result['seed']}"
-        with replacing(arguments.out / f"{name}.json") as part:
-            part.write_text(json.dumps({**common, **result}, indent=1) + "\n", encoding="utf-8")
-        cli.say(_line(name, result))
+        write_run(arguments.out, {**common, **result})
 
     def on_end(group: Group, seconds: float) -> None:
         dataset = group.runs[0].dataset
@@ -336,6 +338,14 @@ def _execute(
     return run_all(
         groups, perform, arguments.jobs, deadline, expected=known, on_result=on_result, on_end=on_end, gpus=gpus
     )
+
+
+def write_run(folder: Path, result: dict[str, Any]) -> None:
+    """A run's file, and a line about it."""
+    name = f"{result['dataset']}.{result['setting']}.{result['seed']}"
+    with replacing(folder / f"{name}.json") as part:
+        part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    cli.say(_line(name, result))
 
 
 def _line(name: str, result: dict[str, Any]) -> str:
@@ -370,7 +380,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     data = _load(arguments, runs)
     for folder in (arguments.out, arguments.checkpoints):
         if folder is not None:
-            _folder(folder)
+            make_folder(folder)
     left = [run for run in runs if not _is_done(arguments.out, run, options)]
     cli.say(f"{len(runs)} runs, {len(runs) - len(left)} of them done before; {arguments.jobs} at once")
     report = _execute(grouped(left, data, options), arguments, expected, _gpus(device), deadline)
