@@ -111,27 +111,31 @@ def trajectories(before: Trained, after: Trained, how: str, users: int = 6) -> F
     """
     rows = _hits(after, users)
     paths = [
-        ("before, from noise, 30 steps", before, path_of(before, rows, before.asked.prior("gaussian")[rows], 30)),
-        ("after, from the anchor, 30 steps", after, path_of(after, rows, after.asked.prior("anchor")[rows], 30)),
-        ("after, from the anchor, 1 step", after, path_of(after, rows, after.asked.prior("anchor")[rows], 1)),
+        ("before, from noise, 30 steps", path_of(before, rows, before.asked.prior("gaussian")[rows], 30)),
+        ("after, from the anchor, 30 steps", path_of(after, rows, after.asked.prior("anchor")[rows], 30)),
+        ("after, from the anchor, 1 step", path_of(after, rows, after.asked.prior("anchor")[rows], 1)),
     ]
-    figure, panels = plt.subplots(1, len(paths), figsize=(5 * len(paths), 5), squeeze=False)
-    for axes, (title, trained, path) in zip(panels[0], paths, strict=True):
-        some = torch.arange(1, len(trained.asked.table), max(1, len(trained.asked.table) // 500))
-        targets = trained.asked.table[trained.asked.targets[rows]]
-        rest = trained.asked.table[some.to(targets.device)]
-        plane = project(torch.cat((path.flatten(0, 1), targets, rest)), how)
-        lines = plane[: path.shape[0] * len(rows)].reshape(path.shape[0], len(rows), 2)
-        ends = plane[path.shape[0] * len(rows) :][: len(rows)]
-        axes.scatter(*plane[-len(rest) :].T, s=4, color=GROUND, label="items of the catalogue", zorder=1)
-        for user in range(len(rows)):
+    table, targets = after.asked.table, after.asked.table[after.asked.targets[rows]]
+    rest = table[1 :: max(1, len(table) // 500)]
+    # One projection for all, so that what is the same lies at the same place: stage 2 leaves the items where they are.
+    lengths = [path.shape[0] * len(rows) for _, path in paths]
+    *lines, ends, items = np.split(
+        project(torch.cat((*(path.flatten(0, 1) for _, path in paths), targets, rest)), how),
+        np.cumsum([*lengths, len(targets)]),
+    )
+    figure, panels = plt.subplots(1, len(paths), figsize=(5 * len(paths), 5), squeeze=False, sharex=True, sharey=True)
+    for axes, (title, _), line in zip(panels[0], paths, lines, strict=True):
+        axes.scatter(*items.T, s=4, color=GROUND, label="items of the catalogue", zorder=1)
+        for user, points in enumerate(line.reshape(-1, len(rows), 2).transpose(1, 0, 2)):
             hue = PEER_COLOURS[user % len(PEER_COLOURS)]
-            axes.plot(*lines[:, user].T, "-o", color=hue, markersize=2.5, linewidth=1, zorder=2)
-            axes.plot(*lines[0, user], "s", color=hue, markersize=6, zorder=3)
+            axes.plot(*points.T, "-o", color=hue, markersize=2.5, linewidth=1, zorder=2)
+            axes.plot(*points[0], "s", color=hue, markersize=6, zorder=3)
+            axes.plot(*points[-1], "o", color=hue, markersize=7, zorder=3)
             axes.plot(*ends[user], "*", color=hue, markersize=13, markeredgecolor="black", zorder=4)
         axes.set_title(title, fontsize=10)
         _bare(axes)
-    for mark, words in (("s", "x_0"), ("*", "target"), ("o", "steps")):
+    panels[0][1].set_xlabel("users whose list of 20 holds the target")
+    for mark, words in (("s", "x_0"), ("o", "end"), ("*", "target")):
         panels[0][0].plot([], [], mark, color="black", linestyle="none", label=words)
     panels[0][0].legend(fontsize=7)
     return figure
@@ -165,13 +169,13 @@ def priors(trained: Trained, how: str, users: int = 400) -> Figure:
     x_1 = asked.table[asked.targets]
     anchor = groups["anchor"][0]
     shown = {
-        "noise": (groups["Gaussian noise"][0], NOISE),
-        "anchor": (anchor, OURS),
+        "Gaussian noise": groups["Gaussian noise"],
+        "anchor": groups["anchor"],
         "anchor of another user": (anchor.roll(1, 0), PEER_COLOURS[3]),
     }
     for name, (x_0, hue) in shown.items():
         apart = 1 - F.cosine_similarity(x_0, x_1, dim=-1).cpu().numpy()
-        right.hist(apart, bins=60, range=(0, 2), density=True, histtype="step", color=hue, label=name, linewidth=1.6)
+        right.hist(apart, bins=40, range=(0, 2), density=True, histtype="step", color=hue, label=name, linewidth=1.6)
     right.set(xlabel="cosine distance of x_0 to the target", ylabel="density over users")
     right.legend(fontsize=8)
     return figure
@@ -190,10 +194,17 @@ def diagnostics(found: dict[str, dict[str, Any]]) -> Figure:
         many = list(one["samples"].values())
         samples.plot([row["ild@20"] for row in many], [row["NDCG@20"] for row in many], "o-", color=hues[name])
         for count, row in zip(counts, many, strict=True):
-            samples.annotate(str(count), (row["ild@20"], row["NDCG@20"]), fontsize=8, xytext=(4, 4),
-                             textcoords="offset points")  # fmt: skip
-    quality.set(xscale="log", xlabel="Euler steps", ylabel="NDCG@20, filtered, per cent")
-    gap.set(xscale="log", xlabel="Euler steps", ylabel="distance of the end from one step's, relative")
+            samples.annotate(str(count), (row["ild@20"], row["NDCG@20"]), fontsize=8, xytext=(4, 3 * count),
+                             textcoords="offset points", color=hues[name])  # fmt: skip
+    for axes, what in ((quality, "NDCG@20, filtered, per cent"), (gap, "end's distance from one step's, relative")):
+        axes.set(xscale="log", xlabel="Euler steps", ylabel=what)
+        axes.set_xticks(STEPS, list(map(str, STEPS)))
+        axes.minorticks_off()
+    # What is chance or rounding is not to look like a difference.
+    for axes, least in ((quality, 1.0), (samples, 1.0)):
+        _widened(axes.get_ylim, axes.set_ylim, least)
+    _widened(samples.get_xlim, samples.set_xlim, 0.05)
+    gap.set_ylim(0, max(0.01, gap.get_ylim()[1]))
     samples.set(xlabel="ILD@20", ylabel="NDCG@20 (numbers: samples a user)")
     quality.legend(fontsize=8)
     _grouped(straight, hues, {name: {"||JVP|| / ||f||": one["straightness"]["jvp"]} for name, one in found.items()})
@@ -203,7 +214,15 @@ def diagnostics(found: dict[str, dict[str, Any]]) -> Figure:
         x_0, hues, {name: {at: one["x_0"][at] for at in changes} for name, one in found.items()},
         "relative change of the endpoint\nfor another x_0",
     )  # fmt: skip
+    x_0.set_ylim(0, max(0.01, x_0.get_ylim()[1]))
     return figure
+
+
+def _widened(get: Callable[[], tuple[float, float]], change: Callable[[float, float], object], least: float) -> None:
+    """An axis' limits about their middle, `least` apart at least."""
+    low, high = get()
+    middle, reach = (low + high) / 2, max(high - low, least) / 2
+    change(middle - reach, middle + reach)
 
 
 def _grouped(axes: Axes, hues: dict[str, str], values: dict[str, dict[str, float]], what: str = "") -> None:
@@ -280,7 +299,7 @@ def diversity(runs: Sequence[dict[str, Any]]) -> Iterator[tuple[str, Figure]]:
             at = np.mean([(one["ild@20"], one["filtered"]["NDCG@20"]) for one in some], axis=0)
             axes.plot(*at, "*" if setting == "preset" else "o", color=OURS if setting == "preset" else NOISE)
             axes.annotate(f"{setting} ({len(some)})", at, fontsize=7, xytext=(5, 3), textcoords="offset points")
-        axes.set(xlabel="ILD@20", ylabel="NDCG@20, filtered, per cent", title=f"{dataset}: test (numbers: seeds)")
+        axes.set(xlabel="ILD@20", ylabel="NDCG@20, filtered, per cent", title=f"{dataset}: test (in brackets: seeds)")
         axes.title.set_fontsize(10)
         axes.margins(0.15)
         axes.grid(alpha=0.3)
