@@ -13,11 +13,14 @@ from typing import Any
 
 import torch
 
+from bench.diagnostics import diagnose
+from bench.methods import METHODS
 from fave_fast import checkpoint as checkpoints
 from fave_fast.checkpoint import Checkpoint
 from fave_fast.config import Config
 from fave_fast.data import Interactions
 from fave_fast.evaluate import evaluate
+from fave_fast.losses import OBJECTIVES
 from fave_fast.model import DTYPES
 from fave_fast.train import Outcome, Trainer, resolve_steps
 
@@ -31,6 +34,7 @@ class Run:
     setting: str
     config: Config
     seed: int
+    method: str = "fave"  # of `bench.methods`
 
     @property
     def name(self) -> str:
@@ -50,12 +54,12 @@ class Options:
 
     def identity(self, run: Run) -> dict[str, Any]:
         """What must be equal for a file to hold this run's result."""
-        return {"config": run.config.to_dict(), "dtype": self.dtype, "backend": self.backend}
+        return {"method": run.method, "config": run.config.to_dict(), "dtype": self.dtype, "backend": self.backend}
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs with one stage 1: what a process takes at a time."""
+    """Runs of one method with one stage 1: what a process takes at a time."""
 
     data: Interactions
     runs: tuple[Run, ...]
@@ -69,6 +73,7 @@ def perform(group: Group, deadline: float) -> Iterator[dict[str, Any]]:
     stage1 = _trainer(group, group.runs[0].config.stage1())
     _train(stage1, deadline)
     state = stage1.state()
+    before = _diagnosed(group, stage1) if stage1.progress.finished else None
     shared = time.monotonic() - started
     for run in group.runs:
         started = time.monotonic()
@@ -78,6 +83,10 @@ def perform(group: Group, deadline: float) -> Iterator[dict[str, Any]]:
             trainer.start_stage2(state)
             outcome = _train(trainer, deadline)
         result = _result(group, run, trainer, outcome)
+        if result["finished"]:
+            _keep_stages(group, run, stage1, trainer)
+            last = before if trainer.progress.stage == 1 else _diagnosed(group, trainer)
+            result["diagnostics"] = None if before is None else {"stage 1": before, "last stage": last}
         yield result | {"wall_seconds": {"stage 1": shared, "rest": time.monotonic() - started}}
 
 
@@ -91,6 +100,7 @@ def _trainer(group: Group, config: Config) -> Trainer:
         device=torch.device(options.device),
         dtype=DTYPES[options.dtype],
         backend=options.backend,
+        method=METHODS[group.runs[0].method],
     )
 
 
@@ -102,6 +112,27 @@ def _train(trainer: Trainer, deadline: float) -> Outcome:
         outcome = trainer.run()
     timer.cancel()
     return outcome
+
+
+def _diagnosed(group: Group, trainer: Trainer) -> dict[str, Any] | None:
+    """What `bench.diagnostics` says of the present stage's best weights; None of a method without a flow of ours."""
+    if not group.options.test or METHODS[group.runs[0].method].objectives is not OBJECTIVES:
+        return None
+    model = _of_stage(trainer).build_model().to(trainer.device)
+    return diagnose(model, trainer.config, group.data, trainer.split.test)
+
+
+def _of_stage(trainer: Trainer) -> Checkpoint:
+    """The best weights of the stage that it is in."""
+    return replace(trainer.make_checkpoint(), weights=trainer.stage_weights)
+
+
+def _keep_stages(group: Group, run: Run, *trainers: Trainer) -> None:
+    """Checkpoints of each stage's best weights, before and after stage 2, beside the chosen one."""
+    folder = group.options.checkpoints
+    if folder is not None:
+        for trainer in trainers:
+            checkpoints.save(_of_stage(trainer), folder / f"{run.name}.stage{trainer.progress.stage}.pt")
 
 
 def _result(group: Group, run: Run, trainer: Trainer, outcome: Outcome | None) -> dict[str, Any]:
@@ -123,7 +154,7 @@ def _result(group: Group, run: Run, trainer: Trainer, outcome: Outcome | None) -
     }
     if outcome is None or not trainer.progress.finished:
         return result
-    choices = {"chosen": outcome.checkpoint, "last stage": replace(outcome.checkpoint, weights=trainer.stage_weights)}
+    choices = {"chosen": outcome.checkpoint, "last stage": _of_stage(trainer)}
     lines = {"chosen": (facts["best_stage"], facts["best_epoch"]), "last stage": _best_of_last_stage(trainer)}
     if options.checkpoints is not None:
         checkpoints.save(outcome.checkpoint, options.checkpoints / f"{run.name}.pt")
@@ -151,9 +182,11 @@ def _test(
     group: Group, device: torch.device, choices: dict[str, Checkpoint], lines: dict[str, tuple[int, int]]
 ) -> dict[str, Any]:
     """Test figures of each choice of weights, in fp32 as they are judged in training."""
-    backend = group.options.backend
-    chosen = evaluate(choices["chosen"], group.data, "test", device=device, backend=backend)
-    if lines["chosen"] == lines["last stage"]:
-        return {"chosen": chosen, "last stage": chosen}
-    last = evaluate(choices["last stage"], group.data, "test", device=device, backend=backend)
-    return {"chosen": chosen, "last stage": last}
+
+    def figures(name: str) -> dict[str, Any]:
+        sampler, backend = METHODS[group.runs[0].method].sampler, group.options.backend
+        return evaluate(choices[name], group.data, "test", device=device, backend=backend, sampler=sampler)
+
+    chosen = figures("chosen")
+    same = lines["chosen"] == lines["last stage"]
+    return {"chosen": chosen, "last stage": chosen if same else figures("last stage")}

@@ -24,7 +24,8 @@ import torch
 import yaml
 
 from bench.experiment import Group, Options, Run, perform
-from bench.summary import SUMMARY, load_runs, markdown, summarise
+from bench.methods import METHODS
+from bench.summary import SUMMARY, load_runs, markdown, read_run, summarise
 from bench.workers import Report, run_all
 from fave_fast import cli, env
 from fave_fast.config import PRESETS, preset
@@ -43,13 +44,52 @@ ABLATIONS: dict[str, Overrides] = {
     "without-l-match": {"loss": {"match": 0.0}},
     "gaussian-prior": {"flow": {"prior": "gaussian"}},
 }
-SETTINGS: dict[str, Overrides] = {"preset": {}, **ABLATIONS}
+# Peers on the same network, with the preset's sizes, dropouts and schedule. They have no stage 2.
+_ONE_STAGE = {"epochs_stage2": 0}
+PEERS: dict[str, Overrides] = {
+    "sasrec": {
+        "model": {"attention": "causal", "delta": 0.0},
+        "loss": {"rec": 0.0, "beta": 0.0},
+        "train": _ONE_STAGE,
+    },
+    "diffurec-style": {"method": "diffurec-style", "flow": {"prior": "gaussian"}, "train": _ONE_STAGE},
+    "fmrec-style": {"method": "fmrec-style", "flow": {"prior": "gaussian"}, "train": _ONE_STAGE},
+}
+# Ways for x_t to carry information (`fave_fast/conditioning.py`), and where the path begins in the two stages: in noise
+# and then in the anchor, as in the paper, or in one of them throughout.
+_WAYS: dict[str, dict[str, Any]] = {
+    "gate": {"conditioning": "gate", "delta": 1.0},
+    "film": {"conditioning": "film"},
+    "token": {"conditioning": "token"},
+}
+_STARTS: dict[str, dict[str, Any]] = {
+    "": {},
+    "-from-noise": {"flow": {"prior": "gaussian"}},
+    "-from-anchor": {"flow": {"prior_stage1": "anchor"}},
+}
+CONDITIONINGS: dict[str, Overrides] = {
+    way + start: {"model": model, **flow} for way, model in _WAYS.items() for start, flow in _STARTS.items()
+}
+# The paper's figure 5: one weight at a time around the preset.
+_SWEPT = {
+    "loss.alpha": (0.1, 0.2, 0.5, 1.0, 2.0, 4.0),
+    "loss.beta": (0.0, 0.1, 0.2, 0.5, 1.0),
+    "loss.gamma": (0.0, 0.01, 0.1, 1.0),
+    "flow.rho": (0.25, 0.5, 0.75, 1.0),
+}
+SWEEPS: dict[str, Overrides] = {
+    f"{key}-{value:g}": {section: {key: value}}
+    for section, key, values in ((*name.split("."), values) for name, values in _SWEPT.items())
+    for value in values
+}
+SETTINGS: dict[str, Overrides] = {"preset": {}, **ABLATIONS, **PEERS, **CONDITIONINGS, **SWEEPS}
+_NOT_OF_THE_CONFIG = ("only", "method")
 
 
 def read_settings(path: Path) -> dict[str, Overrides]:
     """Named settings from a YAML file: a mapping of names to what is laid over the preset.
 
-    The key `only` of a setting names the data sets that it is for.
+    The key `only` of a setting names the data sets that it is for, `method` one of `bench.methods`.
 
     Raises:
         InputError: the file cannot be read or is no such mapping. Keys of the configuration are checked later.
@@ -70,6 +110,9 @@ def read_settings(path: Path) -> dict[str, Overrides]:
         only = values.get("only", [])
         if not isinstance(only, list) or not all(isinstance(one, str) for one in only):
             raise InputError(f"{path}: setting {name!r}: only is {only!r}; expected a list of data sets")
+        if values.get("method", "fave") not in METHODS:
+            expected = ", ".join(METHODS)
+            raise InputError(f"{path}: setting {name!r}: method is {values['method']!r}; expected one of {expected}")
     return found
 
 
@@ -111,35 +154,33 @@ def plan(
     for seed, (dataset, base), (setting, values) in itertools.product(seeds, datasets, settings.items()):
         if dataset not in values.get("only", [dataset]):
             continue
-        own = {name: part for name, part in values.items() if name != "only"}
+        own = {name: part for name, part in values.items() if name not in _NOT_OF_THE_CONFIG}
         config = preset(base).override(changes, "--set").override(own, f"setting {setting}")
-        runs.append(Run(dataset, base, setting, config, seed))
+        runs.append(Run(dataset, base, setting, config, seed, values.get("method", "fave")))
     return runs
 
 
 def grouped(runs: Sequence[Run], data: Mapping[tuple[str, Any], Interactions], options: Options) -> list[Group]:
-    """Runs of one data set, seed and stage 1 together, in the order of each group's first."""
+    """Runs of one data set, seed, method and stage 1 together, in the order of each group's first."""
     groups: dict[tuple[Any, ...], list[Run]] = {}
     for run in runs:
-        groups.setdefault((run.dataset, run.seed, run.config.stage1()), []).append(run)
+        groups.setdefault((run.dataset, run.seed, run.method, run.config.stage1()), []).append(run)
     return [Group(data[some[0].dataset, some[0].config.data], tuple(some), options) for some in groups.values()]
 
 
 def _is_done(folder: Path, run: Run, options: Options) -> bool:
     path = folder / f"{run.name}.json"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_run(path)
     except FileNotFoundError:
         return False
-    except (OSError, ValueError):
-        raise InputError(f"{path}: expected a run that bench.quality wrote") from None
     for name, value in options.identity(run).items():
-        if found.get(name) != value:
+        if found[name] != value:
             raise InputError(f"{path}: holds a run with another {name}; expected another --out or setting name")
     return bool(found["finished"] and (found["test"] is not None or not options.test))
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The checkout's commit, `+` behind it where files differ from it; None outside a checkout."""
     here = Path(__file__).resolve().parent
 
@@ -251,7 +292,12 @@ def _expectations(texts: Sequence[str], parser: cli.Parser) -> dict[str, float]:
     return result
 
 
-def _folder(path: Path) -> Path:
+def make_folder(path: Path) -> Path:
+    """The folder, made where it was not.
+
+    Raises:
+        InputError: it cannot be made.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -272,17 +318,14 @@ def _execute(
 ) -> Report:
     measured: dict[str, float] = {}
     common = {
-        "commit": arguments.commit or _commit(),
+        "commit": arguments.commit or commit(),
         "command": "python -m bench.quality " + shlex.join(sys.argv[1:]),
         "versions": env.versions(),
         "jobs": arguments.jobs,
     }
 
     def on_result(group: Group, result: dict[str, Any]) -> None:
-        name = f"{result['dataset']}.{result['setting']}.{result['seed']}"
-        with replacing(arguments.out / f"{name}.json") as part:
-            part.write_text(json.dumps({**common, **result}, indent=1) + "\n", encoding="utf-8")
-        cli.say(_line(name, result))
+        write_run(arguments.out, {**common, **result})
 
     def on_end(group: Group, seconds: float) -> None:
         dataset = group.runs[0].dataset
@@ -295,6 +338,14 @@ def _execute(
     return run_all(
         groups, perform, arguments.jobs, deadline, expected=known, on_result=on_result, on_end=on_end, gpus=gpus
     )
+
+
+def write_run(folder: Path, result: dict[str, Any]) -> None:
+    """A run's file, and a line about it."""
+    name = f"{result['dataset']}.{result['setting']}.{result['seed']}"
+    with replacing(folder / f"{name}.json") as part:
+        part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    cli.say(_line(name, result))
 
 
 def _line(name: str, result: dict[str, Any]) -> str:
@@ -329,7 +380,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     data = _load(arguments, runs)
     for folder in (arguments.out, arguments.checkpoints):
         if folder is not None:
-            _folder(folder)
+            make_folder(folder)
     left = [run for run in runs if not _is_done(arguments.out, run, options)]
     cli.say(f"{len(runs)} runs, {len(runs) - len(left)} of them done before; {arguments.jobs} at once")
     report = _execute(grouped(left, data, options), arguments, expected, _gpus(device), deadline)

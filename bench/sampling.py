@@ -10,6 +10,8 @@ github.com/WHUIR/DiffuRec, truncated linear schedule, 32 steps).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -25,66 +27,87 @@ MEASURED_BEFOREHAND = {
 }
 
 
-class Sampler(nn.Module):
-    """What both share: the network's prediction of x_1 at a time, lambda drawn anew for every position."""
+FMREC_STEPS, DIFFUREC_STEPS = 30, 32
 
-    def __init__(self, model: FAVE) -> None:
+
+class Sampler(nn.Module):
+    """What both share: the network's prediction of x_1 at each of its times, lambda drawn anew for every position."""
+
+    times: Tensor  # [steps], from 0 to 1, in the order in which they are taken
+
+    def __init__(self, model: FAVE, times: list[float]) -> None:
         super().__init__()
         self.model = model
+        device = model.item_embedding.weight.device
+        self.register_buffer("times", torch.tensor(times, device=device), persistent=False)
 
-    def predict(self, embedded: Tensor, present: Tensor, x: Tensor, t: float) -> Tensor:
-        """[B, D] from the embedded history [B, L, D], x [B, D] and a time from 0 to 1."""
-        model = self.model
-        lam = torch.randn_like(embedded) * model.config.delta + model.config.delta
-        time = model.time_embedding(torch.full((len(x),), t, device=x.device))
-        endpoint: Tensor = model.encode(embedded + lam * (x + time)[:, None], present).endpoint
-        return endpoint
+    def predictions(self, history: Tensor) -> Callable[[int, Tensor], Tensor]:
+        """For int64 [B, L] the function of a step's number and x [B, D] that gives [B, D]."""
+        model, present = self.model, self.model.present(history)
+        embedded = model.embed_history(history)
+        features = model.time_features(self.times, torch.ones_like(self.times))  # r = 1, as these are trained
+
+        def predict(step: int, x: Tensor) -> Tensor:
+            lam = torch.randn_like(embedded) * model.config.delta + model.config.delta
+            endpoint: Tensor = model.encode(model.conditioning(embedded, x + features[step], lam), present).endpoint
+            return endpoint
+
+        return predict
+
+    def noise(self, history: Tensor) -> Tensor:
+        """N(0, I) [B, D]."""
+        weight = self.model.item_embedding.weight
+        return torch.randn(len(history), weight.shape[1], device=weight.device, dtype=weight.dtype)
 
 
 class FMRec(Sampler):
     """Euler steps along v = f(x, t) - z from Gaussian noise z."""
 
-    def __init__(self, model: FAVE, steps: int = 30, start: float = 1e-3) -> None:
-        super().__init__(model)
-        self.steps, self.start = steps, start
+    def __init__(self, model: FAVE, steps: int = FMREC_STEPS, start: float = 1e-3) -> None:
+        super().__init__(model, [step / steps * (1 - start) + start for step in range(steps)])
 
     def forward(self, history: Tensor) -> Tensor:
         """Endpoints [B, D] of histories int64 [B, L], left-padded with 0."""
-        embedded, present = self.model.embed_history(history), history != 0
-        z = torch.randn_like(embedded[:, -1])
+        predict, steps = self.predictions(history), len(self.times)
+        z = self.noise(history)
         x = z
-        for step in range(self.steps):
-            t = step / self.steps * (1 - self.start) + self.start
-            x = x + (self.predict(embedded, present, x, t) - z) / self.steps
+        for step in range(steps):
+            x = x + (predict(step, x) - z) / steps
         return x
 
 
 class DiffuRec(Sampler):
     """The reverse diffusion from Gaussian noise, the network predicting x_0 of each step."""
 
-    def __init__(self, model: FAVE, steps: int = 32) -> None:
-        super().__init__(model)
-        self.kept, self.carried, self.noise = posterior(steps)
+    def __init__(self, model: FAVE, steps: int = DIFFUREC_STEPS) -> None:
+        super().__init__(model, [step / steps for step in reversed(range(steps))])
+        self.kept, self.carried, self.deviation = posterior(steps)
 
     def forward(self, history: Tensor) -> Tensor:
         """Endpoints [B, D] of histories int64 [B, L], left-padded with 0."""
-        embedded, present = self.model.embed_history(history), history != 0
-        x = torch.randn_like(embedded[:, -1])
-        steps = len(self.kept)
-        for step in reversed(range(steps)):
-            predicted = self.predict(embedded, present, x, step / steps)
-            x = self.kept[step] * predicted + self.carried[step] * x
+        predict, steps = self.predictions(history), len(self.times)
+        x = self.noise(history)
+        for number, step in enumerate(reversed(range(steps))):
+            x = self.kept[step] * predict(number, x) + self.carried[step] * x
             if step > 0:
-                x = x + self.noise[step] * torch.randn_like(x)
+                x = x + self.deviation[step] * torch.randn_like(x)
         return x
 
 
-def posterior(steps: int) -> tuple[list[float], list[float], list[float]]:
-    """Of q(x_{t-1} | x_t, x_0): the factors of x_0 and of x_t, and the standard deviation, for each t from 0.
+def variances(steps: int) -> np.ndarray:
+    """Of the noise added in each step: linear from 0.1 / steps + 0.01 to 20 / steps + 0.01, DiffuRec's "trunc_lin"."""
+    return np.linspace(0.1 / steps + 0.01, 20 / steps + 0.01, steps)
 
-    Noise variances rise linearly from 0.1 / steps + 0.01 to 20 / steps + 0.01, DiffuRec's truncated linear schedule.
-    """
-    beta = np.linspace(0.1 / steps + 0.01, 20 / steps + 0.01, steps)
+
+def diffused(steps: int) -> tuple[list[float], list[float]]:
+    """Of q(x_t | x_0): the factors of x_0 and of the noise, for each t from 0."""
+    signal = np.cumprod(1 - variances(steps))
+    return np.sqrt(signal).tolist(), np.sqrt(1 - signal).tolist()
+
+
+def posterior(steps: int) -> tuple[list[float], list[float], list[float]]:
+    """Of q(x_{t-1} | x_t, x_0): the factors of x_0 and of x_t, and the standard deviation, for each t from 0."""
+    beta = variances(steps)
     signal = np.cumprod(1 - beta)
     before = np.append(1.0, signal[:-1])
     kept = beta * np.sqrt(before) / (1 - signal)

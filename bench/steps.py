@@ -6,6 +6,7 @@ network as it was trained (`flow.euler`); ours is the one step from the anchor t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import numpy as np
@@ -13,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from bench.measure import HOST, Row, host_us
+from bench.methods import Sampled
 from bench.peers import Captured, Eager
 from bench.sampling import Lists
 from bench.suites import K, Options
 from fave_fast import checkpoint as checkpoints
-from fave_fast.data import Interactions, gather_histories, history_exclusions, split
+from fave_fast.data import gather_histories, history_exclusions, split
 from fave_fast.engine import Recommender
 from fave_fast.errors import InputError
 from fave_fast.evaluate import rank_targets, target_starts, translate
@@ -25,11 +27,9 @@ from fave_fast.flow import euler
 from fave_fast.graphs import Histories
 from fave_fast.metrics import rank_metrics
 from fave_fast.model import DTYPES, FAVE
-from fave_fast.ops import Exclusions, rank_count
 
 STEPS = (1, 2, 5, 10, 30)
 MOST_USERS = 1_000  # ranked on a CPU; on a GPU all are
-AT_A_TIME = 512
 
 
 class Euler(nn.Module):
@@ -69,7 +69,11 @@ def steps(path: str, options: Options) -> Iterator[Row]:
     seconds = recommender.warmup(K, sorted(options.batches))
     ranking = rank_targets(model, config, data, targets, full=False, backend=options.backend)
     one_step = rank_metrics(ranking.filtered)["NDCG@20"]
-    ndcg = {count: _ndcg(Euler(model, count), data, targets) for count in STEPS}
+    ndcg = {}
+    for count in STEPS:
+        sampler = functools.partial(Sampled, functools.partial(Euler, steps=count))
+        found = rank_targets(model, config, data, targets, full=False, backend=options.backend, sampler=sampler)
+        ndcg[count] = rank_metrics(found.filtered)["NDCG@20"]
     starts = target_starts(data, targets)
     for batch in options.batches:
         some = np.resize(np.arange(len(targets)), batch)
@@ -88,23 +92,3 @@ def steps(path: str, options: Options) -> Iterator[Row]:
             how = "in a CUDA graph" if options.on_gpu else "eager"
             who = f"PyTorch {how}, {count} Euler steps from noise"
             yield Row("steps", case, who, spent, clock=HOST, ndcg=ndcg[count])
-
-
-@torch.no_grad()
-def _ndcg(endpoints: nn.Module, data: Interactions, targets: np.ndarray) -> float:
-    """NDCG@20, filtered, per cent; the noise is the same for any number of steps."""
-    torch.manual_seed(0)
-    starts, ranks = target_starts(data, targets), []
-    model = endpoints.model
-    table = model.item_embedding.weight
-    for begin in range(0, len(targets), AT_A_TIME):
-        ends = targets[begin : begin + AT_A_TIME]
-        some = starts[begin : begin + AT_A_TIME]
-        history = gather_histories(data.items, some, ends, model.config.max_length)
-        seen = Exclusions(
-            *(torch.from_numpy(part).to(table.device) for part in history_exclusions(data.items, some, ends))
-        )
-        wanted = torch.from_numpy(data.items[ends].astype(np.int64)).to(table.device)
-        found = endpoints(torch.from_numpy(history).to(table.device))
-        ranks.append(rank_count(found, table, wanted, seen).cpu())
-    return rank_metrics(torch.cat(ranks))["NDCG@20"]

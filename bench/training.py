@@ -74,7 +74,7 @@ def jvp(
     embedded = model.embed_history(history)
 
     def endpoint_of(x_t: Tensor, t: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-        prediction = model.encode(model.modulate(embedded, x_t, t, r, lam), history != 0, forward_mode=True)
+        prediction = model.encode(model.modulate(embedded, x_t, t, r, lam), model.present(history), forward_mode=True)
         return prediction.endpoint, prediction.source
 
     with sdpa_kernel(SDPBackend.MATH):

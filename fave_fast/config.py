@@ -75,6 +75,7 @@ class ModelConfig:
     norm: Literal["rms", "layer"] = "rms"
     position: Literal["rotary", "none"] = "rotary"
     attention: Literal["bidirectional", "causal"] = "bidirectional"
+    conditioning: Literal["add", "gate", "film", "token"] = "add"  # how x_t is read: eq. (9), or `conditioning.py`
     delta: float = 0.001  # eq. (9): mean and standard deviation of lambda
     time_scale: float = 999.0  # the sinusoid sees time_scale * t
     source_block: int = -2  # E_u of eq. (13): hidden state after this block, counted as Python counts
@@ -103,7 +104,8 @@ class FlowConfig:
     rho: float = 0.75  # eq. (14): a channel of the anchor is kept with this probability
     mode_scale: float = 1.0  # s of the heavy-tailed mode sampling (Esser et al. 2024) in stage 1
     p_end: float = 0.5  # eq. (20): r = 1 with this probability, else U(t, 1)
-    prior: Literal["anchor", "gaussian"] = "anchor"  # stage 2 and inference; stage 1 is always Gaussian
+    prior: Literal["anchor", "gaussian"] = "anchor"  # stage 2 and inference
+    prior_stage1: Literal["anchor", "gaussian"] = "gaussian"  # the paper's; anchor: stage 1 sees what is served
     tangent: Literal["conditional", "learned"] = "conditional"  # v of eq. (22): x_1 - x_0, or f - x_0
     anchor_at_inference: Literal["last", "uniform"] = "last"  # which item of the history becomes e_k
     lambda_at_inference: Literal["mean", "sample"] = "mean"

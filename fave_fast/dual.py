@@ -40,8 +40,9 @@ def predict(
     """
     embedded = model.embed_history(history)  # depends on none of x_t, t, r
     z, dz = time_features(model.time_embedding, t, r)
-    e = embedded + lam * (x_t + z)[:, None, :], lam * (v + dz)[:, None, :]
-    return encode(model, e, history != 0)
+    conditioning = model.conditioning
+    e = conditioning(embedded, x_t + z, lam), conditioning.tangent(embedded, v + dz, lam)
+    return encode(model, e, model.present(history))
 
 
 def time_features(embedding: TimeEmbedding, t: Tensor, r: Tensor) -> Pair:
@@ -53,7 +54,7 @@ def time_features(embedding: TimeEmbedding, t: Tensor, r: Tensor) -> Pair:
     frequencies = embedding.scale * 10_000.0**-exponents
     angles = wide[..., None] * frequencies  # [2, B, D / 2]
     cos, sin = angles.cos(), angles.sin()
-    direction = wide.new_tensor([1.0, -1.0])[:, None, None] * frequencies
+    direction = torch.stack((frequencies, -frequencies))[:, None, :]  # numbers of the host could not be captured
     waves = torch.cat((cos, sin), dim=-1), torch.cat((-sin * direction, cos * direction), dim=-1)
     narrow = cast(Pair, tuple(wave.to(embedding.hidden.weight.dtype) for wave in waves))
     a, da = linear(narrow, embedding.hidden.weight)

@@ -34,6 +34,10 @@ from fave_fast.ranks import ALONE, Ranks, joined
 
 LIST_LENGTH = 20
 Positions = npt.NDArray[np.int64]
+Endpoints = Callable[[Interactions, Positions, Positions], Tensor]
+"""[B, D] of a log, the starts and the ends [B] of histories items[start:end], of which the last L count."""
+Sampler = Callable[[FAVE, Config, str], Endpoints]
+"""How a model in evaluation mode, its configuration and a backend come to endpoints."""
 
 
 @dataclass(frozen=True)
@@ -66,64 +70,13 @@ def _batches(lengths: Positions, batch_size: int) -> Iterator[Positions]:
         yield order[start : start + batch_size]
 
 
-@torch.no_grad()
-def rank_targets(
-    model: FAVE,
-    config: Config,
-    data: Interactions,
-    targets: Positions,
-    *,
-    full: bool = True,
-    batch_size: int | None = None,
-    backend: str = "auto",
-    ranks: Ranks = ALONE,
-    after_batch: Callable[[], None] = lambda: None,
-) -> Ranking:
-    """Rank the items at the flat positions `targets` [U], each given what comes before it in its sequence.
-
-    The model must be in evaluation mode. `full=False` leaves out raw ranks and lists. Memory: batches of users (512 by
-    default, 4,096 on a GPU) times tiles of the catalogue, never users times items. `after_batch` is called after each.
-    Several ranks share the batches, which are the same for any number of ranks, and so is the ranking; each gets all
-    of it.
-    """
-    starts = target_starts(data, targets)
-    table = model.item_embedding.weight
-    encoder = _Encoder(model, config, backend)
-    if batch_size is None:
-        batch_size = 4096 if table.device.type == "cuda" else 512
-    order, filtered, raw, lists = [], [], [], []
-    batches = list(_batches(np.minimum(targets - starts, config.model.max_length), batch_size))
-    for rows in batches[::-1][ranks.number :: ranks.count]:  # the longest histories first, dealt out
-        endpoint = encoder(data, starts[rows], targets[rows])
-        seen = Exclusions(*map(torch.from_numpy, history_exclusions(data.items, starts[rows], targets[rows])))
-        wanted = _moved(torch.from_numpy(data.items[targets[rows]].astype(np.int64)), table.device)
-        exclude = Exclusions(*(_moved(part, table.device) for part in (seen.ids, seen.offsets)))
-        order.append(torch.from_numpy(rows))
-        filtered.append(rank_count(endpoint, table, wanted, exclude, backend=backend))
-        if full:
-            raw.append(rank_count(endpoint, table, wanted, backend=backend))
-            lists.append(score_topk(endpoint, table, LIST_LENGTH, exclude, backend=backend)[1])
-        after_batch()
-
-    def whole(parts: list[Tensor], *width: int) -> Tensor:
-        """Int64 [U, ...] of all ranks."""
-        result = torch.zeros(len(targets), *width, dtype=torch.int64)
-        for rows, part in zip(order, parts, strict=True):
-            result[rows] = part.cpu()
-        return ranks.sum(result)
-
-    if not full:
-        return Ranking(whole(filtered), None, None)
-    return Ranking(whole(filtered), whole(raw), whole(lists, LIST_LENGTH))
-
-
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:
     """On `device`, without waiting for it: the host is to be ahead of a GPU, batch after batch."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-class _Encoder:
-    """Endpoints of packed histories, as they are served (eq. 25)."""
+class ServedEndpoints:
+    """Endpoints as they are served (eq. 25): a `Sampler`."""
 
     def __init__(self, model: FAVE, config: Config, backend: str) -> None:
         noise = InferenceNoise.draw(model, config.flow)
@@ -147,6 +100,59 @@ class _Encoder:
         return encode_ids(
             self._weights, self._path, _moved(ids, device), _moved(offsets, device), plan=plan, backend=self._backend
         )
+
+
+@torch.no_grad()
+def rank_targets(
+    model: FAVE,
+    config: Config,
+    data: Interactions,
+    targets: Positions,
+    *,
+    full: bool = True,
+    batch_size: int | None = None,
+    backend: str = "auto",
+    ranks: Ranks = ALONE,
+    after_batch: Callable[[], None] = lambda: None,
+    sampler: Sampler = ServedEndpoints,
+) -> Ranking:
+    """Rank the items at the flat positions `targets` [U], each given what comes before it in its sequence.
+
+    The model must be in evaluation mode. `full=False` leaves out raw ranks and lists. Memory: batches of users (512 by
+    default, 4,096 on a GPU) times tiles of the catalogue, never users times items. `after_batch` is called after each.
+    `sampler` is for other methods than ours.
+    Several ranks share the batches, which are the same for any number of ranks, and so is the ranking; each gets all
+    of it.
+    """
+    starts = target_starts(data, targets)
+    table = model.item_embedding.weight
+    endpoints = sampler(model, config, backend)
+    if batch_size is None:
+        batch_size = 4096 if table.device.type == "cuda" else 512
+    order, filtered, raw, lists = [], [], [], []
+    batches = list(_batches(np.minimum(targets - starts, config.model.max_length), batch_size))
+    for rows in batches[::-1][ranks.number :: ranks.count]:  # the longest histories first, dealt out
+        endpoint = endpoints(data, starts[rows], targets[rows])
+        seen = Exclusions(*map(torch.from_numpy, history_exclusions(data.items, starts[rows], targets[rows])))
+        wanted = _moved(torch.from_numpy(data.items[targets[rows]].astype(np.int64)), table.device)
+        exclude = Exclusions(*(_moved(part, table.device) for part in (seen.ids, seen.offsets)))
+        order.append(torch.from_numpy(rows))
+        filtered.append(rank_count(endpoint, table, wanted, exclude, backend=backend))
+        if full:
+            raw.append(rank_count(endpoint, table, wanted, backend=backend))
+            lists.append(score_topk(endpoint, table, LIST_LENGTH, exclude, backend=backend)[1])
+        after_batch()
+
+    def whole(parts: list[Tensor], *width: int) -> Tensor:
+        """Int64 [U, ...] of all ranks."""
+        result = torch.zeros(len(targets), *width, dtype=torch.int64)
+        for rows, part in zip(order, parts, strict=True):
+            result[rows] = part.cpu()
+        return ranks.sum(result)
+
+    if not full:
+        return Ranking(whole(filtered), None, None)
+    return Ranking(whole(filtered), whole(raw), whole(lists, LIST_LENGTH))
 
 
 def translate(data: Interactions, checkpoint: Checkpoint, path: str) -> Interactions:
@@ -177,8 +183,11 @@ def evaluate(
     backend: str = "auto",
     ranks: Ranks = ALONE,
     after_batch: Callable[[], None] = lambda: None,
+    sampler: Sampler = ServedEndpoints,
 ) -> dict[str, Any]:
     """All figures of one split as a plain dictionary, the object that `--json` prints; the same on each of `ranks`.
+
+    `sampler` as in `rank_targets`.
 
     Raises:
         DataError: the split cannot be made.
@@ -189,8 +198,9 @@ def evaluate(
     targets = parts.val if split_name == "val" else parts.test
     model = checkpoint.build_model().to(device, dtype)
     ranking = rank_targets(
-        model, config, data, targets, batch_size=batch_size, backend=backend, ranks=ranks, after_batch=after_batch
-    )
+        model, config, data, targets, batch_size=batch_size, backend=backend, ranks=ranks, after_batch=after_batch,
+        sampler=sampler,
+    )  # fmt: skip
     if ranking.raw is None or ranking.lists is None:
         raise AssertionError("a full ranking has raw ranks and lists")
     return {

@@ -6,6 +6,7 @@ Everything random takes a generator; None means PyTorch's global one.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -138,10 +139,17 @@ def encode(model: FAVE, flow: FlowConfig, noise: InferenceNoise, histories: npt.
     return one_step(model, history, noise.prior(model, flow, history), noise.lambdas(history))
 
 
-def euler(model: FAVE, history: Tensor, x_0: Tensor, lam: Tensor, steps: int) -> Tensor:
+def euler(
+    model: FAVE,
+    history: Tensor,
+    x_0: Tensor,
+    lam: Tensor,
+    steps: int,
+    on_step: Callable[[Tensor], None] = lambda x: None,
+) -> Tensor:
     """`steps` Euler steps of d x / dt = f(x_t, t, 1) - x_0 from t = 0 to 1; [B, D].
 
-    This is how FMRec samples (30 steps from a Gaussian x_0). One step is eq. (25).
+    This is how FMRec samples (30 steps from a Gaussian x_0). One step is eq. (25). `on_step` gets x after each step.
 
     Raises:
         ValueError: steps is below 1.
@@ -153,4 +161,5 @@ def euler(model: FAVE, history: Tensor, x_0: Tensor, lam: Tensor, steps: int) ->
     for step in range(steps):
         endpoint = model(history, x, r * (step / steps), r, lam).endpoint
         x = x + learned_velocity(endpoint, x_0) / steps
+        on_step(x)
     return x

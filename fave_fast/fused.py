@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from fave_fast import dual
+from fave_fast.conditioning import Token
 from fave_fast.config import ModelConfig
 from fave_fast.model import FAVE, Block, Prediction, RMSNorm
 from fave_fast.ops.attention import Tables, rotary_by_age
@@ -35,11 +36,6 @@ class Packed:
     owners: Tensor  # int64 [rows]: which history a row belongs to
     users: Tensor  # int64 [B + F]: the keys of what is drawn
     count: int  # B
-
-    @property
-    def newest(self) -> Tensor:
-        """Row [B + F] of each history's newest item."""
-        return self.offsets[1:] - 1
 
 
 @ranged("fave/input")
@@ -93,6 +89,8 @@ class Network:
     def predict(self, x_t: Tensor, t: Tensor, r: Tensor) -> Prediction:
         """f(x_t, t, r) for x_t [B, D], t and r [B]."""
         packed, model = self.packed, self.model
+        if model.config.conditioning != "add":
+            return self._conditioned((x_t + model.time_features(t, r),), x_t.dtype)[0]
         x, time = self._filled(x_t), self._times(t, r)
         norm = model.embedding_norm
         e = input_modulation(
@@ -100,13 +98,16 @@ class Network:
             offsets=packed.offsets, draws=self._draws(), dropout=self._p(model.config.embedding_dropout),
             eps=norm.eps, dtype=self.dtype, backend=self.backend,
         )  # fmt: skip
-        h, source = self._blocks((e,))
-        return Prediction(_normed(model.final_norm, h[0][: packed.count].to(x_t.dtype)), source)
+        return self._encode((e,), packed.offsets, x_t.dtype)[0]
 
     @ranged("fave/jvp")
     def predict_with_tangent(self, x_t: Tensor, t: Tensor, r: Tensor, v: Tensor) -> tuple[Prediction, Tensor]:
         """`predict`, and the endpoint's derivative [B, D] along [v, 1, 0]."""
         packed, model = self.packed, self.model
+        if model.config.conditioning != "add":
+            z, dz = dual.time_features(model.time_embedding, t, r)
+            prediction, tangent = self._conditioned((x_t + z, v + dz), x_t.dtype)
+            return prediction, cast(Tensor, tangent)
         x, dx, time = self._filled(x_t), self._filled(v), self._times(t, r)
         norm = model.embedding_norm
         e = input_modulation_dual(
@@ -114,9 +115,38 @@ class Network:
             offsets=packed.offsets, draws=self._draws(), dropout=self._p(model.config.embedding_dropout),
             eps=norm.eps, dtype=self.dtype, backend=self.backend,
         )  # fmt: skip
-        h, source = self._blocks(e)
-        last = cast(dual.Pair, tuple(one[: packed.count].to(x_t.dtype) for one in h))
-        endpoint, tangent = dual.norm(model.final_norm, last)
+        prediction, tangent = self._encode(e, packed.offsets, x_t.dtype)
+        return prediction, cast(Tensor, tangent)
+
+    def _conditioned(self, c: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Prediction, Tensor | None]:
+        """`_encode` of (c,) or (c, dc) [B, D] by the model's `conditioning`; all draws are PyTorch's."""
+        packed, module, offsets = self.packed, self.model.conditioning, self.packed.offsets
+        embedded = self.model.embed_history(packed.ids)
+        lam = embedded if self.lam is None else self.lam  # as good as any where none is read
+        if self.lam is None and module.reads_lambda:
+            lam = self.model.draw_lambda(tuple(embedded.shape), embedded.device, None)
+        with torch.autocast(embedded.device.type, enabled=False):
+            spread = lambda one: one.index_select(0, packed.owners)  # noqa: E731
+            c = tuple(self._filled(one.to(embedded.dtype)) for one in c)
+            if isinstance(module, Token):
+                offsets, place = with_tokens(packed)
+                tokens = [module.features(one) for one in c]
+                tokens[0] = module.query + tokens[0]
+                rows = [embedded, *(torch.zeros_like(embedded) for _ in c[1:])]
+                e = [torch.cat(pair).index_select(0, place) for pair in zip(rows, tokens, strict=True)]
+            else:
+                e = [module(embedded, c[0], lam, spread)]
+                e += [module.tangent(embedded, dc, lam, spread) for dc in c[1:]]
+        return self._encode(tuple(one.to(self.dtype) for one in e), offsets, dtype)
+
+    def _encode(self, e: tuple[Tensor, ...], offsets: Tensor, dtype: torch.dtype) -> tuple[Prediction, Tensor | None]:
+        """Prediction, and the tangent of (E, dE), in `dtype`; `offsets` [B + F + 1] says where the histories lie."""
+        h, source = self._blocks(e, offsets)
+        last = tuple(one[: self.packed.count].to(dtype) for one in h)
+        norm = self.model.final_norm
+        if len(last) == 1:
+            return Prediction(_normed(norm, last[0]), source), None
+        endpoint, tangent = dual.norm(norm, cast(dual.Pair, last))
         return Prediction(endpoint, source), tangent
 
     def draw_anchor(self, rho: float, generator: torch.Generator | None) -> Tensor:
@@ -177,10 +207,10 @@ class Network:
             time.scale,
         )  # fmt: skip
 
-    def _blocks(self, h: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:
+    def _blocks(self, h: tuple[Tensor, ...], offsets: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         """(E,) or (E, dE) [rows, D] through all blocks: the newest rows [B + F, D] of each, and E_u [B, D]."""
-        config, packed = self.model.config, self.packed
-        tables = self.tables or rotary_of(config, packed.ids.device)
+        config = self.model.config
+        tables = self.tables or rotary_of(config, offsets.device)
         source_index = config.source_block % config.blocks
         p = self._p(config.dropout)
         source = h[0]
@@ -188,21 +218,36 @@ class Network:
             last = index == config.blocks - 1
             dropout = BlockDropout(p, self.seed, index) if p > 0 else None
             if len(h) == 1:
-                h = (block(h[0], weights, packed.offsets, config.heads, tables, causal=config.attention == "causal",
+                h = (block(h[0], weights, offsets, config.heads, tables, causal=config.attention == "causal",
                            last_only=last, dropout=dropout, backend=self.backend),)  # fmt: skip
             else:
                 h = block_dual(
-                    h[0], h[1], weights, packed.offsets, config.heads, tables, causal=config.attention == "causal",
+                    h[0], h[1], weights, offsets, config.heads, tables, causal=config.attention == "causal",
                     last_only=last, dropout=dropout, backend=self.backend,
                 )  # fmt: skip
             if index == source_index:
-                source = h[0] if last else h[0].index_select(0, packed.newest)
-        return h, source[: packed.count].to(self.model.item_embedding.weight.dtype)
+                source = h[0] if last else h[0].index_select(0, offsets[1:] - 1)
+        return h, source[: self.packed.count].to(self.model.item_embedding.weight.dtype)
 
 
 def rotary_of(config: ModelConfig, device: torch.device) -> Tables | None:
     """The rotary tables of all ages, or None where the configuration names none."""
-    return None if config.position == "none" else rotary_by_age(config.max_length, config.d // config.heads, device)
+    longest = config.max_length + (config.conditioning == "token")
+    return None if config.position == "none" else rotary_by_age(longest, config.d // config.heads, device)
+
+
+def with_tokens(packed: Packed) -> tuple[Tensor, Tensor]:
+    """`packed` with one row more behind each history's newest, fillers' included.
+
+    Returns:
+        Where the histories begin then, int64 [B + F + 1], and for each row which one it is of the old rows followed by
+        the tokens, int64 [rows + B + F].
+    """
+    rows, count = len(packed.ids), len(packed.users)
+    every = torch.arange(rows + count, device=packed.ids.device)
+    offsets = packed.offsets + every[: count + 1]
+    places = torch.cat((every[:rows] + packed.owners, offsets[1:] - 1))
+    return offsets, torch.empty_like(every).scatter_(0, places, every)
 
 
 def _normed(module: nn.Module, x: Tensor) -> Tensor:

@@ -132,7 +132,7 @@ class Network(Protocol):
         """L_src of eq. (13) for E_u [B, D]."""
 
 
-class _Reference:
+class ReferenceNetwork:
     """The reference network on left-padded histories [B, L]; lambda is drawn when it is first needed."""
 
     def __init__(
@@ -143,24 +143,34 @@ class _Reference:
 
     def _lambda(self, like: Tensor) -> Tensor:
         if self._lam is None:
+            if not self.model.conditioning.reads_lambda:
+                return like.new_zeros(())
             shape = (*self.history.shape, self.model.config.d)
             self._lam = self.model.draw_lambda(shape, self.history.device, self.generator).to(like.dtype)
         return self._lam
 
     def predict(self, x_t: Tensor, t: Tensor, r: Tensor) -> Prediction:
+        """As `Network`, and so are the others."""
         prediction: Prediction = self.model(self.history, x_t, t, r, self._lambda(x_t))
         return prediction
 
     def predict_with_tangent(self, x_t: Tensor, t: Tensor, r: Tensor, v: Tensor) -> tuple[Prediction, Tensor]:
+        """By forward mode."""
         return predict_with_tangent(self.model, self.history, x_t, t, r, self._lambda(x_t), v)
 
     def draw_anchor(self, rho: float, generator: torch.Generator | None) -> Tensor:
+        """By `flow.draw_anchor`."""
         return flow.draw_anchor(self.model.item_embedding.weight, self.history, rho, generator)
 
     def source_loss(
         self, source: Tensor, kind: Literal["sampled", "dense"], generator: torch.Generator | None
     ) -> Tensor:
+        """By the function of this name."""
         return source_loss(self.model, source, self.history, kind, generator, self.share)
+
+
+Objective = Callable[[Network, FAVE, Config, Tensor, torch.Generator | None], Losses]
+"""A network over one batch of histories, its model, the configuration, int64 targets [B], a generator: the losses."""
 
 
 def stage1_losses(
@@ -171,11 +181,11 @@ def stage1_losses(
     generator: torch.Generator | None = None,
     share: Share | None = None,
 ) -> Losses:
-    """Stage 1: rec L_rec + alpha L_tgt + beta L_src with x_0 ~ N(0, I), r = 1 and heavy-tailed t.
+    """Stage 1: rec L_rec + alpha L_tgt + beta L_src with r = 1, heavy-tailed t and, in the paper, x_0 ~ N(0, I).
 
     history int64 [B, L] left-padded with 0, targets int64 [B]; `share`: where these are a rank's part of a batch.
     """
-    return stage1_objective(_Reference(model, history, generator, share), model, config, targets, generator)
+    return stage1_objective(ReferenceNetwork(model, history, generator, share), model, config, targets, generator)
 
 
 def stage2_losses(
@@ -191,7 +201,7 @@ def stage2_losses(
     The item embeddings stay as they are: the trainer freezes them. With gamma = 0 no tangent is computed. `share` as in
     `stage1_losses`.
     """
-    return stage2_objective(_Reference(model, history, generator, share), model, config, targets, generator)
+    return stage2_objective(ReferenceNetwork(model, history, generator, share), model, config, targets, generator)
 
 
 def stage1_objective(
@@ -199,7 +209,7 @@ def stage1_objective(
 ) -> Losses:
     """`stage1_losses` of a model's network over a batch whose targets are int64 [B]."""
     x_1 = model.item_embedding(targets)  # eq. (7)
-    x_0 = flow.gaussian_prior(len(targets), model.config.d, targets.device, generator).to(x_1.dtype)
+    x_0 = _prior(config.flow.prior_stage1, network, config, x_1, generator)
     t = flow.mode_times(len(targets), config.flow.mode_scale, targets.device, generator).to(x_1.dtype)
     prediction = network.predict(flow.interpolate(x_0, x_1, t), t, torch.ones_like(t))
     return _weigh(network, model, config, config.loss.rec, prediction, x_1, targets, None, generator)
@@ -211,10 +221,7 @@ def stage2_objective(
     """`stage2_losses` of a model's network over a batch whose targets are int64 [B]."""
     count = len(targets)
     x_1 = model.item_embedding(targets)
-    if config.flow.prior == "anchor":
-        x_0 = network.draw_anchor(config.flow.rho, generator)
-    else:
-        x_0 = flow.gaussian_prior(count, model.config.d, targets.device, generator).to(x_1.dtype)
+    x_0 = _prior(config.flow.prior, network, config, x_1, generator)
     t, r = (part.to(x_1.dtype) for part in flow.stage2_times(count, config.flow.p_end, targets.device, generator))
     x_t = flow.interpolate(x_0, x_1, t)
     if config.loss.gamma == 0:
@@ -226,6 +233,16 @@ def stage2_objective(
                 v = flow.learned_velocity(network.predict(x_t, t, r).endpoint, x_0).to(x_t.dtype)
         prediction, tangent = network.predict_with_tangent(x_t, t, r, v)
     return _weigh(network, model, config, config.loss.match, prediction, x_1, targets, tangent, generator)
+
+
+def _prior(name: str, network: Network, config: Config, x_1: Tensor, generator: torch.Generator | None) -> Tensor:
+    """x_0 like x_1 [B, D]."""
+    if name == "anchor":
+        return network.draw_anchor(config.flow.rho, generator)
+    return flow.gaussian_prior(len(x_1), x_1.shape[1], x_1.device, generator).to(x_1.dtype)
+
+
+OBJECTIVES: tuple[Objective, Objective] = (stage1_objective, stage2_objective)
 
 
 def _weigh(

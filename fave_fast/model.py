@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fave_fast.conditioning import make_conditioning
 from fave_fast.config import ModelConfig
 from fave_fast.ops.attention import rotary_tables
 from fave_fast.profiling import ranged
@@ -193,6 +194,7 @@ class FAVE(nn.Module):
         nn.init.normal_(self.item_embedding.weight, std=config.embedding_std)
         with torch.no_grad():
             self.item_embedding.weight[0].zero_()
+        self.conditioning = make_conditioning(config)  # last: what is drawn above is the same for each
 
     @ranged("fave/input")
     def embed_history(self, history: Tensor) -> Tensor:
@@ -212,8 +214,17 @@ class FAVE(nn.Module):
 
     @ranged("fave/input")
     def modulate(self, embedded: Tensor, x_t: Tensor, t: Tensor, r: Tensor, lam: Tensor) -> Tensor:
-        """E of eq. (9): e_s [B, L, D] + lambda [B, L, D] * (x_t [B, D] + z), z from t and r [B]."""
-        return embedded + lam * (x_t + self.time_features(t, r))[:, None, :]
+        """E of eq. (9): e_s [B, L, D] + lambda [B, L, D] * (x_t [B, D] + z), z from t and r [B].
+
+        With another `conditioning` than `add` what that says; a token makes it [B, L + 1, D].
+        """
+        e: Tensor = self.conditioning(embedded, x_t + self.time_features(t, r), lam)
+        return e
+
+    def present(self, history: Tensor) -> Tensor:
+        """Which rows of E the network may look at: bool [B, L] of int64 [B, L], or [B, L + 1] with a token."""
+        present = history != 0
+        return F.pad(present, (0, 1), value=True) if self.config.conditioning == "token" else present
 
     def masks(self, present: Tensor) -> tuple[Tensor, Tensor]:
         """What the newest position may look at, and what each one may: bool, broadcastable to [B, 1, L, L]."""
@@ -253,4 +264,4 @@ class FAVE(nn.Module):
 
     def forward(self, history: Tensor, x_t: Tensor, t: Tensor, r: Tensor, lam: Tensor) -> Prediction:
         """One pass: history int64 [B, L] (left-padded with 0), x_t [B, D], t and r [B], lambda [B, L, D]."""
-        return self.encode(self.modulate(self.embed_history(history), x_t, t, r, lam), history != 0)
+        return self.encode(self.modulate(self.embed_history(history), x_t, t, r, lam), self.present(history))

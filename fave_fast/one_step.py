@@ -11,6 +11,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
 from fave_fast.config import FlowConfig
+from fave_fast.errors import InputError
 from fave_fast.flow import InferenceNoise, anchor_positions
 from fave_fast.model import FAVE
 from fave_fast.ops.encoder import input_constants
@@ -47,6 +48,7 @@ class OneStep(nn.Module):
 
         Raises:
             ValueError: a model in training mode, k below 1, or a length that the model does not take.
+            InputError: a model with another `conditioning` than eq. (9)'s.
         """
         super().__init__()
         length = model.config.max_length if length is None else length
@@ -54,6 +56,8 @@ class OneStep(nn.Module):
             raise ValueError("the model is in training mode; expected model.eval()")
         if k < 1:
             raise ValueError(f"k is {k}; expected at least 1")
+        if model.config.conditioning != "add":
+            raise InputError(f"the model has conditioning {model.config.conditioning!r}; expected 'add' (eq. 9)")
         if not 1 <= length <= model.config.max_length:
             raise ValueError(f"length is {length}; expected 1 to {model.config.max_length}")
         self.num_items, self.k, self.length = model.num_items, k, length

@@ -42,21 +42,21 @@ class Steps(Protocol):
         """
 
 
-class Objective(nn.Module):
-    """A stage's total loss as a module that holds all passes through the network, a tangent's included.
+class TotalLoss(nn.Module):
+    """An objective's total loss as a module that holds all passes through the network, a tangent's included.
 
     That is what DistributedDataParallel can wrap: forward mode through a wrapped network fails.
     """
 
-    def __init__(self, model: FAVE, config: Config, stage: int, dtype: torch.dtype) -> None:
+    def __init__(self, model: FAVE, config: Config, objective: losses.Objective, dtype: torch.dtype) -> None:
         super().__init__()
-        self.model, self.config, self.dtype = model, config, dtype
-        self.losses = losses.stage1_losses if stage == 1 else losses.stage2_losses
+        self.model, self.config, self.objective, self.dtype = model, config, objective, dtype
 
     def forward(self, history: Tensor, targets: Tensor, share: losses.Share | None) -> Tensor:
         """History int64 [B, L] left-padded with 0, targets int64 [B]; `share`: where these are a rank's part."""
         with torch.autocast(history.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            return self.losses(self.model, self.config, history, targets, share=share).total
+            network = losses.ReferenceNetwork(self.model, history, None, share)
+            return self.objective(network, self.model, self.config, targets, None).total
 
 
 @dataclass
@@ -71,12 +71,14 @@ class ReferenceSteps:
     dtype: torch.dtype
     backend: str = "auto"  # of nothing here
     ranks: Ranks = ALONE
+    objective: losses.Objective | None = None  # None: the stage's
 
     def __post_init__(self) -> None:
         weights = self.config.loss
         matching = weights.rec if self.stage == 1 else weights.match
         some_unused = min(matching, weights.alpha, weights.beta) == 0
-        self._objective = self.ranks.averaged(Objective(self.model, self.config, self.stage, self.dtype), some_unused)
+        total = TotalLoss(self.model, self.config, self.objective or losses.OBJECTIVES[self.stage - 1], self.dtype)
+        self._total = self.ranks.averaged(total, some_unused)
 
     @ranged("fave/step")
     def take(self, starts: Positions, targets: Positions, seed: int) -> Tensor:
@@ -88,7 +90,7 @@ class ReferenceSteps:
         ids = torch.from_numpy(history).to(device)
         wanted = torch.from_numpy(self.data.items[targets].astype(np.int64)).to(device)
         share = losses.Share(part, self.ranks.sum) if self.ranks.count > 1 else None
-        total: Tensor = self._objective(ids, wanted, share)
+        total: Tensor = self._total(ids, wanted, share)
         if share is not None:
             total = total * (self.ranks.count * part)  # gradients are averaged as if the shares were equal
         total.backward()  # type: ignore[no-untyped-call]
@@ -110,6 +112,7 @@ class FusedSteps:
     dtype: torch.dtype
     backend: str = "auto"
     capture: bool = True
+    objective: losses.Objective | None = None  # None: the stage's
     _graphs: dict[tuple[int, int], _Captured | None] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
@@ -165,10 +168,10 @@ class FusedSteps:
         starts, targets, seed = given[:count], given[count:-1], given[-1:]
         packed = pack(self._items, starts, targets, self.config.model.max_length, rows, fillers)
         network = Network(self.model, packed, seed, self.dtype, self.backend, tables=self._tables)
-        objective = losses.stage1_objective if self.stage == 1 else losses.stage2_objective
+        objective = self.objective or losses.OBJECTIVES[self.stage - 1]
         wanted = self._items[targets].long()
         with torch.autocast(given.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            total = objective(network, self.model, self.config, wanted).total
+            total = objective(network, self.model, self.config, wanted, None).total
         total.backward()  # type: ignore[no-untyped-call]
         gradients = [one.grad for one in self._adam.parameters]
         self._adam.take(addresses)

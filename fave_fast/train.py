@@ -41,8 +41,9 @@ from fave_fast.data import (
     training_popularity,
 )
 from fave_fast.errors import CheckpointError, InputError
-from fave_fast.evaluate import rank_targets, target_starts
+from fave_fast.evaluate import Sampler, ServedEndpoints, rank_targets, target_starts
 from fave_fast.files import check_writable, replacing
+from fave_fast.losses import OBJECTIVES, Objective
 from fave_fast.metrics import rank_metrics
 from fave_fast.model import DTYPES, FAVE
 from fave_fast.ops.rank_count import OP as RANK_COUNT
@@ -77,6 +78,14 @@ class Progress:
     lr_cut: bool = False
     seconds: float = 0.0
     finished: bool = False
+
+
+@dataclass(frozen=True)
+class Method:
+    """What the stages minimise, and how the model answers when it is judged: as in the paper, unless a peer is."""
+
+    objectives: tuple[Objective, Objective] = OBJECTIVES
+    sampler: Sampler = ServedEndpoints
 
 
 @dataclass(frozen=True)
@@ -116,12 +125,13 @@ class Trainer:
         tensorboard: Callable[[str, float, int], None] | None = None,
         ranks: Ranks = ALONE,
         after_step: Callable[[], None] = lambda: None,
+        method: Method = Method(),
     ) -> None:
         self.data, self.config, self.seed = data, config, seed
         self.out = None if out is None else check_writable(out)
         self.device = device or torch.device("cpu")
         self.dtype, self.backend, self.tensorboard, self._after_step = dtype, backend, tensorboard, after_step
-        self.ranks = ranks
+        self.ranks, self.method = ranks, method
         self._writes = out is not None and ranks.first
         self._kind = resolve_steps(self.device, dtype, backend, ranks.count)
         self.split: Split = split(data, config.data)
@@ -195,7 +205,10 @@ class Trainer:
 
     def _make_steps(self) -> Steps:
         options = self.data, self.config, self.model, self.optimiser, self.progress.stage, self.dtype, self.backend
-        return FusedSteps(*options) if self._kind is FusedSteps else ReferenceSteps(*options, ranks=self.ranks)
+        objective = self.method.objectives[self.progress.stage - 1]
+        if self._kind is FusedSteps:
+            return FusedSteps(*options, objective=objective)
+        return ReferenceSteps(*options, ranks=self.ranks, objective=objective)
 
     def _run_epoch(self) -> None:
         progress = self.progress
@@ -306,12 +319,13 @@ class Trainer:
         self.model.item_embedding.weight.requires_grad_(False)  # stage 2 moves the flow, not the space
 
     def validate(self) -> dict[str, float]:
-        """Filtered metrics on the validation targets, served as always: one step in fp32."""
+        """Filtered metrics on the validation targets: answers as `method` has them, in fp32."""
         self.model.eval()
         state = torch.get_rng_state()
         ranking = rank_targets(
-            self.model, self.config, self.data, self.split.val, full=False, backend=self.backend, ranks=self.ranks
-        )
+            self.model, self.config, self.data, self.split.val, full=False, backend=self.backend, ranks=self.ranks,
+            sampler=self.method.sampler,
+        )  # fmt: skip
         torch.set_rng_state(state)
         return rank_metrics(ranking.filtered)
 

@@ -21,6 +21,7 @@ MODEL = ModelConfig(
     d=8, blocks=2, heads=2, ffn_mult=2, max_length=5, dropout=0.3, embedding_dropout=0.3, delta=0.3, time_scale=5.0
 )
 HISTORY = torch.tensor([[0, 0, 3, 1, 3], [0, 0, 0, 0, 12], [5, 4, 3, 2, 1], [0, 7, 8, 9, 10]])
+OTHER = [{"conditioning": name} for name in ("gate", "film", "token")]
 LAYER = {"norm": "layer", "position": "none", "attention": "causal", "source_block": -1}
 # Sums of up to 1e2 products in fp64 on values of order 1 to 10, in another order: 1e3 roundings of 1e-16.
 TIGHT = {"rtol": 1e-11, "atol": 1e-12}
@@ -61,7 +62,7 @@ def forward_mode(model: FAVE, history: Tensor, x_t: Tensor, t: Tensor, r: Tensor
     }
 
     def endpoint_of(x_t: Tensor, t: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-        prediction = model.encode(model.modulate(embedded, x_t, t, r, lam), history != 0, forward_mode=True)
+        prediction = model.encode(model.modulate(embedded, x_t, t, r, lam), model.present(history), forward_mode=True)
         return prediction.endpoint, prediction.source
 
     with sdpa_kernel(SDPBackend.MATH):  # the only one with a forward-mode derivative
@@ -104,7 +105,7 @@ def everything(predict: Callable[..., Tangents], model: FAVE, device: str) -> li
     return [*results, *torch.autograd.grad(loss, leaves)]
 
 
-@pytest.mark.parametrize("changes", [{}, LAYER])
+@pytest.mark.parametrize("changes", [{}, LAYER, *OTHER])
 def test_dual_is_forward_mode(changes: dict[str, Any]) -> None:
     """Under dropout: both draw the same masks, one for value and tangent."""
     model = build(replace(MODEL, **changes)).train()
@@ -112,6 +113,18 @@ def test_dual_is_forward_mode(changes: dict[str, Any]) -> None:
     for one, two in zip(got, want, strict=True):
         torch.testing.assert_close(one, two, **TIGHT)
     assert (want[2].abs().max(1).values > 1e-2).all(), "a zero tangent would equal another"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", OTHER)
+def test_dual_is_the_difference_quotient(changes: dict[str, Any]) -> None:
+    """Where `test_compiled_dual` does not look: its compiler would take minutes."""
+    model = build(replace(MODEL, dropout=0, embedding_dropout=0, **changes))
+    x_t, t, r, lam, v = points()
+    after, before = (model(HISTORY, x_t + step * v, t + step, r, lam).endpoint for step in (H, -H))
+    tangent = dual.predict(model, HISTORY, x_t, t, r, lam, v)[1]
+    torch.testing.assert_close(tangent, (after - before) / (2 * H), **DIFFERENCE)
+    assert (tangent.abs().max(1).values > 1e-2).all()
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -25,6 +25,7 @@ ITEMS, D, L = 24, 16, 6
 MODEL = ModelConfig(
     d=D, blocks=2, heads=2, ffn_mult=2, max_length=L, dropout=0, embedding_dropout=0, delta=0.3, time_scale=5.0
 )
+OTHER = [{"conditioning": name} for name in ("gate", "film", "token")]
 LAYER = {"norm": "layer", "position": "none", "attention": "causal", "source_block": -1}
 DROPPED = {"dropout": 0.4, "embedding_dropout": 0.3}
 # Sums of up to 1e2 products in fp64 on values of order 1 to 10, in another order: 1e3 roundings of 1e-16.
@@ -132,7 +133,7 @@ def test_rounded_rows(total: int, longest: int) -> None:
 
 
 @pytest.mark.parametrize("tangent", [False, True])
-@pytest.mark.parametrize("changes", [{}, LAYER])
+@pytest.mark.parametrize("changes", [{}, LAYER, *OTHER])
 def test_network_is_the_reference_network(changes: dict[str, Any], tangent: bool) -> None:
     model, packed = build(changes), batch()
     lam = torch.randn(len(packed.ids), D, dtype=torch.float64)
@@ -249,10 +250,10 @@ def trained(kind: Any, stage: int, config: Config, device: str, dtype: torch.dty
     return [*taken, *model.state_dict().values()]
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_steps_are_the_reference_steps(stage: int) -> None:
+@pytest.mark.parametrize(("stage", "changes"), [(1, {}), (2, {}), *((2, one) for one in OTHER)])
+def test_steps_are_the_reference_steps(stage: int, changes: dict[str, Any]) -> None:
     """In fp64, where nothing is drawn by generators of their own."""
-    still = replace(MODEL, delta=0.0)
+    still = replace(MODEL, delta=0.0, **changes)
     config = Config(model=still).override({"loss": {"source": "dense"}, "train": {"batch_size": 8}}, "test")
     ours = trained(FusedSteps, stage, config, "cpu", torch.float64, backend="reference")
     theirs = trained(ReferenceSteps, stage, config, "cpu", torch.float64)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from bench import quality
+from bench.diagnostics import diagnose
 from bench.experiment import Group, Options, Run, perform
 from bench.summary import interval, load_runs, markdown, summarise
 from fave_fast import checkpoint as checkpoints
@@ -54,7 +55,8 @@ def folder(tiny_log: Path, tiny_config: Config, tmp_path_factory: pytest.TempPat
 
 def test_a_run_is_what_train_and_evaluate_say(folder: Path, tiny_log: Path, tmp_path: Path) -> None:
     names = {f"log.{setting}.{seed}" for setting in ("preset", "without-l-cons") for seed in (0, 3)}
-    assert {path.stem for path in (folder / "runs").iterdir()} == {path.stem for path in (folder / "kept").iterdir()}
+    kept = {path.name for path in (folder / "kept").iterdir()}
+    assert kept == {f"{name}{part}" for name in names for part in (".pt", ".stage1.pt", ".stage2.pt")}
     assert {path.stem for path in (folder / "runs").iterdir()} == names
     data = load_interactions(tiny_log)
     threads = torch.get_num_threads()
@@ -74,7 +76,14 @@ def test_a_run_is_what_train_and_evaluate_say(folder: Path, tiny_log: Path, tmp_
         assert run["validation"]["chosen"]["NDCG@20"] == facts["best_validation_ndcg20_filtered"]
         kept = checkpoints.load(folder / "kept" / f"{name}.pt")
         last = replace(outcome.checkpoint, weights=trainer.stage_weights)
-        for which, checkpoint in (("chosen", outcome.checkpoint), ("chosen", kept), ("last stage", last)):
+        assert run["diagnostics"]["last stage"] == diagnose(
+            last.build_model(), config, data, split(data, config.data).test
+        )
+        stages = [checkpoints.load(folder / "kept" / f"{name}.stage{stage}.pt") for stage in (1, 2)]
+        assert stages[0].config.train.epochs_stage2 == 0
+        for which, checkpoint in (
+            ("chosen", outcome.checkpoint), ("chosen", kept), ("last stage", last), ("last stage", stages[1])
+        ):  # fmt: skip
             want = evaluate(checkpoint, data, "test", device=trainer.device)
             assert {**run["test"][which], "seconds": 0} == {**want, "seconds": 0}
         model = last.build_model()
@@ -121,6 +130,10 @@ def test_summary(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (cells["data"], cells["seeds"]) == ("log", "2")
     assert cells["raw HR@20"] == f"{found['mean']:.2f} ± {found['half']:.2f}"
     assert "Commits: abc. On: cpu." in table
+    flow = next(row for row in summary["flows"] if (row["setting"], row["weights"]) == ("without-l-cons", "last stage"))
+    gaps = [runs[f"log.without-l-cons.{seed}"]["diagnostics"]["last stage"]["steps"]["30"]["gap"] for seed in (0, 3)]
+    assert flow["figures"]["gap of 30"]["mean"] == pytest.approx(sum(gaps) / 2)
+    assert "| log | without-l-cons | stage 1 |" in table
 
 
 def test_interval() -> None:
@@ -170,13 +183,45 @@ def test_ablations_change_what_table_2_says() -> None:
     assert changed["without-l-cons"].loss.gamma == 0
     assert changed["without-l-match"].loss == replace(base.loss, match=0.0)
     assert changed["gaussian-prior"].flow.prior == "gaussian"
-    runs = quality.plan([("beauty", "beauty")], quality.SETTINGS, [], [0, 1])
+    runs = quality.plan([("beauty", "beauty")], {"preset": {}, **quality.ABLATIONS}, [], [0, 1])
     assert [run.seed for run in runs] == [0] * 5 + [1] * 5
     groups = quality.grouped(runs, {("beauty", base.data): None}, OPTIONS)  # type: ignore[dict-item]
     assert [[run.setting for run in group.runs] for group in groups[:2]] == [
         ["preset", "without-stage-2", "without-l-cons", "without-l-match"],
         ["gaussian-prior"],
     ]
+
+
+def test_sweeps_and_conditionings_change_what_their_names_say() -> None:
+    base = preset("ml-100k").to_dict()
+    for name, values in {**quality.SWEEPS, **quality.CONDITIONINGS}.items():
+        changed = preset("ml-100k").override(values, name).to_dict()
+        found = {
+            f"{section}.{key}": value
+            for section, part in changed.items()
+            for key, value in part.items()
+            if value != base[section][key]
+        }
+        if name in quality.SWEEPS:
+            key, value = name.split("-")
+            section = "flow" if key == "rho" else "loss"
+            assert changed[section][key] == float(value)
+            assert set(found) <= {f"{section}.{key}"}
+        else:
+            assert found.pop("model.conditioning") == name.split("-")[0]
+            assert found.pop("model.delta", 1.0) == 1.0
+            assert found == {
+                "noise": {"flow.prior": "gaussian"}, "anchor": {"flow.prior_stage1": "anchor"}, name: {},
+            }[name.split("-from-")[-1]]  # fmt: skip
+
+
+def test_a_run_of_an_earlier_version_is_read(folder: Path, tmp_path: Path) -> None:
+    run = json.loads((folder / "runs" / "log.preset.0.json").read_text())
+    old = json.loads(json.dumps({name: value for name, value in run.items() if name != "method"}))
+    del old["config"]["model"]["conditioning"]
+    (tmp_path / "log.preset.0.json").write_text(json.dumps(old))
+    (found,) = load_runs(tmp_path)
+    assert {name: found[name] for name in run} == run
 
 
 def test_settings_are_laid_over_set_over_the_preset(tmp_path: Path) -> None:
@@ -207,6 +252,7 @@ BAD: list[tuple[list[str], str]] = [
     (["--data", "LOG", "beauty", "--settings", "FOLDER/list.yaml"], "list.yaml: expected a mapping of names"),
     (["--data", "LOG", "beauty", "--settings", "FOLDER/name.yaml"], "setting 'a/b'; expected a name of letters"),
     (["--data", "LOG", "beauty", "--settings", "FOLDER/only.yaml"], "only is 'beauty'; expected a list of data sets"),
+    (["--data", "LOG", "beauty", "--settings", "FOLDER/method.yaml"], "method is 'caser'; expected one of fave, fmrec"),
     (["--data", "LOG", "beauty", "--device", "cpu", "--backend", "triton"], "triton"),
     (["--summarise", "FOLDER/none"], "none: no such folder"),
     (["--summarise", "FOLDER/empty"], "empty: no runs"),
@@ -221,7 +267,12 @@ def test_bad_input_is_told_before_any_training(
 ) -> None:  # fmt: skip
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(quality, "run_all", lambda *_, **__: pytest.fail("training began"))
-    files = {"list.yaml": "- 1\n", "name.yaml": "a/b: {}\n", "only.yaml": "a: {only: beauty}\n"}
+    files = {
+        "list.yaml": "- 1\n",
+        "name.yaml": "a/b: {}\n",
+        "only.yaml": "a: {only: beauty}\n",
+        "method.yaml": "a: {method: caser}\n",
+    }
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     (tmp_path / "empty").mkdir()

@@ -377,6 +377,9 @@ def _beyond_kernels(model: FAVE) -> dict[str, str]:
     elif hidden % min(64, hidden) != 0:
         reason = f"its kernel takes a feed-forward of whole 64 channels, and the model's has {hidden}"
     on_gpu = model.item_embedding.weight.device.type == "cuda"
+    if config.conditioning != "add":
+        reason = f"its kernel adds x_t as eq. (9) does, and the model has conditioning {config.conditioning!r}"
+        return {"triton": reason, "cpp": reason}
     reasons = {"triton": reason, "cpp": encoder_cluster.beyond(model) if on_gpu else None}
     return {backend: why for backend, why in reasons.items() if why is not None}
 
