@@ -16,6 +16,7 @@ from fave_fast.kernels.products import dot as _dot
 from fave_fast.kernels.products import reciprocal
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+LOG2_E_REST = tl.constexpr(1.925962990625e-08)  # of it in float32
 
 
 @triton.jit
@@ -119,9 +120,21 @@ def _scores(qa, qb, dqa, dqb, ka, kb, dka, dkb, allowed, scale, DUAL: tl.constex
 def _power(s, top, scale, v):
     """Exp of the scores' distance to `top`: by exp2, of scores in units of log2(e) unless `v` is of float32.
 
-    Then the distance is taken first: near the top, where the weight is, it is small, and so is what rounding adds.
+    Then the distance is taken first: near the top, where the weight is, it is small, and so is what rounding adds. And
+    what the exponent's rounding loses, of the product and of its factor, is made good: it may be 2^-21 and more.
     """
-    return tl.exp2((s - top) * (scale * LOG2_E)) if v.dtype == tl.float32 else tl.exp2(s - top)
+    if v.dtype == tl.float32:
+        below = s - top
+        below = tl.where(below < -1e30, -1e30, below)  # finite: its parts are added
+        factor = scale * LOG2_E
+        lost_factor = tl.fma(scale, tl.full([], LOG2_E, tl.float32), -factor) + scale * LOG2_E_REST
+        exponent = below * factor
+        lost = tl.fma(below, tl.zeros_like(below) + factor, -exponent) + below * lost_factor
+        power = tl.exp2(exponent)
+        power = tl.fma(power, lost * 0.6931471805599453, power)
+    else:
+        power = tl.exp2(s - top)
+    return power
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import os
 
 import triton
 import triton.language as tl
-from fave_fast.kernels.products import dot, reciprocal_root
+from fave_fast.kernels.products import add_up, dot, reciprocal_root
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait, libdevice
 
 # How the lambda of a row is had.
@@ -284,8 +284,11 @@ def _rows_backward(
         person = tl.load(users_ptr + user)
     shift_grad = tl.zeros([ROWS * G, V], tl.float32)
     dshift_grad = tl.zeros([ROWS * G, V], tl.float32)
+    # In float32 with what rounding lost: a wide row is a tile of its own, and 200 of them one chain.
+    EXACT: tl.constexpr = table_ptr.dtype.element_ty == tl.float32
     weight_grad = tl.zeros([ROWS * G, V], tl.float32)
     bias_grad = tl.zeros([ROWS * G, V], tl.float32)
+    weight_lost, bias_lost = weight_grad, bias_grad
     for first in range(0, count, ROWS):
         index = first + row
         there = index < count
@@ -303,9 +306,9 @@ def _rows_backward(
             if DROP:
                 kept = _kept(seed, person, age, lane, drop_below, keep_scale, V)
                 e *= kept
-            normal, scale = _normalised(e, eps, G, table_ptr.dtype.element_ty == tl.float32)
-            weight_grad += grad * normal
-            bias_grad += grad
+            normal, scale = _normalised(e, eps, G, EXACT)
+            weight_grad, weight_lost = add_up(weight_grad, weight_lost, grad * normal, EXACT)
+            bias_grad, bias_lost = add_up(bias_grad, bias_lost, grad, EXACT)
             if row_grad_ptr is not None:
                 inner = grad * weight
                 row_grad = scale * (inner - _row_means(inner, G) - normal * _row_means(inner * normal, G))
