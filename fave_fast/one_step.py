@@ -153,8 +153,7 @@ class _Encoder(FAVE):
 def _product(queries: Tensor, table: Tensor) -> Tensor:
     """Inner products [B, W] in float32, never rounded to a 16-bit format on the way."""
     if queries.dtype in (torch.bfloat16, torch.float16):
-        # AOTInductor has no call of its own for a product with an out_dtype (2.11): what it writes does not load.
-        if queries.device.type == "cuda" and not torch.compiler.is_exporting():
+        if queries.device.type == "cuda":
             # max-autotune makes one row's product a sum over D, whose result has 16 bits in spite of out_dtype (2.11).
             if torch.compiler.is_compiling() and statically_known_true(queries.shape[0] == 1):
                 return (queries.float()[:, None] * table.float()).sum(-1)
