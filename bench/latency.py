@@ -195,6 +195,10 @@ def measure(items: int, data: dict[str, Histories], requests: int, backend: str,
         cases = {"50 items": full_length(batch, items)}
         cases |= {name: real(batch, *log) for name, log in data.items() if log.ids.max() <= items}
         for name, asked in cases.items():
+            if not all(map(graphs.fitting, asked)):
+                most = max(len(request.ids) for request in asked)
+                print(f"N {items:,}, B {batch}, {name}: no graph holds requests of {most:,} items", flush=True)
+                continue
             check(step, graphs, asked)
             count = requests if batch * items < 10**9 else max(100, requests // 10)
             found = percentiles(lambda at, asked=asked: run(graphs, asked[at % len(asked)]), count)
