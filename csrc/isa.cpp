@@ -2,7 +2,7 @@
 
 #include <stdexcept>
 
-#if defined(FAVE_FAST_X86) && defined(__linux__)
+#if defined(FAVE_FAST_AVX512) && defined(__linux__)
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -11,7 +11,7 @@
 namespace fave_fast {
 namespace {
 
-#if defined(FAVE_FAST_X86)
+#if defined(FAVE_FAST_AVX512)
 // Whether this processor has tiles of bfloat16 and the system lets the process use them, for which it is asked: Linux
 // saves their 8 KB for a process that said so alone (arch_prctl(2)).
 bool tiles_granted() {
@@ -33,6 +33,7 @@ std::vector<const Kernels*> usable() {
   // These ask the operating system too whether it saves the registers.
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#if defined(FAVE_FAST_AVX512)
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512cd");
@@ -42,6 +43,7 @@ std::vector<const Kernels*> usable() {
   if (bf16) found.push_back(&kKernelsAvx512Bf16);
   if (vnni) found.push_back(&kKernelsAvx512Vnni);
   if (avx512) found.push_back(&kKernelsAvx512);
+#endif
   if (avx2) found.push_back(&kKernelsAvx2);
 #endif
   found.push_back(&kKernelsScalar);

@@ -249,7 +249,7 @@ HEAD = "user_id:token\titem_id:token\ttimestamp:float\n"
 J = '{"user": 1, "item": 2, "time": 3}\n'
 TEXT_FAULTS = [
     ("a.csv", "", "the file is empty"),
-    ("a.csv.gz", gzip.compress(b""), "the file is empty"),
+    ("a.csv.gz", gzip.compress(b"", mtime=0), "the file is empty"),
     ("a.csv", "\n\n", "no header|no user column"),
     ("a.csv", "user,item,time\n", "no rows"),
     ("a.inter", HEAD, "no rows"),
@@ -279,7 +279,11 @@ TEXT_FAULTS = [
     ("a.csv", 'user,item,time\n1,2,3\n1,"2,3\n', "line 3: unexpected end of data"),
     ("a.csv", b"\x00\x01\x02\x03\n\x04", "no user column"),
     ("a.csv.gz", b"user,item\n1,2\n", "damaged gzip data"),
-    ("a.csv.gz", gzip.compress(b"user,item\n" + bytes(str(list(range(9999))), "ascii"))[:-900], "damaged gzip"),
+    (
+        "a.csv.gz",
+        gzip.compress(b"user,item\n" + bytes(str(list(range(9999))), "ascii"), mtime=0)[:-900],
+        "damaged gzip",
+    ),
     ("a.jsonl", J + '{"user": 1,\n', "line 2: '{\"user\": 1,' cannot be parsed; expected a JSON object"),
     ("a.jsonl", J + "[1, 2]\n", "line 2: found a list; expected a JSON object"),
     ("a.jsonl", J + "7\n", "line 2: found a int; expected a JSON object"),
