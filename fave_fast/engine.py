@@ -375,8 +375,9 @@ class Recommender:
 
     def _refresh_bytes(self, numbers: Tensor | None = None) -> None:
         """After rows `numbers`, or all, have changed."""
-        if self._bytes is not None:
-            self._bytes = self._bytes.refreshed(self._table, numbers)
+        refreshed = None if self._bytes is None else self._bytes.refreshed(self._table, numbers)
+        if refreshed is not self._bytes:  # on a GPU it is the same, in place
+            self._bytes = refreshed
             self._renew_steps()
 
     def _best(

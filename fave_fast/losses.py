@@ -173,41 +173,13 @@ Objective = Callable[[Network, FAVE, Config, Tensor, torch.Generator | None], Lo
 """A network over one batch of histories, its model, the configuration, int64 targets [B], a generator: the losses."""
 
 
-def stage1_losses(
-    model: FAVE,
-    config: Config,
-    history: Tensor,
-    targets: Tensor,
-    generator: torch.Generator | None = None,
-    share: Share | None = None,
-) -> Losses:
-    """Stage 1: rec L_rec + alpha L_tgt + beta L_src with r = 1, heavy-tailed t and, in the paper, x_0 ~ N(0, I).
-
-    history int64 [B, L] left-padded with 0, targets int64 [B]; `share`: where these are a rank's part of a batch.
-    """
-    return stage1_objective(ReferenceNetwork(model, history, generator, share), model, config, targets, generator)
-
-
-def stage2_losses(
-    model: FAVE,
-    config: Config,
-    history: Tensor,
-    targets: Tensor,
-    generator: torch.Generator | None = None,
-    share: Share | None = None,
-) -> Losses:
-    """Stage 2, eq. (24): match L_match + gamma L_cons + alpha L_tgt + beta L_src from the configured prior.
-
-    The item embeddings stay as they are: the trainer freezes them. With gamma = 0 no tangent is computed. `share` as in
-    `stage1_losses`.
-    """
-    return stage2_objective(ReferenceNetwork(model, history, generator, share), model, config, targets, generator)
-
-
 def stage1_objective(
     network: Network, model: FAVE, config: Config, targets: Tensor, generator: torch.Generator | None = None
 ) -> Losses:
-    """`stage1_losses` of a model's network over a batch whose targets are int64 [B]."""
+    """Stage 1: rec L_rec + alpha L_tgt + beta L_src with r = 1, heavy-tailed t and, in the paper, x_0 ~ N(0, I).
+
+    Targets int64 [B].
+    """
     x_1 = model.item_embedding(targets)  # eq. (7)
     x_0 = _prior(config.flow.prior_stage1, network, config, x_1, generator)
     t = flow.mode_times(len(targets), config.flow.mode_scale, targets.device, generator).to(x_1.dtype)
@@ -218,7 +190,11 @@ def stage1_objective(
 def stage2_objective(
     network: Network, model: FAVE, config: Config, targets: Tensor, generator: torch.Generator | None = None
 ) -> Losses:
-    """`stage2_losses` of a model's network over a batch whose targets are int64 [B]."""
+    """Stage 2, eq. (24): match L_match + gamma L_cons + alpha L_tgt + beta L_src from the configured prior.
+
+    Targets int64 [B]. The item embeddings stay as they are: the trainer freezes them. With gamma = 0 no tangent is
+    computed.
+    """
     count = len(targets)
     x_1 = model.item_embedding(targets)
     x_0 = _prior(config.flow.prior, network, config, x_1, generator)

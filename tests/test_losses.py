@@ -12,13 +12,15 @@ from torch import Tensor
 from fave_fast.config import Config, ModelConfig
 from fave_fast.losses import (
     Losses,
+    Objective,
+    ReferenceNetwork,
     absent_items,
     consistency_loss,
     matching_loss,
     predict_with_tangent,
     source_loss,
-    stage1_losses,
-    stage2_losses,
+    stage1_objective,
+    stage2_objective,
     target_loss,
 )
 from fave_fast.model import FAVE
@@ -36,6 +38,18 @@ TIGHT = {"rtol": 1e-11, "atol": 1e-12}
 # is around 5^3 times f' at most 1e2 of it, so h = 1e-5 gives 2e-9 + 1e-9 of values of order 1; 1e-6 leaves margin.
 H = 1e-5
 DIFFERENCE = {"rtol": 1e-6, "atol": 1e-7}
+
+
+def by_reference(objective: Objective) -> Callable[..., Losses]:
+    def losses(
+        model: FAVE, config: Config, history: Tensor, targets: Tensor, generator: torch.Generator | None = None
+    ) -> Losses:
+        return objective(ReferenceNetwork(model, history, generator), model, config, targets, generator)
+
+    return losses
+
+
+stage1_losses, stage2_losses = by_reference(stage1_objective), by_reference(stage2_objective)
 
 
 def generator(seed: int = 3) -> torch.Generator:

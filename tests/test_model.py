@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fave_fast.config import Config, ModelConfig
-from fave_fast.losses import stage1_losses
+from fave_fast.losses import ReferenceNetwork, stage1_objective
 from fave_fast.model import FAVE, Dropout, HistoryDecoder, Prediction
 
 ITEMS = 11
@@ -214,7 +214,8 @@ def test_padding_row_stays_zero_through_a_step() -> None:
     assert not model.item_embedding.weight[0].any()
     before = model.item_embedding.weight.detach().clone()
     optimiser = torch.optim.Adam(model.parameters(), lr=0.1, weight_decay=0.1)
-    stage1_losses(model, Config(model=BASE), HISTORY, torch.tensor([1, 2, 3])).total.backward()
+    network = ReferenceNetwork(model, HISTORY, None)
+    stage1_objective(network, model, Config(model=BASE), torch.tensor([1, 2, 3]), None).total.backward()
     optimiser.step()
     assert not model.item_embedding.weight[0].any()
     assert (model.item_embedding.weight[1:] != before[1:]).all()
