@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -162,6 +162,7 @@ def _result(group: Group, run: Run, trainer: Trainer, outcome: Outcome | None) -
         "stage": {name: stage for name, (stage, _) in lines.items()},
         "epoch": {name: epoch for name, (_, epoch) in lines.items()},
         "validation": {name: _validation(trainer, *line) for name, line in lines.items()},
+        "validation_raw": _figures(group, device, outcome.checkpoint, "val")["raw"],
         "test": _test(group, device, choices, lines) if options.test else None,
     }
 
@@ -183,10 +184,12 @@ def _test(
 ) -> dict[str, Any]:
     """Test figures of each choice of weights, in fp32 as they are judged in training."""
 
-    def figures(name: str) -> dict[str, Any]:
-        sampler, backend = METHODS[group.runs[0].method].sampler, group.options.backend
-        return evaluate(choices[name], group.data, "test", device=device, backend=backend, sampler=sampler)
-
-    chosen = figures("chosen")
+    chosen = _figures(group, device, choices["chosen"], "test")
     same = lines["chosen"] == lines["last stage"]
-    return {"chosen": chosen, "last stage": chosen if same else figures("last stage")}
+    last = chosen if same else _figures(group, device, choices["last stage"], "test")
+    return {"chosen": chosen, "last stage": last}
+
+
+def _figures(group: Group, device: torch.device, model: Checkpoint, name: Literal["val", "test"]) -> dict[str, Any]:
+    sampler, backend = METHODS[group.runs[0].method].sampler, group.options.backend
+    return evaluate(model, group.data, name, device=device, backend=backend, sampler=sampler)

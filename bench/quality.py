@@ -354,6 +354,8 @@ def _line(name: str, result: dict[str, Any]) -> str:
     validation = result["validation"]["chosen"]
     words = f"{name}: {result['seconds']:.0f} s of training, stage {result['stage']['chosen']}, validation "
     words += f"HR@20 {validation['HR@20']:.2f} NDCG@20 {validation['NDCG@20']:.2f}"
+    raw = result["validation_raw"]
+    words += f" (raw {raw['HR@20']:.2f} {raw['NDCG@20']:.2f})"
     if result["test"] is not None:
         for kind in ("filtered", "raw"):
             figures = result["test"]["chosen"][kind]

@@ -15,7 +15,16 @@ from fave_fast.errors import ConfigError
 WHOLE = ("model.d", "model.blocks", "model.heads", "model.ffn_mult", "model.max_length", "flow.n_samples")
 COUNTS = (*WHOLE, "train.batch_size", "train.epochs", "train.evaluate_every", "train.patience")
 POSITIVE = ("model.embedding_std", "model.time_scale", "train.lr", "train.lr_stage2", "train.clip")
-NON_NEGATIVE = ("model.delta", "loss.alpha", "loss.beta", "loss.gamma", "loss.rec", "loss.match", "train.weight_decay")
+NON_NEGATIVE = (
+    "model.delta",
+    "loss.alpha",
+    "loss.beta",
+    "loss.gamma",
+    "loss.rec",
+    "loss.match",
+    "loss.own",
+    "train.weight_decay",
+)
 BAD_RANGES: list[tuple[str, Any]] = [
     *((name, value) for name in COUNTS for value in (0, -1)),
     *((name, value) for name in (*POSITIVE, "train.checkpoint_seconds") for value in (0, -1e-9, math.nan, math.inf)),

@@ -147,11 +147,16 @@ def test_interval() -> None:
 def test_validation_only_looks_at_no_test_target(
     tiny_log: Path, tiny_config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bench.experiment.evaluate", lambda *_, **__: pytest.fail("a test target was looked at"))
+    def looked(model: Any, data: Any, split: str, **options: Any) -> Any:
+        assert split == "val", "a test target was looked at"
+        return evaluate(model, data, "val", **options)
+
+    monkeypatch.setattr("bench.experiment.evaluate", looked)
     group = Group(load_interactions(tiny_log), runs_of(tiny_config, "preset"), replace(OPTIONS, test=False))
     (result,) = perform(group, NEVER)
     assert result["finished"]
     assert result["test"] is None
+    assert result["validation_raw"]["HR@20"] <= result["validation"]["chosen"]["HR@20"]
     named = {**result, "commit": None, "key": ("log", "preset"), "file": "x"}
     assert "validation NDCG@20" in markdown(summarise([named]))
 
