@@ -144,7 +144,7 @@ def _result(group: Group, run: Run, trainer: Trainer, outcome: Outcome | None) -
         "setting": run.setting,
         "seed": run.seed,
         **options.identity(run),
-        "steps": resolve_steps(device, trainer.dtype, options.backend).__name__,
+        "steps": resolve_steps(device, trainer.dtype, options.backend, run.config.model.d).__name__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": options.threads,
         "data": {name: facts[name] for name in ("users", "items", "interactions", "protocol", "decisions")},

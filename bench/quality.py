@@ -373,12 +373,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     datasets = _datasets(arguments, parser)
     expected = _expectations(arguments.expect, parser)
     device = cli.resolve_device(arguments.device)
-    resolve_steps(device, DTYPES[arguments.dtype], arguments.backend)
     threads = max(torch.get_num_threads() // arguments.jobs, 1)
     options = Options(
         device.type, arguments.dtype, arguments.backend, threads, not arguments.no_test, arguments.checkpoints
     )
     runs = plan(datasets, _chosen_settings(arguments, parser), arguments.set, arguments.seeds)
+    for d in {run.config.model.d for run in runs}:
+        resolve_steps(device, DTYPES[arguments.dtype], arguments.backend, d)
     data = _load(arguments, runs)
     for folder in (arguments.out, arguments.checkpoints):
         if folder is not None:

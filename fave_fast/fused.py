@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from fave_fast import dual
 from fave_fast.conditioning import Token
 from fave_fast.config import ModelConfig
+from fave_fast.losses import Share
 from fave_fast.model import FAVE, Block, Prediction, RMSNorm
 from fave_fast.ops.attention import Tables, rotary_by_age
 from fave_fast.ops.block import BlockDropout, BlockWeights, block, block_dual
@@ -76,6 +77,7 @@ class Network:
         backend: of the ops.
         lam: lambda [rows, D]; drawn by default.
         tables: of `rotary_of`, which is where they come from by default: a step would compute them again.
+        share: where the batch is a rank's part of one.
     """
 
     model: FAVE
@@ -85,6 +87,7 @@ class Network:
     backend: str = "auto"
     lam: Tensor | None = None
     tables: Tables | None = None
+    share: Share | None = None
 
     @property
     def histories(self) -> Tensor:
@@ -191,7 +194,9 @@ class Network:
         drawn = torch.randint(1, items + 1, packed.ids.shape, device=source.device, generator=generator)
         others = torch.where(real, first + drawn, 0)
         counts = torch.cat((real, real & ~present[others]))
-        loss: Tensor = cast(Any, _Picked).apply(outputs, torch.cat((places, others)), counts)
+        total = counts.sum(dtype=_wide(source[:0]).dtype)
+        divisor = total.clamp_min(1) if self.share is None else self.share.divisor(total)
+        loss: Tensor = cast(Any, _Picked).apply(outputs, torch.cat((places, others)), counts, divisor)
         return loss
 
     def _lambda(self) -> Tensor | Drawn:
@@ -271,17 +276,18 @@ def _wide(x: Tensor) -> Tensor:
 
 
 class _Picked(torch.autograd.Function):
-    """The mean over `counts` of (y - 1)^2 at the first half of `places`, and of y^2 at the second, y = outputs[places].
+    """The sum over `counts` of (y - 1)^2 at the first half of `places`, and of y^2 at the second, y = outputs[places],
+    divided by `divisor`.
 
     Equal places have equal gradients, so that atomics add them to the same bits in any order.
     """
 
     @staticmethod
-    def forward(ctx: Any, outputs: Tensor, places: Tensor, counts: Tensor) -> Tensor:
+    def forward(ctx: Any, outputs: Tensor, places: Tensor, counts: Tensor, divisor: Tensor) -> Tensor:
         error = _wide(outputs.flatten().index_select(0, places))
         error[: len(places) // 2] -= 1
         error *= counts
-        weight = counts.sum().clamp_min(1).to(error.dtype).reciprocal()
+        weight = divisor.to(error.dtype).reciprocal()
         ctx.save_for_backward(places, error, weight)
         ctx.outputs = outputs.shape, outputs.dtype
         return error.square().sum() * weight
@@ -293,7 +299,7 @@ class _Picked(torch.autograd.Function):
         shape, dtype = ctx.outputs
         gradient = torch.zeros(shape.numel(), dtype=dtype, device=error.device)
         gradient.index_add_(0, places, (error * (2 * grads[0] * weight)).to(dtype))
-        return gradient.view(shape), None, None
+        return gradient.view(shape), None, None, None
 
 
 class _Padded(torch.autograd.Function):

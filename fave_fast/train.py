@@ -133,7 +133,7 @@ class Trainer:
         self.dtype, self.backend, self.tensorboard, self._after_step = dtype, backend, tensorboard, after_step
         self.ranks, self.method = ranks, method
         self._writes = out is not None and ranks.first
-        self._kind = resolve_steps(self.device, dtype, backend, ranks.count)
+        self._kind = resolve_steps(self.device, dtype, backend, config.model.d)
         self.split: Split = split(data, config.data)
         self.windows = Windows(data.offsets, self.split.train_end)
         self.progress = Progress()
@@ -206,15 +206,14 @@ class Trainer:
     def _make_steps(self) -> Steps:
         options = self.data, self.config, self.model, self.optimiser, self.progress.stage, self.dtype, self.backend
         objective = self.method.objectives[self.progress.stage - 1]
-        if self._kind is FusedSteps:
-            return FusedSteps(*options, objective=objective)
-        return ReferenceSteps(*options, ranks=self.ranks, objective=objective)
+        return self._kind(*options, ranks=self.ranks, objective=objective)
 
     def _run_epoch(self) -> None:
         progress = self.progress
         batches = epoch_batches(self.data, self.windows, self.config, (self.seed, progress.stage, progress.epoch))
         done = progress.step
-        total = torch.full((), progress.loss, device=self.device)
+        # In float64 a sum of float32 losses is exact, and the same wherever the run was interrupted.
+        total = torch.full((), progress.loss, dtype=torch.float64, device=self.device)
         started, samples = time.perf_counter(), 0
         label = f"stage {progress.stage}, epoch {progress.epoch + 1} of at most {self._stage_epochs()}"
         shows = sys.stderr.isatty() and self.ranks.first
@@ -256,7 +255,9 @@ class Trainer:
         if not self.model.training:
             self.model.train()
         starts, positions = self.windows.positions(numbers)
-        return self._steps.take(starts, positions, step_seed(self.seed, progress.stage, progress.epoch, progress.step))
+        place = progress.stage, progress.epoch, progress.step
+        seed = step_seed(self.seed, *place, *([self.ranks.number] if self.ranks.number else []))
+        return self._steps.take(starts, positions, seed)
 
     def _log_epoch(self, loss: float, rate: float) -> None:
         progress = self.progress
@@ -510,19 +511,15 @@ class Trainer:
 
 
 def resolve_steps(
-    device: torch.device, dtype: torch.dtype, backend: str, ranks: int = 1
+    device: torch.device, dtype: torch.dtype, backend: str, d: int
 ) -> type[ReferenceSteps] | type[FusedSteps]:
-    """How a training with these options takes its steps.
+    """How a training of a model of D = `d` with these options takes its steps.
 
     Raises:
         BackendError: the backend cannot run here, in a step or in an evaluation.
     """
     RANK_COUNT.resolve(backend, device, torch.float32)  # before an epoch is spent, not after
-    kind = steps_for(device, dtype, backend)
-    if kind is FusedSteps and ranks > 1:
-        _logger.warning("%d ranks train by the reference network: captured steps do not average gradients yet", ranks)
-        return ReferenceSteps
-    return kind
+    return steps_for(device, dtype, backend, d)
 
 
 def step_seed(*numbers: int) -> int:

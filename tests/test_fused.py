@@ -269,21 +269,25 @@ def test_steps_are_the_reference_steps(stage: int, changes: dict[str, Any]) -> N
         torch.testing.assert_close(one, two, rtol=0, atol=1e-7)
 
 
-def test_fused_steps_are_taken_where_asked_for_and_possible(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fused_steps_are_taken_where_possible(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     for backend in ("auto", "reference", "triton", "cpp"):
-        assert steps_for(cpu, torch.float32, backend) is ReferenceSteps
+        assert steps_for(cpu, torch.float32, backend, 128) is ReferenceSteps
     cuda = torch.device("cuda")
-    assert steps_for(cuda, torch.bfloat16, "auto") is ReferenceSteps
-    assert steps_for(cuda, torch.bfloat16, "cpp") is ReferenceSteps
+    assert steps_for(cuda, torch.bfloat16, "cpp", 128) is ReferenceSteps
     if not torch.cuda.is_available():
         with pytest.raises(BackendError, match=r"training_step: backend 'triton' cannot run"):
-            steps_for(cuda, torch.bfloat16, "triton")
+            steps_for(cuda, torch.bfloat16, "triton", 128)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    assert steps_for(cuda, torch.bfloat16, "triton") is FusedSteps
+    for backend, taken in (("auto", FusedSteps), ("triton", FusedSteps), ("reference", ReferenceSteps)):
+        assert steps_for(cuda, torch.bfloat16, backend, 128) is taken
+    assert steps_for(cuda, torch.float32, "auto", 128) is ReferenceSteps
+    assert steps_for(cuda, torch.bfloat16, "auto", 96) is ReferenceSteps
+    with pytest.raises(BackendError, match=r"D of .*, not 96"):
+        steps_for(cuda, torch.bfloat16, "triton", 96)
     monkeypatch.setenv("FAVE_FAST_BACKEND", "triton")
-    assert steps_for(cuda, torch.bfloat16, "auto") is FusedSteps
+    assert steps_for(cuda, torch.float32, "auto", 128) is FusedSteps
 
 
 @pytest.mark.gpu

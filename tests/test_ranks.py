@@ -3,7 +3,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import logging
 import multiprocessing
 import os
 import signal
@@ -31,7 +30,7 @@ from fave_fast.errors import DataError, FailedElsewhere, InputError
 from fave_fast.evaluate import rank_targets
 from fave_fast.model import FAVE
 from fave_fast.ranks import Ranks
-from fave_fast.steps import ReferenceSteps
+from fave_fast.steps import FusedSteps, ReferenceSteps
 from fave_fast.train import Trainer, epoch_batches
 
 SOON = 120  # seconds, far more than anything here takes
@@ -156,9 +155,7 @@ class Drawn:
     def __enter__(self) -> None:
         torch.rand = lambda *size, **_: self._like("rand", size)
         torch.randn = lambda *size, **_: self._like("randn", size)
-        torch.randint = lambda low, high, size, **_: self._whole("randint", low, high, (self.total, self.longest))[
-            self.rows, self.longest - size[1] :
-        ]
+        torch.randint = self._items
         flow.stage2_times = self._times
 
     def __exit__(self, *_: object) -> None:
@@ -177,6 +174,11 @@ class Drawn:
             return self._whole(name, (self.total, self.longest, others[1]))[self.rows, self.longest - others[0] :]
         return self._whole(name, (self.total, *others))[self.rows]
 
+    def _items(self, low: int, high: int, size: tuple[int, ...], **_: Any) -> Tensor:
+        if len(size) == 1:  # packed: whose rows these are is not known here
+            return torch.full(size, low)
+        return self._whole("randint", low, high, (self.total, self.longest))[self.rows, self.longest - size[1] :]
+
     def _times(self, count: int, p_end: float, device: torch.device, generator: Any = None) -> tuple[Tensor, Tensor]:
         t, u, end = (self._whole("rand", (self.total,))[self.rows] for _ in range(3))
         return t, torch.where(end < p_end, torch.ones_like(t), t + u * (1 - t))
@@ -185,18 +187,23 @@ class Drawn:
 TIMES = flow.stage2_times
 
 
-def one_step(here: Ranks, log: Path, values: dict[str, Any], stage: int, total: int) -> tuple[float, list[Tensor]]:
-    """The loss of a batch, and the weights after a step of plain descent at rate 1 along its clipped gradient."""
+def one_step(
+    here: Ranks, log: Path, values: dict[str, Any], stage: int, total: int, kind: Any = ReferenceSteps
+) -> tuple[float, list[Tensor]]:
+    """The loss of a batch, and the weights after a step of descent along its clipped gradient.
+
+    Descent is Adam's with an epsilon that drowns the gradient's size, for fused steps take no other optimiser.
+    """
     data, config = load_interactions(log), Config.from_dict({**STILL, **values}, "test")
     torch.manual_seed(0)
     model = FAVE(config.model, data.num_items).double().train()
     model.item_embedding.weight.requires_grad_(stage == 1)
-    descent: Any = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], 1.0)
+    descent = torch.optim.Adam([one for one in model.parameters() if one.requires_grad], 1e3, eps=1e3)
     windows = Windows(data.offsets, split(data, config.data).train_end)
     starts, targets = windows.positions(np.random.default_rng(0).permutation(len(windows))[:total])
     longest = min(int((targets - starts).max()), config.model.max_length)
     with Drawn(here.share(total)[0], total, longest):
-        loss = ReferenceSteps(data, config, model, descent, stage, torch.float64, ranks=here).take(starts, targets, 0)
+        loss = kind(data, config, model, descent, stage, torch.float64, ranks=here).take(starts, targets, 0)
     return float(here.mean(loss)), [one.detach() for one in model.parameters()]
 
 
@@ -224,6 +231,32 @@ def test_a_step_of_several_ranks_is_one_rank_s(
     tolerance = 12_000 * 2**-53
     for count in (2, 3):
         for theirs, moved in crew.run(count, one_step, tiny_log, values, stage, total):
+            assert theirs == pytest.approx(loss, rel=tolerance)
+            for got, want in zip(moved, weights, strict=True):
+                assert float((got - want).norm()) <= tolerance * max(1.0, float(want.norm()))
+
+
+@pytest.mark.parametrize(
+    ("stage", "values"),
+    [
+        (1, {"train": {"clip": 0.01}}),
+        (1, {"train": {"clip": 1e9}, "loss": {"beta": 3.0, "own": 2.0}}),
+        (1, {"loss": {"beta": 0.0}}),
+        (1, {"loss": {"source": "dense"}}),
+        (2, {"train": {"clip": 1e9}, "loss": {"gamma": 5.0}}),
+    ],
+    ids=["clipped", "sampled-source-and-own", "no-source", "dense-source", "consistency"],
+)
+@pytest.mark.parametrize("total", [2, 7])
+def test_a_fused_step_of_several_ranks_is_one_rank_s(
+    crew: Crew, tiny_log: Path, stage: int, values: dict[str, Any], total: int
+) -> None:
+    undrawn = {"delta": 0.0, "embedding_dropout": 0.0}  # what fused steps draw they draw by history of a batch
+    values = {**values, "model": {**STILL["model"], **undrawn}}
+    loss, weights = one_step(ranks.ALONE, tiny_log, values, stage, total, FusedSteps)
+    tolerance = 12_000 * 2**-53  # as above
+    for count in (2, 3):
+        for theirs, moved in crew.run(count, one_step, tiny_log, values, stage, total, FusedSteps):
             assert theirs == pytest.approx(loss, rel=tolerance)
             for got, want in zip(moved, weights, strict=True):
                 assert float((got - want).norm()) <= tolerance * max(1.0, float(want.norm()))
@@ -409,15 +442,6 @@ def test_the_death_of_a_rank_ends_the_others(how: str, code: int) -> None:
         )
         assert "Traceback" not in said[number]
     assert ("ValueError: no memory" in said[2]) == (how == "raises")
-
-
-def test_several_ranks_take_reference_steps(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = torch.device("cpu")
-    monkeypatch.setattr(train, "steps_for", lambda *_: steps.FusedSteps)
-    assert train.resolve_steps(cpu, torch.float32, "auto") is steps.FusedSteps
-    with caplog.at_level(logging.WARNING):
-        assert train.resolve_steps(cpu, torch.float32, "auto", ranks=2) is ReferenceSteps
-    assert caplog.messages == ["2 ranks train by the reference network: captured steps do not average gradients yet"]
 
 
 def test_each_rank_has_the_gpu_of_its_number(monkeypatch: pytest.MonkeyPatch) -> None:

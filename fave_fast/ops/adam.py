@@ -132,16 +132,12 @@ def _run_triton(adam: ClippedAdam, addresses: Tensor | None) -> None:
     )  # fmt: skip
 
 
-def _by_name_only(device: torch.device, dtype: torch.dtype) -> str | None:
-    return not_interpreted(device, dtype) or "its kernels have not been timed on a GPU yet"
-
-
 Run = Callable[[ClippedAdam, Tensor | None], None]
 
 OP: Op[Run] = Op(
     "adam",
     (
-        Implementation("triton", _run_triton, triton_kernels, _by_name_only),
+        Implementation("triton", _run_triton, triton_kernels, not_interpreted),
         Implementation("reference", _reference),
     ),
 )

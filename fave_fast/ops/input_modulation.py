@@ -102,7 +102,7 @@ class _Call:
 
 _Run = Callable[[_Call], tuple[Tensor, Tensor | None]]
 
-_KERNEL_CHANNELS = (16, 32, 64, 128, 256)
+KERNEL_CHANNELS = (16, 32, 64, 128, 256)
 
 
 @ranged("fave/input")
@@ -215,7 +215,7 @@ def constant_time_features(model: HasTimeEmbedding) -> Tensor:
 
 def _resolve(backend: str, call: _Call) -> _Run:
     d = call.table.shape[1]
-    beyond = {} if d in _KERNEL_CHANNELS else {"triton": f"its kernels take D of {_KERNEL_CHANNELS}, not {d}"}
+    beyond = {} if d in KERNEL_CHANNELS else {"triton": f"its kernels take D of {KERNEL_CHANNELS}, not {d}"}
     return OP.resolve(backend, call.table.device, call.table.dtype, beyond)
 
 
