@@ -24,7 +24,7 @@ from fave_fast.checkpoint import Checkpoint
 from fave_fast.config import Config
 from fave_fast.errors import InputError
 from fave_fast.flow import InferenceNoise
-from fave_fast.graphs import BATCHES, CapturedStep, Histories, OnStep, Step, StepGraphs
+from fave_fast.graphs import BATCHES, CapturedParts, CapturedStep, Histories, OnStep, Step, StepGraphs
 from fave_fast.model import DTYPES, FAVE
 from fave_fast.ops import Exclusions
 from fave_fast.ops.byte_table import ByteTable
@@ -56,8 +56,12 @@ class Recommender:
 
     Answers depend on nothing but the history, the options, the seed and the version of the catalogue.
 
-    Several threads may call it. On a GPU `warmup` captures the one step as CUDA graphs; without it, and for requests
-    that no graph holds (`batches` counts them by reason), the same kernels run one by one, with the same bits.
+    Several threads may call it. On a GPU `warmup` captures the one step as CUDA graphs; a request of more histories or
+    items than one graph holds is answered by several, one after another. Without it, and for requests that no graphs
+    answer (`batches` counts them by reason), the same kernels run one by one, with the same bits.
+
+    Attributes:
+        batches: on a GPU, how many graphs ran ("captured"), and how many requests ran without, by the reason.
     """
 
     def __init__(
@@ -100,7 +104,7 @@ class Recommender:
         self._graphs: StepGraphs | None = None
         self._gate = _Gate()
         self._counting = threading.Lock()
-        self.batches: Counter[str] = Counter()  # on a GPU: "captured", or the reason why no graph took one
+        self.batches: Counter[str] = Counter()
         self.on_step: OnStep | None = None  # hears each batch's, on a CPU
 
     @classmethod
@@ -387,8 +391,7 @@ class Recommender:
         k = min(k, self._room)
         if self._on_gpu:
             found = self._captured(histories, k, denied, seeds)
-            with self._counting:
-                self.batches[found if isinstance(found, str) else "captured"] += 1
+            self._count(found)
             if not isinstance(found, str):
                 scores, items = found.run(histories, exclude)
                 return scores[:, :k], items[:, :k]
@@ -406,8 +409,15 @@ class Recommender:
             best = drawn[0] if len(drawn) == 1 else merge_drawn(drawn, k)
         return best[0].cpu().numpy(), best[1].cpu().numpy()
 
-    def _captured(self, histories: Histories, k: int, denied: Tensor | None, seeds: range) -> CapturedStep | str:
-        """The graph that holds the request, or why none does."""
+    def _count(self, found: CapturedStep | CapturedParts | str) -> None:
+        reason, runs = (found, 1) if isinstance(found, str) else ("captured", found.runs)
+        with self._counting:
+            self.batches[reason] += runs
+
+    def _captured(
+        self, histories: Histories, k: int, denied: Tensor | None, seeds: range
+    ) -> CapturedStep | CapturedParts | str:
+        """The graph that holds the request, or those that hold its parts, or why none do."""
         if self._graphs is None:
             return "not warmed up"
         if len(seeds) > 1 or seeds[0] != self.config.flow.seed:
@@ -416,7 +426,8 @@ class Recommender:
             return "denied items"
         if k > self._graphs.k:
             return "k above the captured one"
-        return self._graphs.fitting(histories) or "more histories or items than captured"
+        graphs = self._graphs.fitting(histories) or self._graphs.split(histories)
+        return graphs or "more histories or items than captured"
 
     def _most_popular(self, catalogue: Catalogue, k: int, denied: Tensor | None) -> tuple[list[ItemId], list[float]]:
         order = self._by_popularity

@@ -3,7 +3,8 @@
 A graph holds everything of a request: the reading of the histories from the host's memory, input path and encoder,
 top-K with exclusions, the writing of the lists into the host's memory, and the word that says so. On Hopper each of its
 kernels is launched while the one before it runs. There is one graph for each batch size of `BATCHES`; a request takes
-the smallest that holds it, its other users being empty. The kernels are those that run uncaptured: so are the bits.
+the smallest that holds it, its other users being empty. One that none holds is answered in parts, one after another,
+by graphs that encode as the whole would be encoded. The kernels are those that run uncaptured: so are the bits.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
@@ -52,9 +53,79 @@ class Histories(NamedTuple):
     offsets: Ints
 
 
+class Part(NamedTuple):
+    """Some neighbouring histories of a request, and the graph that takes them.
+
+    Attributes:
+        batch: of the graph.
+        begin: the first history.
+        end: behind the last.
+    """
+
+    batch: int
+    begin: int
+    end: int
+
+    def cut(self, histories: Histories) -> Histories:
+        """Its own of a request's histories, with offsets from 0."""
+        offsets = histories.offsets[self.begin : self.end + 1]
+        return Histories(histories.ids[offsets[0] : offsets[-1]], offsets - offsets[0])
+
+
 def batches_up_to(largest: int) -> list[int]:
     """The batch sizes to capture for requests of up to `largest` histories."""
     return [*(size for size in BATCHES if size < largest), largest]
+
+
+def items_held(batch: int) -> int:
+    """How many items in all the graph of `batch` histories holds, spread as they come.
+
+    All of them are excluded from the lists, though only the last L of a history are read: one history of a thousand
+    items is no reason to take a graph for sixteen.
+    """
+    return _ITEMS_EACH * batch + _MORE_ITEMS
+
+
+def smallest_batch(batches: Iterable[int], users: int, items: int) -> int | None:
+    """Of ascending `batches` the first whose graph holds so many histories and items, or None."""
+    return next((batch for batch in batches if batch >= users and items_held(batch) >= items), None)
+
+
+def parts_of(offsets: Ints, batches: Sequence[int], encoder_backend: Callable[[int], str]) -> list[Part] | None:
+    """A request in as few parts as graphs can answer it in, each for the smallest that holds it.
+
+    Only graphs take part whose encoder is that of the whole: where it cuts a request must not show in the lists.
+
+    Args:
+        offsets: int64 [B + 1], where each history begins and the last ends.
+        batches: of the graphs, ascending.
+        encoder_backend: which encoder so many histories take, as `Step.encoder_backend`.
+
+    Returns:
+        The parts in order, which hold each history once; None where a history fits none of those graphs.
+    """
+    users = len(offsets) - 1
+    usable = [batch for batch in batches if encoder_backend(batch) == encoder_backend(users)]
+    if not usable:
+        return None
+    most, begin = usable[-1], 0
+    parts: list[Part] = []
+    while begin < users:
+        # The largest graph holds what any holds: a part as long as it takes leaves the least to the others.
+        within = int(np.searchsorted(offsets, offsets[begin] + items_held(most), side="right")) - 1
+        end = min(begin + most, max(within, begin + 1))
+        batch = smallest_batch(usable, end - begin, int(offsets[end] - offsets[begin]))
+        if batch is None:
+            return None
+        parts.append(Part(batch, begin, end))
+        begin = end
+    return parts
+
+
+def end_to_end(lists: Iterable[tuple[Floats, Ints]]) -> tuple[Floats, Ints]:
+    """The lists of several parts as those of one request: scores float32 [B, K] and item numbers int64 [B, K]."""
+    scores, items = zip(*lists, strict=True)
+    return np.concatenate(scores), np.concatenate(items)
 
 
 @dataclass(frozen=True)
@@ -183,9 +254,17 @@ class _Response:
 
 
 class CapturedStep:
-    """One batch size: its graph, and what that reads and writes on the host."""
+    """One batch size: its graph, and what that reads and writes on the host.
+
+    Attributes:
+        batch: the batch size.
+        runs: of graphs for a request.
+    """
+
+    runs: ClassVar[int] = 1
 
     def __init__(self, submission: Submission, request: _Request, response: _Response, lock: threading.Lock) -> None:
+        self.batch = len(request.offsets) - 1
         self._submission, self._lock = submission, lock
         self._offsets = request.offsets.numpy()
         self._exclude_offsets = request.exclude_offsets.numpy()
@@ -237,6 +316,24 @@ class CapturedStep:
         )
 
 
+class CapturedParts:
+    """A request in parts, each for a graph; other threads' requests may run between two of them.
+
+    Attributes:
+        parts: in the order of the histories.
+        runs: of graphs for the request.
+    """
+
+    def __init__(self, graphs: Mapping[int, CapturedStep], parts: Sequence[Part]) -> None:
+        """`graphs` by batch size."""
+        self.parts, self.runs = parts, len(parts)
+        self._graphs = graphs
+
+    def run(self, histories: Histories, exclude: bool) -> tuple[Floats, Ints]:
+        """As `CapturedStep.run`; `histories` are what `StepGraphs.split` was asked for."""
+        return end_to_end(self._graphs[part.batch].run(part.cut(histories), exclude) for part in self.parts)
+
+
 class StepGraphs:
     """Captured graphs of one step for every batch size of `batches`, and the buffers that they share.
 
@@ -258,11 +355,11 @@ class StepGraphs:
         self._lock = threading.Lock()
         table = step.table
         device, most = table.device, self.batches[-1]
-        words = (2 * (most + 1) + self.items(most), 3 * most * k)
+        words = (2 * (most + 1) + items_held(most), 3 * most * k)
         self._request_host, self._response_host = (torch.zeros(n, dtype=torch.int32).pin_memory() for n in words)
         self._request, self._response = (torch.zeros(n, dtype=torch.int32, device=device) for n in words)
         self._endpoint = torch.zeros(most, table.shape[1], dtype=table.dtype, device=device)
-        sizes = [workspace_bytes(self._endpoint[:b], table, k, self.items(b), step.table_bytes) for b in self.batches]
+        sizes = [workspace_bytes(self._endpoint[:b], table, k, items_held(b), step.table_bytes) for b in self.batches]
         self._workspace = torch.empty(max(sizes), dtype=torch.uint8, device=device)
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._completion = Completion(self._stream)
@@ -271,24 +368,22 @@ class StepGraphs:
         self._plans: list[Plan | None] = []  # the graphs write them at every run, outside of the pool
         self._captured = {batch: self._capture(batch) for batch in reversed(self.batches)}
 
-    @staticmethod
-    def items(batch: int) -> int:
-        """How many items in all the graph of `batch` histories holds, spread as they come.
-
-        All of them are excluded from the lists, though only the last L of a history are read: one history of a thousand
-        items is no reason to take a graph for sixteen.
-        """
-        return _ITEMS_EACH * batch + _MORE_ITEMS
-
     def batch_of(self, histories: Histories) -> int | None:
         """The batch of the smallest graph that takes these histories, or None."""
-        users, items = len(histories.offsets) - 1, len(histories.ids)
-        return next((batch for batch in self.batches if batch >= users and self.items(batch) >= items), None)
+        return smallest_batch(self.batches, len(histories.offsets) - 1, len(histories.ids))
 
     def fitting(self, histories: Histories) -> CapturedStep | None:
         """The smallest graph that takes these histories, or None."""
         batch = self.batch_of(histories)
         return None if batch is None else self.of(batch)
+
+    def split(self, histories: Histories) -> CapturedParts | None:
+        """For histories that no graph takes: several graphs, or None where one history fits none of them.
+
+        Lists are, to the bit, those of the kernels for all histories at once: to them a batch makes no difference.
+        """
+        parts = parts_of(histories.offsets, self.batches, self._step.encoder_backend)
+        return None if parts is None else CapturedParts(self._captured, parts)
 
     def of(self, batch: int) -> CapturedStep:
         """The graph of `batch`, one of `batches`."""
@@ -297,7 +392,7 @@ class StepGraphs:
     def _capture(self, batch: int) -> CapturedStep:
         from fave_fast.kernels.submit import carry
 
-        host, request = (_Request(words, batch, self.items(batch)) for words in (self._request_host, self._request))
+        host, request = (_Request(words, batch, items_held(batch)) for words in (self._request_host, self._request))
         response_host, response = (_Response(words, batch, self.k) for words in (self._response_host, self._response))
         pdl = self._step.only_kernels and launches_overlap(self._step.table.device)
         exclude = Exclusions(request.ids, request.exclude_offsets)

@@ -28,7 +28,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
 from typing import Any, ClassVar
@@ -42,7 +42,7 @@ from fave_fast.catalogue import Catalogue, ItemId
 from fave_fast.checkpoint import Checkpoint
 from fave_fast.engine import Floats, Ints, Recommender, merge_drawn
 from fave_fast.errors import Closed, InputError, RankLost
-from fave_fast.graphs import BATCHES, Histories, OnStep, Step, StepGraphs
+from fave_fast.graphs import BATCHES, CapturedParts, CapturedStep, Histories, OnStep, Step, StepGraphs, end_to_end
 from fave_fast.model import FAVE
 from fave_fast.ops import Exclusions, score_topk
 from fave_fast.ops.byte_table import ByteTable
@@ -449,15 +449,20 @@ class ShardedRecommender(Recommender):
         self, histories: Histories, k: int, exclude: bool, denied: Tensor | None, seeds: range
     ) -> tuple[Floats, Ints]:
         numbers = torch.zeros(0, dtype=torch.int64) if denied is None else denied.nonzero().flatten()
-        ids, offsets = (torch.from_numpy(part).long() for part in histories)
-        asked = _Asked(_ASK, ids, offsets, numbers, min(k, self._room), exclude, denied is not None, seeds, 0)
+        k = min(k, self._room)
+
+        def ask(some: Histories, batch: int = 0) -> tuple[Floats, Ints]:
+            ids, offsets = (torch.from_numpy(part).long() for part in some)
+            return self._ask(_Asked(_ASK, ids, offsets, numbers, k, exclude, denied is not None, seeds, batch))
+
         with self._turn:
-            if self._on_gpu:
-                found = self._captured(histories, asked.k, denied, seeds)
-                self.batches[found if isinstance(found, str) else "captured"] += 1
-                if self._graphs is not None and not isinstance(found, str):
-                    asked = replace(asked, batch=self._graphs.batch_of(histories) or 0)
-            return self._ask(asked)
+            if not self._on_gpu:
+                return ask(histories)
+            found = self._captured(histories, k, denied, seeds)
+            self._count(found)
+            if isinstance(found, CapturedParts):
+                return end_to_end(ask(part.cut(histories), part.batch) for part in found.parts)
+            return ask(histories, found.batch if isinstance(found, CapturedStep) else 0)
 
     def _ask(self, asked: _Asked) -> tuple[Floats, Ints]:
         """Let all ranks do something, rank 0 among them."""

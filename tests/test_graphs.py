@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from dataclasses import replace
 from importlib import import_module
 from typing import Any
@@ -15,7 +16,7 @@ from fave_fast.checkpoint import Checkpoint
 from fave_fast.config import Config, FlowConfig, ModelConfig
 from fave_fast.data import IdMap
 from fave_fast.engine import Recommender
-from fave_fast.graphs import BATCHES, SMALL_BATCH, Histories, Step
+from fave_fast.graphs import BATCHES, SMALL_BATCH, Histories, Step, items_held
 from fave_fast.model import FAVE
 
 pytestmark = pytest.mark.gpu
@@ -45,6 +46,11 @@ def histories(count: int, seed: int = 0) -> Histories:
     return Histories(source.integers(1, ITEMS + 1, offsets[-1], dtype=np.int32), offsets)
 
 
+def of_length(length: int, count: int) -> Histories:
+    offsets = np.arange(count + 1, dtype=np.int64) * length
+    return Histories(np.random.default_rng(0).integers(1, ITEMS + 1, offsets[-1], dtype=np.int32), offsets)
+
+
 def one(some: Histories, user: int) -> Histories:
     start, end = some.offsets[user : user + 2]
     return Histories(some.ids[start:end], np.array([0, end - start]))
@@ -65,6 +71,38 @@ def test_captured_is_uncaptured(warm: Recommender, count: int, exclude: bool) ->
     assert warm.batches["captured"] > 0
     want = recommender("triton").best_items(*some, 20, exclude)
     for mine, other in zip(got, want, strict=True):
+        np.testing.assert_array_equal(mine, other)
+
+
+@pytest.mark.parametrize(
+    ("some", "graphs"),
+    [
+        pytest.param(histories(513), 2, id="513"),
+        pytest.param(histories(700), 2, id="700"),
+        pytest.param(histories(2000), 4, id="2000"),
+        pytest.param(of_length(106, 512), 2, id="512 of 106 items"),
+    ],
+)
+@pytest.mark.parametrize("exclude", [True, False])
+def test_what_no_graph_holds_is_uncaptured_in_several(
+    warm: Recommender, some: Histories, graphs: int, exclude: bool
+) -> None:
+    before = Counter(warm.batches)
+    got = warm.best_items(*some, 20, exclude)
+    assert warm.batches - before == {"captured": graphs}
+    want = recommender("triton").best_items(*some, 20, exclude)
+    for mine, other in zip(got, want, strict=True):
+        np.testing.assert_array_equal(mine, other)
+
+
+def test_parts_take_the_encoder_of_the_whole() -> None:
+    """By default the last two histories alone would be for another kernel, whose last bits differ."""
+    served = recommender()
+    served.warmup()
+    some = histories(BATCHES[-1] + 2)
+    got = served.best_items(*some)
+    assert served.batches == {"captured": 2}
+    for mine, other in zip(got, recommender().best_items(*some), strict=True):
         np.testing.assert_array_equal(mine, other)
 
 
@@ -116,9 +154,10 @@ def test_what_no_graph_holds_is_counted(warm: Recommender) -> None:
     denied = warm.recommend([ids], deny=[int(first[1][0, 0])])[0]
     assert denied.items == longer[1][0, 1:21].tolist()
     warm.recommend([ids], seed=5)
-    large = histories(513)
-    np.testing.assert_array_equal(warm.best_items(*large)[1][:3], warm.best_items(*Histories(
-        large.ids[: large.offsets[3]], large.offsets[:4]))[1])  # fmt: skip
+    most = items_held(BATCHES[-1])
+    long = np.resize(some.ids[: some.offsets[1]], most + 1)
+    large = Histories(np.concatenate((long, some.ids)), np.concatenate(([0], len(long) + some.offsets)))
+    np.testing.assert_array_equal(warm.best_items(*large)[1][1:], first[1])
     new = {reason: count - before.get(reason, 0) for reason, count in warm.batches.items()}
     assert new == {
         "captured": 3,
@@ -196,7 +235,7 @@ def test_graphs_keep_what_they_write_alive() -> None:
 
 
 def test_many_callers_get_their_own_lists(warm: Recommender) -> None:
-    asked = [histories(count, seed=count) for count in (1, 3, 8, 40, 200)]
+    asked = [histories(count, seed=count) for count in (1, 3, 8, 40, 200, 600)]  # the last by two graphs
     want = [warm.best_items(*some) for some in asked]
     wrong: list[int] = []
 
