@@ -61,7 +61,7 @@ def diffurec_objective(
     prediction = network.predict((kept * x + spread * noise).to(x.dtype), time, torch.ones_like(time))
     loss = target_loss(prediction.endpoint, model.item_embedding.weight, targets)
     zero = torch.zeros_like(loss)
-    return Losses(loss, zero, loss, zero, zero, zero)
+    return Losses(loss, zero, loss, zero, zero)
 
 
 METHODS = {

@@ -129,12 +129,11 @@ class LossConfig:
     gamma: float = 0.1  # L_cons, stage 2
     rec: float = 1.0  # L_rec of eq. (11), stage 1
     match: float = 1.0  # L_match of eq. (21), stage 2; 0 is the paper's ablation "w/o L_match"
-    own: float = 0.0  # beyond the paper, both stages: cross-entropy of the target among the user's own items
     source: Literal["sampled", "dense"] = "sampled"  # L_src over the history and as many absent items, or over all
     reduction: Literal["mean", "sum"] = "mean"  # of squared errors over channels; the batch is always averaged
 
     def __post_init__(self) -> None:
-        for name in ("alpha", "beta", "gamma", "rec", "match", "own"):
+        for name in ("alpha", "beta", "gamma", "rec", "match"):
             _non_negative(f"loss.{name}", getattr(self, name))
 
 

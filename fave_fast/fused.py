@@ -89,14 +89,6 @@ class Network:
     tables: Tables | None = None
     share: Share | None = None
 
-    @property
-    def histories(self) -> Tensor:
-        """Int64 [B, L], left-padded with 0."""
-        packed = self.packed
-        first, beyond = packed.offsets[: packed.count, None], packed.offsets[1 : packed.count + 1, None]
-        rows = beyond - torch.arange(self.model.config.max_length, 0, -1, device=packed.ids.device)
-        return torch.where(rows >= first, packed.ids[rows.clamp_min(0)], 0)
-
     def predict(self, x_t: Tensor, t: Tensor, r: Tensor) -> Prediction:
         """f(x_t, t, r) for x_t [B, D], t and r [B]."""
         packed, model = self.packed, self.model

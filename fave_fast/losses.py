@@ -8,7 +8,6 @@ from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fave_fast import dual, flow
 from fave_fast.config import Config
@@ -27,7 +26,6 @@ class Losses:
     target: Tensor
     source: Tensor
     consistency: Tensor
-    own: Tensor
 
 
 @dataclass(frozen=True)
@@ -63,25 +61,6 @@ def target_loss(endpoint: Tensor, embedding: Tensor, targets: Tensor) -> Tensor:
         targets: int64 [B], from 1 to N.
     """
     return cross_entropy(endpoint, embedding, targets)
-
-
-def own_items_loss(endpoint: Tensor, embedding: Tensor, history: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of f . e_j over the target and the user's own items, for lists from which none is filtered.
-
-    Among a whole catalogue the items of one history are a few of many: L_tgt alone leaves them above the target, being
-    like it. The embeddings are held fixed, so that the term moves what is said of a user, not what an item is.
-
-    Args:
-        endpoint: [B, D].
-        embedding: [N + 1, D].
-        history: int64 [B, L], 0 where there is none. The target itself counts once.
-        targets: int64 [B], from 1 to N.
-    """
-    items = torch.cat((targets[:, None], history), dim=1)
-    scores = torch.einsum("bd,bld->bl", endpoint, embedding.detach()[items])
-    none = F.pad((history == 0) | (history == targets[:, None]), (1, 0))
-    wide = (scores if scores.dtype == torch.float64 else scores.float()).masked_fill(none, -torch.inf)
-    return (wide.logsumexp(1) - wide[:, 0]).mean()
 
 
 def absent_items(history: Tensor, num_items: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
@@ -138,10 +117,6 @@ def consistency_loss(tangent: Tensor, reduction: Reduction = "mean") -> Tensor:
 class Network(Protocol):
     """What the objectives ask of a network over one batch of histories."""
 
-    @property
-    def histories(self) -> Tensor:
-        """Int64 [B, L], left-padded with 0."""
-
     def predict(self, x_t: Tensor, t: Tensor, r: Tensor) -> Prediction:
         """f(x_t, t, r) for x_t [B, D], t and r [B]."""
 
@@ -166,11 +141,6 @@ class ReferenceNetwork:
         self.model, self.history, self.generator, self.share = model, history, generator, share
         self._lam: Tensor | None = None
 
-    @property
-    def histories(self) -> Tensor:
-        """As `Network`, and so are the others."""
-        return self.history
-
     def _lambda(self, like: Tensor) -> Tensor:
         if self._lam is None:
             if not self.model.conditioning.reads_lambda:
@@ -180,7 +150,7 @@ class ReferenceNetwork:
         return self._lam
 
     def predict(self, x_t: Tensor, t: Tensor, r: Tensor) -> Prediction:
-        """The model's forward pass."""
+        """As `Network`, and so are the others."""
         prediction: Prediction = self.model(self.history, x_t, t, r, self._lambda(x_t))
         return prediction
 
@@ -208,7 +178,7 @@ def stage1_objective(
 ) -> Losses:
     """Stage 1: rec L_rec + alpha L_tgt + beta L_src with r = 1, heavy-tailed t and, in the paper, x_0 ~ N(0, I).
 
-    Beyond the paper, here and in stage 2, + own times `own_items_loss`. Targets int64 [B].
+    Targets int64 [B].
     """
     x_1 = model.item_embedding(targets)  # eq. (7)
     x_0 = _prior(config.flow.prior_stage1, network, config, x_1, generator)
@@ -270,13 +240,7 @@ def _weigh(
     if weights.beta > 0:
         source = network.source_loss(prediction.source, weights.source, generator)
     consistency = zero if tangent is None else consistency_loss(tangent, weights.reduction)
-    own = zero
-    if weights.own > 0:
-        own = own_items_loss(prediction.endpoint, model.item_embedding.weight, network.histories, targets)
-    parts = [
-        (matching, match), (weights.alpha, target), (weights.beta, source), (weights.gamma, consistency),
-        (weights.own, own),
-    ]  # fmt: skip
+    parts = [(matching, match), (weights.alpha, target), (weights.beta, source), (weights.gamma, consistency)]
     # On a GPU each product and each sum here is a launch forward and another backward.
     counted = [part if weight == 1 else weight * part for weight, part in parts if weight > 0 and part is not zero]
-    return Losses(sum(counted[1:], counted[0]) if counted else zero, match, target, source, consistency, own)
+    return Losses(sum(counted[1:], counted[0]) if counted else zero, match, target, source, consistency)

@@ -22,7 +22,6 @@ NON_NEGATIVE = (
     "loss.gamma",
     "loss.rec",
     "loss.match",
-    "loss.own",
     "train.weight_decay",
 )
 BELOW_ONE = ("model.dropout", "model.embedding_dropout", "train.average")

@@ -191,12 +191,6 @@ def test_anchor_is_drawn_as_on_padded_histories() -> None:
         assert torch.equal(x_0, flow.draw_anchor(model.item_embedding.weight, history, 0.7, want))
 
 
-def test_histories_are_the_padded_ones() -> None:
-    packed = batch()
-    rows, there = padded(packed)
-    assert torch.equal(network(build({}), packed).histories, torch.where(there, packed.ids[rows], 0))
-
-
 @pytest.mark.parametrize("kind", ["sampled", "dense"])
 def test_source_loss(kind: Any) -> None:
     """Repeated items and items drawn twice count as often as in `losses.source_loss`, which is given the same draws."""
@@ -260,7 +254,7 @@ def trained(kind: Any, stage: int, config: Config, device: str, dtype: torch.dty
 def test_steps_are_the_reference_steps(stage: int, changes: dict[str, Any]) -> None:
     """In fp64, where nothing is drawn by generators of their own."""
     still = replace(MODEL, delta=0.0, **changes)
-    config = Config(model=still).override({"loss": {"source": "dense", "own": 0.5}, "train": {"batch_size": 8}}, "test")
+    config = Config(model=still).override({"loss": {"source": "dense"}, "train": {"batch_size": 8}}, "test")
     ours = trained(FusedSteps, stage, config, "cpu", torch.float64, backend="reference")
     theirs = trained(ReferenceSteps, stage, config, "cpu", torch.float64)
     for one, two in zip(ours, theirs, strict=True):

@@ -17,7 +17,6 @@ from fave_fast.losses import (
     absent_items,
     consistency_loss,
     matching_loss,
-    own_items_loss,
     predict_with_tangent,
     source_loss,
     stage1_objective,
@@ -137,28 +136,6 @@ def test_target_loss() -> None:
     np.testing.assert_allclose(target_loss(f, embedding, TARGETS).item(), want, rtol=1e-12)  # ~1e2 roundings
 
 
-def own_items(f: np.ndarray, weight: np.ndarray) -> float:
-    """Mean of -log of the target's softmax among itself and the other items of its history."""
-    losses = []
-    for query, history, target in zip(f, HISTORY.tolist(), TARGETS.tolist(), strict=True):
-        scores = [query @ weight[target], *(query @ weight[item] for item in history if item not in (0, target))]
-        losses.append(np.log(np.exp(scores).sum()) - scores[0])
-    return float(np.mean(losses))
-
-
-def test_own_items_loss() -> None:
-    f = torch.randn(4, 8, generator=generator(), dtype=torch.float64, requires_grad=True)
-    embedding = build().item_embedding.weight
-    loss = own_items_loss(f, embedding, HISTORY, TARGETS)
-    np.testing.assert_allclose(loss.item(), own_items(f.detach().numpy(), embedding.detach().numpy()), rtol=1e-12)
-    loss.backward()
-    assert embedding.grad is None
-    gradients = f.grad
-    assert gradients is not None
-    assert gradients[1].abs().max() == 0  # its history holds the target alone
-    assert gradients[[0, 2, 3]].abs().max(1).values.min() > 0
-
-
 def test_losses_of_narrow_tensors_are_summed_in_fp32() -> None:
     f = torch.full((512, 64), 1.0, dtype=torch.bfloat16)
     assert matching_loss(f, torch.zeros_like(f), "sum").item() == 64
@@ -263,12 +240,11 @@ def expected(
         "target": cross_entropy(f, model.item_embedding.weight.detach().numpy(), TARGETS.numpy()),
         "source": sampled_source(model, prediction.source.detach().numpy(), HISTORY.numpy(), drawn.numpy()),
         "consistency": 0.0 if tangent is None else squared(tangent.numpy(), weights.reduction),
-        "own": own_items(f, model.item_embedding.weight.detach().numpy()) if weights.own else 0.0,
     }
     if weights.beta == 0:
         parts["source"] = 0.0
     total = matching * parts["match"] + weights.alpha * parts["target"] + weights.beta * parts["source"]
-    return parts | {"total": total + weights.gamma * parts["consistency"] + weights.own * parts["own"]}
+    return parts | {"total": total + weights.gamma * parts["consistency"]}
 
 
 def assert_losses(got: Losses, want: dict[str, float], rtol: float) -> None:
@@ -276,7 +252,7 @@ def assert_losses(got: Losses, want: dict[str, float], rtol: float) -> None:
         np.testing.assert_allclose(getattr(got, name).item(), value, rtol=rtol, atol=1e-12, err_msg=name)
 
 
-WEIGHTS = {"alpha": 0.5, "beta": 0.3, "gamma": 0.7, "rec": 0.8, "match": 1.5, "own": 0.6}
+WEIGHTS = {"alpha": 0.5, "beta": 0.3, "gamma": 0.7, "rec": 0.8, "match": 1.5}
 
 
 @pytest.mark.parametrize("changes", [WEIGHTS, WEIGHTS | {"reduction": "sum"}, {"rec": 0.0}, {"beta": 0.0}])

@@ -240,12 +240,12 @@ def test_a_step_of_several_ranks_is_one_rank_s(
     ("stage", "values"),
     [
         (1, {"train": {"clip": 0.01}}),
-        (1, {"train": {"clip": 1e9}, "loss": {"beta": 3.0, "own": 2.0}}),
+        (1, {"train": {"clip": 1e9}, "loss": {"beta": 3.0}}),
         (1, {"loss": {"beta": 0.0}}),
         (1, {"loss": {"source": "dense"}}),
         (2, {"train": {"clip": 1e9}, "loss": {"gamma": 5.0}}),
     ],
-    ids=["clipped", "sampled-source-and-own", "no-source", "dense-source", "consistency"],
+    ids=["clipped", "sampled-source", "no-source", "dense-source", "consistency"],
 )
 @pytest.mark.parametrize("total", [2, 7])
 def test_a_fused_step_of_several_ranks_is_one_rank_s(
