@@ -104,11 +104,10 @@ def _score_topk() -> Iterable[Call]:
         yield lambda queries=queries, table=table: score_topk(queries, table, 20, backend="triton")
     table = _random(10_000_001, 128)
     packed = ByteTable.pack(table)
-    for batch in (1, 64):
-        queries = _random(batch, 128)
-        yield lambda queries=queries, table=table, packed=packed: score_topk(
-            queries, table, 20, table_bytes=packed, backend="triton"
-        )
+    queries = _random(1, 128)
+    yield lambda queries=queries, table=table, packed=packed: score_topk(
+        queries, table, 20, table_bytes=packed, backend="triton"
+    )
     for batch in (1, 512):
         queries, table = _random(batch, 128, dtype=torch.float32), _random(100_001, 128, dtype=torch.float32)
         yield lambda queries=queries, table=table: score_topk(queries, table, 20, backend="triton")

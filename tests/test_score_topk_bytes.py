@@ -72,7 +72,7 @@ def assert_the_same_lists(
 
 
 @pytest.mark.parametrize(
-    ("batch", "items", "d", "k"), [(1, 1, 4, 3), (2, 97, 5, 97), (1, 400, 16, 1), (2, 200, 33, 20), (17, 20, 4, 3)]
+    ("batch", "items", "d", "k"), [(1, 1, 4, 3), (2, 97, 5, 97), (1, 400, 16, 1), (2, 200, 33, 20), (16, 20, 4, 3)]
 )
 def test_lists_are_those_of_the_table(small: None, batch: int, items: int, d: int, k: int) -> None:
     queries, table = numbers(batch, d, 1), numbers(items + 1, d)
@@ -311,7 +311,7 @@ def test_floats_on_a_gpu(kind: str, dtype: torch.dtype) -> None:
     items = 300_007
     table = random_table(items, dtype, kind)
     packed = KernelByteTable.pack(table)
-    for batch in (1, 2, 16, 17, 64):
+    for batch in (1, 2, 9, 16):
         queries = hard_queries(table, packed, batch, batch)
         assert_the_same_lists(queries, table, 20, table_bytes=packed)
         exclude = exclusions(batch, items, (0, 50, 700), batch)
@@ -320,7 +320,7 @@ def test_floats_on_a_gpu(kind: str, dtype: torch.dtype) -> None:
     if kind == "normal":
         # Of a normal table a list is proven unless more items come close than are looked at: hardly ever.
         fresh = KernelByteTable.pack(table)
-        queries = torch.randn(64, 128, generator=torch.Generator(DEVICE).manual_seed(1), device=DEVICE).to(dtype)
+        queries = torch.randn(16, 128, generator=torch.Generator(DEVICE).manual_seed(1), device=DEVICE).to(dtype)
         assert assert_the_same_lists(queries, table, 20, table_bytes=fresh) == 0
 
 
@@ -394,8 +394,8 @@ def test_a_million_queries_and_no_wrong_list(
     for kind in ("normal", "tails", "clusters"):
         table = random_table(1 << 18, dtype, kind)
         packed = KernelByteTable.pack(table)
-        for seed in range(5209):
-            queries = hard_queries(table, packed, 64, seed)
+        for seed in range(20834):
+            queries = hard_queries(table, packed, 16, seed)
             scores, ids = score_topk(queries, table, 20, table_bytes=packed, backend="triton")
             expected_scores, expected_ids = score_topk(queries, table, 20, backend="triton")
             differ = (ids != expected_ids) | (scores.view(torch.int32) != expected_scores.view(torch.int32))

@@ -37,11 +37,11 @@ MAX_ITEMS = (1 << 31) - (1 << 12)  # N of the kernels: ids of a tile's last item
 MAX_WORKSPACE = 512 << 20  # bytes of group maxima at a time
 ROWS_AT_LEAST = 128  # at a time, though they need more
 
-# Where the kernels scan bytes. Smaller tables are read in less time than what the bytes' two further launches take; at
-# B = 128 the two products of bytes (a third of a millisecond for 10 M items at an H200's 1,979 TOPS) and the bounds of
-# them (as much again, by their instructions) take as long as reading the table in 16 bits.
+# Where the kernels scan bytes. Smaller tables are read in less time than what the bytes' two further launches take; and
+# more rows than a tile's 16 are more arithmetic than reading the table in 16 bits takes: of 10 M items 64 rows took
+# 1,256 us by bytes and 752 without, 16 rows 403 and 641 (H200).
 BYTES_LEAST_ITEMS = 1 << 18
-BYTES_MOST_ROWS = 64
+BYTES_MOST_ROWS = 16
 
 
 @ranged("fave/topk")
@@ -222,7 +222,7 @@ class _Plan:
         kind = "32bit" if queries.dtype == torch.float32 else "16bit"
         if in_bytes:
             finish = dict(tile_shapes("score_topk", f"certify_{kind}", device))
-            scan = dict(tile_shapes("score_topk", f"scan_8bit_{'few' if batch <= 16 else 'many'}", device))
+            scan = dict(tile_shapes("score_topk", "scan_8bit", device))
         else:
             few = "few" if batch <= 64 else "many"
             finish = dict(tile_shapes("score_topk", f"finish_{kind}_{few}", device))
