@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.measure import Row, table, time_us
+from bench.measure import Row, shown, time_us
 from fave_fast.config import ModelConfig
 from fave_fast.model import Block, rotate
 from fave_fast.ops.attention import attention, attention_dual, rotary_by_age, rotary_tables, softmax_attention
@@ -218,8 +218,7 @@ def main() -> None:
     for lengths, case in ((beauty_lengths(), f"B {B}, as Beauty"), (torch.full((B,), L), f"B {B}, L {L}")):
         groups = [attention_rows(lengths, case), block_rows(module, lengths, case), *groups]
     for group in groups:
-        some = list(group)
-        print(table(some, gpu), flush=True)
+        some = shown(group, gpu)
         rows += some
     print(json.dumps({"gpu": gpu, "rows": [row.as_dict(gpu) for row in rows]}))
 

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bench.measure import HOST, Row, Time, table
+from bench.measure import HOST, Row, Time, shown
 from bench.peers import absent, version
 from fave_fast import _C, cli
 from fave_fast.config import FlowConfig, ModelConfig
@@ -271,8 +271,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.json is not None:
         check_writable(arguments.json)
     chosen = {case: lengths for case, lengths in CASES.items() if case in (arguments.case or CASES)}
-    found, cpu = list(rows(chosen, arguments.items or ITEMS, arguments.threads)), processor()
-    print(table(found, cpu))
+    cpu = processor()
+    found = shown(rows(chosen, arguments.items or ITEMS, arguments.threads), cpu)
     for who, reason in absent(*PACKAGES).items():
         print(f"{who}: {reason}")
     facts = {

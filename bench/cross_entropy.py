@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.measure import Row, Time, table, time_us
+from bench.measure import Row, Time, shown, time_us
 from fave_fast.ops import cross_entropy
 
 B, D = 512, 128
@@ -98,8 +98,7 @@ def measure(n: int) -> Iterator[Row]:
 
 def main() -> None:
     gpu = torch.cuda.get_device_name()
-    rows = [row for n in CATALOGUES for row in measure(n)]
-    print(table(rows, gpu))
+    rows = shown((row for n in CATALOGUES for row in measure(n)), gpu)
     print(json.dumps({"gpu": gpu, "rows": [row.as_dict(gpu) for row in rows]}))
 
 

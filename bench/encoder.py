@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.measure import Row, table, time_us
+from bench.measure import Row, shown, time_us
 from fave_fast.config import FlowConfig, ModelConfig
 from fave_fast.flow import InferenceNoise
 from fave_fast.model import FAVE
@@ -126,15 +127,11 @@ class Bench:
 
 def main() -> None:
     gpu = torch.cuda.get_device_name()
-    bench, rows = Bench(), []
-    for batch in SMALL:
-        for length in SMALL_LENGTHS:
-            rows += bench.small(batch, length)
-    for batch in BATCHES:
-        rows += bench.uniform(batch)
-    for batch in BEAUTY:
-        rows += bench.beauty(batch)
-    print(table(rows, gpu))
+    bench = Bench()
+    groups = [bench.small(batch, length) for batch in SMALL for length in SMALL_LENGTHS]
+    groups += [bench.uniform(batch) for batch in BATCHES]
+    groups += [bench.beauty(batch) for batch in BEAUTY]
+    rows = shown(itertools.chain.from_iterable(groups), gpu)
     print(json.dumps({"gpu": gpu, "rows": [row.as_dict(gpu) for row in rows]}))
 
 

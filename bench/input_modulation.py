@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._inductor import config as inductor
 from torch.nn import functional as F
 
-from bench.measure import Row, table, time_us
+from bench.measure import Row, shown, time_us
 from fave_fast.config import ModelConfig
 from fave_fast.model import FAVE
 from fave_fast.ops.input_modulation import (
@@ -191,11 +191,7 @@ def measurements() -> Iterator[Row]:
 
 def main() -> None:
     gpu = torch.cuda.get_device_name()
-    rows: list[Row] = []
-    for row in measurements():
-        heading, line = table([row], gpu).splitlines()
-        print(line if rows else f"{heading}\n{line}", flush=True)
-        rows.append(row)
+    rows = shown(measurements(), gpu)
     print(json.dumps({"gpu": gpu, "rows": [row.as_dict(gpu) for row in rows]}))
 
 

@@ -78,7 +78,7 @@ def real(count: int, flat: npt.NDArray[np.int32], begins: npt.NDArray[np.int64])
 
 
 def run(graphs: StepGraphs, request: Histories) -> tuple[Floats, Ints]:
-    captured = graphs.fitting(request)
+    captured = graphs.fitting(request) or graphs.split(request)
     assert captured is not None
     return captured.run(request, True)
 
@@ -89,10 +89,8 @@ def check(step: Step, graphs: StepGraphs, requests: list[Histories]) -> None:
         ids, offsets = (torch.from_numpy(part).cuda() for part in request)
         exclude = Exclusions(ids, offsets)
         want = step(ids, offsets, exclude, graphs.k)
-        used = graphs.batch_of(request)
-        assert used is not None
-        # The graph may be of a larger batch, whose encoder's kernel may be the other one.
-        backend = step.encoder_backend(used)
+        # The graph may be of a larger batch, whose encoder's kernel may be the other one; parts keep the whole's.
+        backend = step.encoder_backend(graphs.batch_of(request) or len(offsets) - 1)
         same = np.array_equal(want[0].cpu(), scores) and np.array_equal(want[1].cpu(), best)
         if backend == step.encoder_backend(len(offsets) - 1) and not same:
             raise AssertionError("the captured list is not the uncaptured one")
@@ -195,15 +193,17 @@ def measure(items: int, data: dict[str, Histories], requests: int, backend: str,
         cases = {"50 items": full_length(batch, items)}
         cases |= {name: real(batch, *log) for name, log in data.items() if log.ids.max() <= items}
         for name, asked in cases.items():
-            if not all(map(graphs.fitting, asked)):
+            parted = [graphs.fitting(request) or graphs.split(request) for request in asked]
+            if None in parted:
                 most = max(len(request.ids) for request in asked)
-                print(f"N {items:,}, B {batch}, {name}: no graph holds requests of {most:,} items", flush=True)
+                print(f"N {items:,}, B {batch}, {name}: no graphs hold requests of {most:,} items", flush=True)
                 continue
             check(step, graphs, asked)
             count = requests if batch * items < 10**9 else max(100, requests // 10)
             found = percentiles(lambda at, asked=asked: run(graphs, asked[at % len(asked)]), count)
             parts = breakdown(step, asked[0])
             row: Row = {"N": items, "B": batch, "histories": name, "requests": count, **found, "device": parts}
+            row["graphs"] = max(one.runs for one in parted if one is not None)
             print(json.dumps(row), flush=True)
             rows.append(row)
         for mode in compiled:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -134,14 +134,14 @@ def ceilings(device: str) -> dict[str, float]:
     return {"bytes": 1e6 * words.nbytes / read, "bf16" if on_gpu else "fp32": 1e6 * 2 * side**3 / product}
 
 
-def table(rows: list[Row], gpu: str) -> str:
-    """The rows as text, one line each, the floor's share last."""
-    lines = [f"{'op':<18} {'case':<34} {'who':<28} {'us':>9} {'p20':>9} {'p80':>9} {'floor':>8} {'of floor':>8}"]
+def shown(rows: Iterable[Row], device: str) -> list[Row]:
+    """All rows, each printed as it comes, the floor's share last: a run that ends early has said what it knows."""
+    print(f"{'op':<18} {'case':<34} {'who':<28} {'us':>9} {'p20':>9} {'p80':>9} {'floor':>8} {'of floor':>8}")
+    result = []
     for row in rows:
-        floor = row.floor_us(gpu)
-        share = "" if not floor else f"{floor:8.1f} {row.time.median / floor:7.2f}x"
-        lines.append(
-            f"{row.op:<18} {row.case:<34} {row.who:<28} {row.time.median:9.1f} {row.time.p20:9.1f} "
-            f"{row.time.p80:9.1f} {share}"
-        )
-    return "\n".join(lines)
+        floor, time = row.floor_us(device), row.time
+        share = "" if not floor else f"{floor:8.1f} {time.median / floor:7.2f}x"
+        times = f"{time.median:9.1f} {time.p20:9.1f} {time.p80:9.1f}"
+        print(f"{row.op:<18} {row.case:<34} {row.who:<28} {times} {share}", flush=True)
+        result.append(row)
+    return result

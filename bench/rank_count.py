@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.measure import Row, table, time_us
+from bench.measure import Row, shown, time_us
 from fave_fast.ops import Exclusions, rank_count
 
 D = 128
@@ -64,12 +64,8 @@ def measure(batch: int, n: int, dtype: torch.dtype) -> Iterator[Row]:
 
 def main() -> None:
     gpu = torch.cuda.get_device_name()
-    rows = []
-    for batch, n in CASES:
-        rows += measure(batch, n, torch.bfloat16)
-    for batch, n in FP32_CASES:
-        rows += measure(batch, n, torch.float32)
-    print(table(rows, gpu))
+    cases = [(*case, torch.bfloat16) for case in CASES] + [(*case, torch.float32) for case in FP32_CASES]
+    rows = shown((row for case in cases for row in measure(*case)), gpu)
     print(json.dumps({"gpu": gpu, "rows": [row.as_dict(gpu) for row in rows]}))
 
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.measure import COLD, WARM, Row, table, time_us
+from bench.measure import COLD, WARM, Row, shown, time_us
 from fave_fast.ops import Exclusions, score_topk
 from fave_fast.ops.byte_table import ByteTable
 from fave_fast.ops.score_topk import BYTES_LEAST_ITEMS, BYTES_MOST_ROWS, workspace_bytes
@@ -153,6 +153,17 @@ def measure(batch: int, items: Tensor, cold: bool = True, table_bytes: ByteTable
         yield Row("score_topk", case, "torch.mm + FlashInfer top_k", other, **size)
 
 
+def measurements(wanted: Sequence[int]) -> Iterator[Row]:
+    """Of all cases with catalogues of these sizes; of all of them if none is named."""
+    for n, batches in CASES:
+        if wanted and n not in wanted:
+            continue
+        items = catalogue(n)
+        table_bytes = packed(items)
+        for batch in batches:
+            yield from measure(batch, items, table_bytes=table_bytes)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.score_topk", description=__doc__.splitlines()[0])
     parser.add_argument("items", nargs="*", type=int, metavar="ITEMS", help="catalogues of the cases (default: all)")
@@ -160,16 +171,7 @@ def main() -> None:
     if unknown := set(wanted) - {n for n, _ in CASES}:
         parser.error(f"no case has {unknown.pop()} items; expected some of {', '.join(str(n) for n, _ in CASES)}")
     gpu = torch.cuda.get_device_name()
-    rows = []
-    for n, batches in CASES:
-        if wanted and n not in wanted:
-            continue
-        items = catalogue(n)
-        table_bytes = packed(items)
-        for batch in batches:
-            rows += measure(batch, items, table_bytes=table_bytes)
-        del items, table_bytes
-    print(table(rows, gpu))
+    rows = shown(measurements(wanted), gpu)
     if flashinfer_top_k() is None:
         print("FlashInfer is not installed: its top_k is not measured")
     print(json.dumps({"gpu": gpu, "rows": [row.as_dict(gpu) for row in rows]}))
