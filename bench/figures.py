@@ -290,19 +290,29 @@ def sweeps(runs: Sequence[dict[str, Any]]) -> Iterator[tuple[str, Figure]]:
 
 
 def diversity(runs: Sequence[dict[str, Any]]) -> Iterator[tuple[str, Figure]]:
-    """Table 4 as a figure for each data set: NDCG@20 against ILD@20 of the filtered lists, means over seeds."""
+    """Table 4 as a figure for each data set: NDCG@20 against ILD@20 of the filtered lists, with intervals over seeds.
+
+    By the last stage's best weights: settings that differ in stage 2 alone often have the same chosen ones, of stage 1.
+    """
     whole = [run for run in runs if run["finished"] and run["test"] is not None]
     for dataset in dict.fromkeys(run["dataset"] for run in whole):
-        figure, axes = plt.subplots(figsize=(6.5, 5))
-        for setting in dict.fromkeys(run["setting"] for run in whole if run["dataset"] == dataset):
-            some = [run["test"]["chosen"] for run in whole if (run["dataset"], run["setting"]) == (dataset, setting)]
-            at = np.mean([(one["ild@20"], one["filtered"]["NDCG@20"]) for one in some], axis=0)
-            axes.plot(*at, "*" if setting == "preset" else "o", color=OURS if setting == "preset" else NOISE)
-            axes.annotate(f"{setting} ({len(some)})", at, fontsize=7, xytext=(5, 3), textcoords="offset points")
-        axes.set(xlabel="ILD@20", ylabel="NDCG@20, filtered, per cent", title=f"{dataset}: test (in brackets: seeds)")
+        figure, axes = plt.subplots(figsize=(7.5, 4.5))
+        settings = list(dict.fromkeys(run["setting"] for run in whole if run["dataset"] == dataset))
+        for setting, hue in zip(settings, plt.colormaps["viridis"](np.linspace(0, 0.9, len(settings))), strict=True):
+            some = [
+                run["test"]["last stage"] for run in whole if (run["dataset"], run["setting"]) == (dataset, setting)
+            ]
+            x = interval([one["ild@20"] for one in some])
+            y = interval([one["filtered"]["NDCG@20"] for one in some])
+            style = {"fmt": "*", "color": OURS} if setting == "preset" else {"fmt": "o", "color": hue}
+            name = f"{setting} ({len(some)})"
+            axes.errorbar(x["mean"], y["mean"], y["half"] or 0, x["half"] or 0, label=name, lw=1, capsize=2, **style)
+        title = f"{dataset}: test, 95 % intervals (in brackets: seeds)"
+        axes.set(xlabel="ILD@20", ylabel="NDCG@20, filtered, per cent", title=title)
         axes.title.set_fontsize(10)
-        axes.margins(0.15)
         axes.grid(alpha=0.3)
+        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+        figure.tight_layout()
         yield f"diversity-{dataset}", figure
 
 

@@ -59,9 +59,10 @@ def test_the_plane_keeps_what_lies_in_it() -> None:
 def run(setting: str, seed: int, ndcg: float, **changes: Any) -> dict[str, Any]:
     values = {section: {key: value} for name, value in changes.items() for section, key in [name.split("__")]}
     config = preset("beauty").override(values, "test").to_dict()
+    figures_of = {"filtered": {"NDCG@20": ndcg}, "ild@20": 0.5}
     return {
         "dataset": "beauty", "preset": "beauty", "setting": setting, "seed": seed, "method": "fave", "finished": True,
-        "config": config, "test": {"chosen": {"filtered": {"NDCG@20": ndcg}, "ild@20": 0.5}},
+        "config": config, "test": {"chosen": figures_of, "last stage": figures_of},
     }  # fmt: skip
 
 
