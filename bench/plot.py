@@ -88,7 +88,7 @@ def titled(figure: Figure, title: str, run: Run) -> None:
     changed = " with changes" if run.get("clean") is False else ""
     quick = ", QUICK: no measurement" if run.get("quick") else ""
     figure.suptitle(
-        f"{title}\n{where}, {run['date']}, commit {run['commit'] or 'unknown'}{changed}{quick}", fontsize=10
+        f"{title}\n{where}, {run['date']}, commit {(run['commit'] or 'unknown')[:10]}{changed}{quick}", fontsize=10
     )
 
 
