@@ -2,7 +2,9 @@
 // nothing of the standard library's is instantiated (vec.hpp says why).
 //
 // Sums run in an order that depends on the sizes of the model alone: a row's result has the same bits in any tile, and
-// a history's in any batch.
+// a history's in any batch. No library promises that, nor is one faster here: oneDNN's products alone, without norms,
+// attention and GELU, reach 13, 56, 153 and 190 GMAC/s for 9, 50, 512 and 3,200 rows in bf16, the whole encoder 73, 138,
+// 160 and 151 (two cores, Zen 4).
 #include "kernels.hpp"
 
 #include "vec.hpp"
