@@ -235,6 +235,7 @@ def run(name: str, data: Interactions, base: str, config: Config, seed: int, dev
         "ild@20": intra_list_diversity(lists, F.normalize(table.float(), dim=-1)),
     }
     chosen = {key.removeprefix("val_filtered_"): value for key, value in best.items() if key.startswith("val_")}
+    _, raw, _ = rank_all(baseline, data, parts.val)
     facts = {"users": data.num_users, "items": data.num_items, "interactions": data.num_interactions}
     return {
         "dataset": data.name,
@@ -254,6 +255,7 @@ def run(name: str, data: Interactions, base: str, config: Config, seed: int, dev
         "stage": {"chosen": 1, "last stage": 1},
         "epoch": {"chosen": best["epoch"], "last stage": best["epoch"]},
         "validation": {"chosen": chosen, "last stage": chosen},
+        "validation_raw": rank_metrics(raw),
         "test": {"chosen": test, "last stage": test},
     }
 

@@ -229,8 +229,8 @@ def _on_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _in_bf16(device: torch.device, dtype: torch.dtype) -> str | None:
-    # Whole trainings of both stages agreed with the reference's in bf16; in fp32 the kernels are unrolled
-    # multiply-adds, which a compiler takes minutes over.
+    # Whole trainings of both stages agreed with the reference's in bf16. In fp32, of 512 histories of 50 items on an
+    # H200, a step of stage 2 takes 62 ms and the reference's 43, for its kernels' products are multiply-adds.
     return None if dtype == torch.bfloat16 else "trainings in other dtypes than bf16 take captured steps by name alone"
 
 
