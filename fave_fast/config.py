@@ -38,7 +38,7 @@ def _probability(name: str, value: float) -> None:
     _require(0 <= value <= 1, name, value, "a number from 0 to 1")
 
 
-def _below_one(name: str, value: float) -> None:
+def _dropout(name: str, value: float) -> None:
     _require(0 <= value < 1, name, value, "a number from 0 up to, not including, 1")
 
 
@@ -84,8 +84,8 @@ class ModelConfig:
         for name in ("d", "blocks", "heads", "ffn_mult", "max_length"):
             _require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "a whole number of at least 1")
         _require(self.d % (2 * self.heads) == 0, "model.d", self.d, f"a multiple of 2 * heads = {2 * self.heads}")
-        _below_one("model.dropout", self.dropout)
-        _below_one("model.embedding_dropout", self.embedding_dropout)
+        _dropout("model.dropout", self.dropout)
+        _dropout("model.embedding_dropout", self.embedding_dropout)
         _positive("model.embedding_std", self.embedding_std)
         _non_negative("model.delta", self.delta)
         _positive("model.time_scale", self.time_scale)
@@ -146,7 +146,6 @@ class TrainConfig:
     lr_stage2: float = 1e-4
     weight_decay: float = 0.0
     clip: float = 1.0  # largest norm of the gradient
-    average: float = 0.0  # decay per step of a moving average of the weights, judged and kept in their place; 0: none
     epochs: int = 100  # stage 1, at most
     epochs_stage2: int = 20  # at most; 0 leaves stage 2 out
     evaluate_every: int = 1
@@ -161,7 +160,6 @@ class TrainConfig:
         for name in ("lr", "lr_stage2", "clip", "checkpoint_seconds"):
             _positive(f"train.{name}", getattr(self, name))
         _non_negative("train.weight_decay", self.weight_decay)
-        _below_one("train.average", self.average)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,7 @@
 
 Stage 1 builds the manifold from a Gaussian prior; stage 2 starts from its best weights, freezes the item embeddings and
 consolidates the flow into one step from the anchor. The model is judged as it is served (one step, eq. 25) on the
-validation targets, `filtered` NDCG@20, and the best weights of both stages are what the checkpoint holds. With
-`train.average` a moving average of the weights is judged and kept in their place; training goes on with the weights.
+validation targets, `filtered` NDCG@20, and the best weights of both stages are what the checkpoint holds.
 """
 
 from __future__ import annotations
@@ -31,7 +30,6 @@ from tqdm import tqdm
 
 from fave_fast import __version__, cli
 from fave_fast import checkpoint as checkpoints
-from fave_fast.averaging import WeightAverage
 from fave_fast.checkpoint import Checkpoint
 from fave_fast.config import PRESETS, Config, load_yaml, preset
 from fave_fast.data import (
@@ -146,7 +144,6 @@ class Trainer:
         self.best_weights = _copy(self.model)
         self.stage_weights = self.best_weights
         self.optimiser = self._make_optimiser(config.train.lr)
-        self._average = self._make_average()
         self._steps: Steps | None = None
         self._asked = False  # to end, here
         self.interrupted = False  # by what all ranks agreed on
@@ -206,9 +203,6 @@ class Trainer:
         self._steps = None  # made for another one
         return make_optimiser(self.model, lr, self.config.train.weight_decay, captured=self._kind is FusedSteps)
 
-    def _make_average(self) -> WeightAverage:
-        return WeightAverage(self.model, self.config.train.average)
-
     def _make_steps(self) -> Steps:
         options = self.data, self.config, self.model, self.optimiser, self.progress.stage, self.dtype, self.backend
         objective = self.method.objectives[self.progress.stage - 1]
@@ -263,9 +257,7 @@ class Trainer:
         starts, positions = self.windows.positions(numbers)
         place = progress.stage, progress.epoch, progress.step
         seed = step_seed(self.seed, *place, *([self.ranks.number] if self.ranks.number else []))
-        loss = self._steps.take(starts, positions, seed)
-        self._average.update()
-        return loss
+        return self._steps.take(starts, positions, seed)
 
     def _log_epoch(self, loss: float, rate: float) -> None:
         progress = self.progress
@@ -296,7 +288,7 @@ class Trainer:
         self._log_metrics(metrics)
         if score > progress.stage_best:
             progress.stage_best, progress.waiting = score, 0
-            self.stage_weights = self._judged_weights()
+            self.stage_weights = _copy(self.model)
             if score > progress.best:
                 progress.best, progress.best_stage, progress.best_epoch = score, progress.stage, progress.epoch
                 self.best_weights = self.stage_weights
@@ -309,7 +301,6 @@ class Trainer:
             return True
         progress.lr_cut, progress.waiting = True, 0
         self.model.load_state_dict(self.stage_weights)
-        self._average.load(self.stage_weights, self._average.steps)
         for group in self.optimiser.param_groups:
             group["lr"] /= 10  # a tensor in place: the captured steps read it
         return False
@@ -324,30 +315,20 @@ class Trainer:
         progress.stage, progress.epoch, progress.waiting, progress.lr_cut = 2, 0, 0, False
         progress.stage_best = -math.inf
         self.optimiser = self._make_optimiser(self.config.train.lr_stage2)
-        self._average = self._make_average()
 
     def _begin_stage2(self) -> None:
         self.model.item_embedding.weight.requires_grad_(False)  # stage 2 moves the flow, not the space
 
     def validate(self) -> dict[str, float]:
-        """Filtered metrics on the validation targets: answers as `method` has them, in fp32.
-
-        With `train.average` they are the averaged weights', and the model has its own again afterwards.
-        """
+        """Filtered metrics on the validation targets: answers as `method` has them, in fp32."""
         self.model.eval()
         state = torch.get_rng_state()
-        with self._average.in_place():
-            ranking = rank_targets(
-                self.model, self.config, self.data, self.split.val, full=False, backend=self.backend, ranks=self.ranks,
-                sampler=self.method.sampler,
-            )  # fmt: skip
+        ranking = rank_targets(
+            self.model, self.config, self.data, self.split.val, full=False, backend=self.backend, ranks=self.ranks,
+            sampler=self.method.sampler,
+        )  # fmt: skip
         torch.set_rng_state(state)
         return rank_metrics(ranking.filtered)
-
-    def _judged_weights(self) -> dict[str, Tensor]:
-        """A copy of the weights that `validate` judges, on the CPU."""
-        with self._average.in_place():
-            return _copy(self.model)
 
     def _log_metrics(self, metrics: dict[str, float]) -> None:
         progress = self.progress
@@ -382,7 +363,7 @@ class Trainer:
     def make_checkpoint(self) -> Checkpoint:
         """The best weights so far (the present ones before the first evaluation) with all that serving needs."""
         progress, data = self.progress, self.data
-        weights = self.best_weights if progress.best > -math.inf else self._judged_weights()
+        weights = self.best_weights if progress.best > -math.inf else _copy(self.model)
         users = np.linspace(0, len(self.split.test) - 1, min(_SAMPLE_USERS, len(self.split.test))).astype(np.int64)
         targets = self.split.test[users]
         starts = target_starts(data, targets)
@@ -431,7 +412,6 @@ class Trainer:
         tensors = {f"model/{name}": value for name, value in self.model.state_dict().items()}
         tensors |= {f"best/{name}": value for name, value in self.best_weights.items()}
         tensors |= {f"stage/{name}": value for name, value in self.stage_weights.items()}
-        tensors |= {f"average/{name}": value for name, value in self._average.weights.items()}
         state = self.optimiser.state_dict()
         for index, values in state["state"].items():
             tensors |= {f"optimiser/{index}/{name}": value for name, value in values.items()}
@@ -445,7 +425,6 @@ class Trainer:
             "run": self._identity(),
             "progress": progress,
             "lr": float(self.optimiser.param_groups[0]["lr"]),
-            "averaged_steps": self._average.steps,
             "last": self._last,
             "curve": self.curve,
         }
@@ -501,8 +480,6 @@ class Trainer:
 
         self.model.load_state_dict(group("model/"))
         self.best_weights, self.stage_weights = group("best/"), group("stage/")
-        self._average = self._make_average()
-        self._average.load(group("average/"), plain.get("averaged_steps", 0))  # earlier versions averaged nothing
         self.optimiser = self._make_optimiser(plain["lr"])
         moments: dict[int, dict[str, Tensor]] = {}
         for name, value in group("optimiser/").items():

@@ -313,14 +313,14 @@ def trained(
     finally:
         steps.gather_histories = gather
     curve = [{name: value for name, value in line.items() if name not in CLOCK} for line in trainer.curve]
-    weights = [*trainer.model.state_dict().values(), *outcome.checkpoint.weights.values()]
+    weights = list(trainer.model.state_dict().values())
     return {"seen": seen, "taken": taken, "curve": curve, "weights": weights, "interrupted": outcome.interrupted}
 
 
 @pytest.fixture(scope="module")
 def config(tiny_config: Config) -> Config:
-    """Batches of 21 of the log's windows: the last one of an epoch is uneven. What is kept is an average."""
-    return replace(tiny_config, train=replace(tiny_config.train, batch_size=21, average=0.9))
+    """Batches of 21 of the log's windows: the last one of an epoch is uneven."""
+    return replace(tiny_config, train=replace(tiny_config.train, batch_size=21))
 
 
 @pytest.fixture(scope="module")

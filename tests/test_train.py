@@ -60,24 +60,6 @@ def assert_same_run(trainer: Trainer, outcome: Outcome, whole: tuple[Trainer, Ou
     assert {**kept.facts, "seconds": 0} == {**expected.facts, "seconds": 0}
 
 
-def averaged(config: Config, decay: float, **schedule: Any) -> Config:
-    return replace(config, train=replace(config.train, average=decay, **schedule))
-
-
-def watched(trainer: Trainer) -> list[tuple[int, dict[str, torch.Tensor], dict[str, torch.Tensor]]]:
-    """For each step that the trainer will take: its stage, and the weights before and after it."""
-    step, taken = trainer._train_step, []
-
-    def seen(numbers: Any) -> torch.Tensor:
-        before = train._copy(trainer.model)
-        loss = step(numbers)
-        taken.append((trainer.progress.stage, before, train._copy(trainer.model)))
-        return loss
-
-    trainer._train_step = seen  # type: ignore[method-assign]
-    return taken
-
-
 def interrupt_after(trainer: Trainer, steps: int) -> None:
     """Let the run be interrupted while it takes its step number `steps`."""
     step, taken = trainer._train_step, 0
@@ -186,121 +168,10 @@ def test_stages_2_after_a_stage_1_in_common(
     assert_equal_weights(dict(outcome.checkpoint.weights), dict(whole[1].checkpoint.weights))
 
 
-@pytest.mark.parametrize("steps", [2, 10], ids=["mid-epoch", "stage2"])
-def test_an_averaged_run_resumes_to_the_bits_of_a_whole_one(
-    data: Interactions, tiny_config: Config, tmp_path: Path, steps: int
-) -> None:
-    config = averaged(tiny_config, 0.9)
-    whole = Trainer(data, config, tmp_path / "whole.pt", seed=3)
-    outcome = whole.run()
-    first = Trainer(data, config, tmp_path / "model.pt", seed=3)
-    interrupt_after(first, steps)
-    assert first.run().interrupted
-    assert first.progress.step > 0, "or the interruption would not be within an epoch"
-    assert first.progress.stage == (2 if steps == 10 else 1)
-    second = Trainer(data, config, tmp_path / "model.pt", seed=3)
-    second.resume()
-    assert_same_run(second, second.run(), (whole, outcome))
-
-
-def test_stage_2_after_a_stage_1_in_common_averages_its_own(data: Interactions, tiny_config: Config) -> None:
-    config = averaged(tiny_config, 0.9)
-    whole = Trainer(data, config, None, seed=3)
-    expected = whole.run().checkpoint
-    first = Trainer(data, config.stage1(), None, seed=3)
-    first.run()
-    state = first.state()
-    for _ in range(2):
-        trainer = Trainer(data, config, None, seed=3)
-        trainer.start_stage2(state)
-        assert_equal_weights(dict(trainer.run().checkpoint.weights), dict(expected.weights))
-        assert_equal_weights(trainer.stage_weights, whole.stage_weights)
-
-
-def test_a_state_from_before_averaging_resumes(
-    whole: tuple[Trainer, Outcome], data: Interactions, tiny_config: Config, tmp_path: Path
-) -> None:
-    first = Trainer(data, tiny_config, tmp_path / "model.pt", seed=3)
-    interrupt_after(first, 2)
-    first.run()
-    plain, tensors = checkpoints.read_envelope(first.resume_path, train._RESUME_KIND)
-    del plain["averaged_steps"], plain["run"]["config"]["train"]["average"]
-    assert not any(name.startswith("average/") for name in tensors)
-    checkpoints.write_envelope(first.resume_path, train._RESUME_KIND, plain, tensors)
-    with pytest.raises(CheckpointError, match="another config"):
-        Trainer(data, averaged(tiny_config, 0.9), first.out, seed=3).resume()
-    second = Trainer(data, tiny_config, first.out, seed=3)
-    second.resume()
-    assert_same_run(second, second.run(), whole)
-
-
-def test_kept_weights_are_the_moving_average_of_each_stage(data: Interactions, tiny_config: Config) -> None:
-    decay = 0.5  # reached at step 8, (1 + 8) / (10 + 8)
-    trainer = Trainer(data, averaged(tiny_config, decay, batch_size=8, epochs=1, epochs_stage2=1), None)
-    scripted(trainer, [1.0, 2.0])
-    steps = watched(trainer)
-    kept = dict(trainer.run().checkpoint.weights)
-    begins = next(number for number, (stage, *_) in enumerate(steps) if stage == 2)
-    assert min(begins, len(steps) - begins) > 10, "or a stage would not see both of the decay's forms"
-    for taken, result in ((steps[:begins], steps[begins][1]), (steps[begins:], kept)):
-        for name, start in taken[0][1].items():
-            want, largest = start.double(), start.abs().max()
-            for n, (_, _, after) in enumerate(taken):
-                now = min(decay, (1 + n) / (10 + n))
-                want = now * want + (1 - now) * after[name].double()
-                largest = largest.maximum(after[name].abs().max())
-            # A step in fp32 is a + w (p - a), or p - (1 - w) (p - a): with M the largest weight and a rounding at most
-            # 2^-24 of its result, the last sum is off by M of those, and the product, at most 2 M, by one each for w,
-            # 1 - w, p - a and itself. Later steps shrink what earlier ones left.
-            torch.testing.assert_close(
-                result[name].double(), want, rtol=0, atol=len(taken) * 9 * 2**-24 * float(largest)
-            )
-
-
-def test_averaging_leaves_training_as_it_is(data: Interactions, tiny_config: Config) -> None:
-    """The average is what is judged and kept; steps go on from the weights, in the same memory."""
-    runs, losses = [], []
-    for decay in (0.0, 0.9):
-        trainer = Trainer(data, averaged(tiny_config.stage1(), decay), None, seed=3)
-        places = [parameter.data_ptr() for parameter in trainer.model.parameters()]
-        runs.append(watched(trainer))
-        trainer.run()
-        assert [parameter.data_ptr() for parameter in trainer.model.parameters()] == places
-        losses.append([line["loss"] for line in trainer.curve])
-    assert losses[0] == losses[1]
-    for one, two in zip(*runs, strict=True):
-        assert_equal_weights(one[1], two[1])
-        assert_equal_weights(one[2], two[2])
-
-
-def test_the_average_is_judged_and_stage_2_begins_from_its_best(
-    data: Interactions, tiny_config: Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trainer = Trainer(data, averaged(tiny_config, 0.9), None, seed=3)
-    steps, judged, ranked = watched(trainer), [], train.rank_targets
-
-    def seen(model: Any, *arguments: Any, **options: Any) -> Any:
-        judged.append((trainer.progress.stage, train._copy(model)))
-        return ranked(model, *arguments, **options)
-
-    monkeypatch.setattr(train, "rank_targets", seen)
-    kept = dict(trainer.run().checkpoint.weights)
-    scores = [line["val_filtered_NDCG@20"] for line in trainer.curve]
-    assert [stage for stage, _ in judged] == [1, 1, 2, 2]
-    assert_equal_weights(kept, judged[scores.index(max(scores))][1])
-    first = next(before for stage, before, _ in steps if stage == 2)
-    assert_equal_weights(first, judged[scores.index(max(scores[:2]))][1])
-    name = "blocks.0.qkv.weight"
-    assert not any(torch.equal(after[name], weights[name]) for _, _, after in steps for _, weights in judged)
-
-
 @pytest.mark.gpu
-@pytest.mark.parametrize("decay", [0.0, 0.9])
-def test_same_bits_on_a_gpu_whole_or_resumed(
-    data: Interactions, tiny_config: Config, tmp_path: Path, decay: float
-) -> None:
+def test_same_bits_on_a_gpu_whole_or_resumed(data: Interactions, tiny_config: Config, tmp_path: Path) -> None:
     """Steps replayed from a graph and steps launched alternate differently in a run that was interrupted."""
-    many = averaged(tiny_config, decay, batch_size=16, epochs=3)
+    many = replace(tiny_config, train=replace(tiny_config.train, batch_size=16, epochs=3))
     runs = []
     for name, steps in (("whole", 10**9), ("again", 10**9), ("resumed", 17)):
         options = {"seed": 3, "device": torch.device("cuda"), "dtype": torch.bfloat16, "backend": "triton"}
@@ -315,6 +186,20 @@ def test_same_bits_on_a_gpu_whole_or_resumed(
         runs.append((trainer, outcome))
     for trainer, outcome in runs[1:]:
         assert_same_run(trainer, outcome, runs[0])
+
+
+def test_a_state_without_a_newer_key_resumes(data: Interactions, tiny_config: Config, tmp_path: Path) -> None:
+    """A key that the configuration got since then has its default, where this run has it, too."""
+    first = Trainer(data, tiny_config, tmp_path / "model.pt")
+    interrupt_after(first, 1)
+    first.run()
+    state = first.state()
+    del state.plain["run"]["config"]["train"]["weight_decay"]
+    checkpoints.write_envelope(first.resume_path, train._RESUME_KIND, state.plain, state.tensors)
+    Trainer(data, tiny_config, tmp_path / "model.pt").resume()
+    other = replace(tiny_config, train=replace(tiny_config.train, weight_decay=0.1))
+    with pytest.raises(CheckpointError, match="another config"):
+        Trainer(data, other, tmp_path / "model.pt").resume()
 
 
 def test_resume_refuses_another_run(data: Interactions, tiny_config: Config, tmp_path: Path) -> None:
@@ -384,25 +269,6 @@ def test_learning_rate_is_cut_once_then_the_stage_ends(data: Interactions, tiny_
     assert [line["lr"] for line in metrics(trainer)] == [lr, lr, lr, lr / 10, lr / 10]
     assert_equal_weights(weights_after_cut[0], judged[0])
     assert (outcome.progress.best_stage, outcome.progress.best_epoch) == (1, 1)
-
-
-def test_at_the_cut_the_average_begins_anew_from_the_best(data: Interactions, tiny_config: Config) -> None:
-    trainer = Trainer(data, averaged(tiny_config.stage1(), 0.9, epochs=4, patience=2), None)
-    judged = scripted(trainer, [5.0, 4.0, 4.5, 4.0])
-    cut: list[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]] = []
-    step = trainer._train_step
-
-    def seen(numbers: Any) -> torch.Tensor:
-        if len(judged) == 3 and not cut:
-            tensors = {name: value.clone() for name, value in trainer.state().tensors.items()}
-            cut.append(tuple({name: tensors[f"{kind}/{name}"] for name in judged[0]} for kind in ("model", "average")))
-        return step(numbers)
-
-    trainer._train_step = seen  # type: ignore[method-assign]
-    best = dict(trainer.run().checkpoint.weights)
-    assert not torch.equal(best["blocks.0.qkv.weight"], judged[0]["blocks.0.qkv.weight"]), "the average is the best"
-    for weights in cut[0]:
-        assert_equal_weights(weights, best)
 
 
 def test_best_weights_are_kept_and_stage2_begins_from_them(
