@@ -25,7 +25,7 @@ from fave_fast.config import Config
 from fave_fast.data import IdMap, gather_histories, load_interactions
 from fave_fast.engine import Recommender
 from fave_fast.flow import InferenceNoise
-from fave_fast.graphs import Floats, Histories, Ints, Step, StepGraphs
+from fave_fast.graphs import CapturedParts, CapturedStep, Floats, Histories, Ints, Step, StepGraphs
 from fave_fast.model import FAVE
 from fave_fast.one_step import OneStep
 from fave_fast.ops import Exclusions, score_topk
@@ -77,8 +77,13 @@ def real(count: int, flat: npt.NDArray[np.int32], begins: npt.NDArray[np.int64])
     return requests
 
 
+def holding(graphs: StepGraphs, request: Histories) -> CapturedStep | CapturedParts | None:
+    """What the engine answers a request by: one graph, or several."""
+    return graphs.fitting(request) or graphs.split(request)
+
+
 def run(graphs: StepGraphs, request: Histories) -> tuple[Floats, Ints]:
-    captured = graphs.fitting(request) or graphs.split(request)
+    captured = holding(graphs, request)
     assert captured is not None
     return captured.run(request, True)
 
@@ -197,7 +202,7 @@ def measure(items: int, data: dict[str, Histories], requests: int, backend: str,
         cases = {"50 items": full_length(batch, items)}
         cases |= {name: real(batch, *log) for name, log in data.items() if log.ids.max() <= items}
         for name, asked in cases.items():
-            parted = [graphs.fitting(request) or graphs.split(request) for request in asked]
+            parted = [holding(graphs, request) for request in asked]
             if None in parted:
                 most = max(len(request.ids) for request in asked)
                 print(f"N {items:,}, B {batch}, {name}: no graphs hold requests of {most:,} items", flush=True)

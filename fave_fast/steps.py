@@ -90,7 +90,7 @@ class ReferenceSteps:
         history = gather_histories(self.data.items, starts, targets, self.config.model.max_length)
         ids = torch.from_numpy(history).to(device)
         wanted = torch.from_numpy(self.data.items[targets].astype(np.int64)).to(device)
-        share = losses.Share(part, self.ranks.sum) if self.ranks.count > 1 else None
+        share = _share(self.ranks, part)
         total: Tensor = self._total(ids, wanted, share)
         if share is not None:
             total = total * (self.ranks.count * part)  # gradients are averaged as if the shares were equal
@@ -129,7 +129,8 @@ class FusedSteps:
         self._capturing = self.capture and device.type == "cuda"
         if self._capturing:
             # Where each window starts and ends, and the seed: what the graphs read.
-            size = len(range(*self.ranks.share(self.config.train.batch_size)[0].indices(self.config.train.batch_size)))
+            whole = range(self.config.train.batch_size)
+            size = len(whole[self.ranks.share(len(whole))[0]])
             self._input = torch.zeros(2 * size + 1, dtype=torch.int64, device=device)
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             self._pool = torch.cuda.graph_pool_handle()
@@ -181,17 +182,16 @@ class FusedSteps:
         count = len(given) // 2
         starts, targets, seed = given[:count], given[count:-1], given[-1:]
         packed = pack(self._items, starts, targets, self.config.model.max_length, rows, fillers)
-        several = self.ranks.count > 1
-        share = losses.Share(part, self.ranks.sum) if several else None
+        share = _share(self.ranks, part)
         network = Network(self.model, packed, seed, self.dtype, self.backend, tables=self._tables, share=share)
         objective = self.objective or losses.OBJECTIVES[self.stage - 1]
         wanted = self._items[targets].long()
         with torch.autocast(given.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             total = objective(network, self.model, self.config, wanted, None).total
-        if several:
+        if share is not None:
             total = total * part
         total.backward()  # type: ignore[no-untyped-call]
-        if several:
+        if share is not None:
             self._sum_gradients()
             total = total * self.ranks.count
         gradients = [one.grad for one in self._adam.parameters]
@@ -206,6 +206,11 @@ class FusedSteps:
         parts = torch.split(flat, [one.numel() for one, _ in moved])
         for (one, gradient), summed in zip(moved, parts, strict=True):
             one.grad = summed.view_as(gradient)
+
+
+def _share(ranks: Ranks, part: float) -> losses.Share | None:
+    """What losses are to know of a batch that several ranks share, of which `part` is here."""
+    return losses.Share(part, ranks.sum) if ranks.count > 1 else None
 
 
 def rounded_rows(total: int, max_length: int) -> tuple[int, int]:

@@ -207,6 +207,21 @@ def one_step(
     return float(here.mean(loss)), [one.detach() for one in model.parameters()]
 
 
+def assert_one_rank_s(
+    crew: Crew, log: Path, values: dict[str, Any], stage: int, total: int, kind: type[ReferenceSteps] | type[FusedSteps]
+) -> None:
+    loss, weights = one_step(ranks.ALONE, log, values, stage, total, kind)
+    # What differs is the order of sums in fp64. From the weights to a gradient and back there are some 100 of them (two
+    # blocks, forward and backward, value and tangent), of at most 120 terms (histories x positions, channels): 12,000
+    # roundings of 2^-53, at the worst all of one sign.
+    tolerance = 12_000 * 2**-53
+    for count in (2, 3):
+        for theirs, moved in crew.run(count, one_step, log, values, stage, total, kind):
+            assert theirs == pytest.approx(loss, rel=tolerance)
+            for got, want in zip(moved, weights, strict=True):
+                assert float((got - want).norm()) <= tolerance * max(1.0, float(want.norm()))
+
+
 @pytest.mark.parametrize(
     ("stage", "values"),
     [
@@ -224,16 +239,7 @@ def test_a_step_of_several_ranks_is_one_rank_s(
     crew: Crew, tiny_log: Path, stage: int, values: dict[str, Any], total: int
 ) -> None:
     """A batch that the ranks cannot share evenly, and one that has no window for the third."""
-    loss, weights = one_step(ranks.ALONE, tiny_log, values, stage, total)
-    # What differs is the order of sums in fp64. From the weights to a gradient and back there are some 100 of them (two
-    # blocks, forward and backward, value and tangent), of at most 120 terms (histories x positions, channels): 12,000
-    # roundings of 2^-53, at the worst all of one sign.
-    tolerance = 12_000 * 2**-53
-    for count in (2, 3):
-        for theirs, moved in crew.run(count, one_step, tiny_log, values, stage, total):
-            assert theirs == pytest.approx(loss, rel=tolerance)
-            for got, want in zip(moved, weights, strict=True):
-                assert float((got - want).norm()) <= tolerance * max(1.0, float(want.norm()))
+    assert_one_rank_s(crew, tiny_log, values, stage, total, ReferenceSteps)
 
 
 @pytest.mark.parametrize(
@@ -253,13 +259,7 @@ def test_a_fused_step_of_several_ranks_is_one_rank_s(
 ) -> None:
     undrawn = {"delta": 0.0, "embedding_dropout": 0.0}  # what fused steps draw they draw by history of a batch
     values = {**values, "model": {**STILL["model"], **undrawn}}
-    loss, weights = one_step(ranks.ALONE, tiny_log, values, stage, total, FusedSteps)
-    tolerance = 12_000 * 2**-53  # as above
-    for count in (2, 3):
-        for theirs, moved in crew.run(count, one_step, tiny_log, values, stage, total, FusedSteps):
-            assert theirs == pytest.approx(loss, rel=tolerance)
-            for got, want in zip(moved, weights, strict=True):
-                assert float((got - want).norm()) <= tolerance * max(1.0, float(want.norm()))
+    assert_one_rank_s(crew, tiny_log, values, stage, total, FusedSteps)
 
 
 def ranked(here: Ranks, checkpoint: Path, log: Path, batch_size: int, full: bool) -> list[Tensor | None]:
