@@ -129,6 +129,8 @@ void bind_submit(py::module_& m) {
         "whether the stream has failed, unless it is 0.\n"
         "Raises TimeoutError after `timeout` seconds; RuntimeError where the stream has failed, or is idle and the flag\n"
         "is not raised.");
+  m.def("raise_flag", &fave_fast::raise_flag, py::arg("flag"), py::arg("value"),
+        "Makes the 32-bit word at the address `flag` `value`; who waits for it sees what was written before, too.");
   py::class_<fave_fast::Line>(m, "Line", "The graphs of one stream, each of which adds one to a flag when it is done.")
       .def(py::init<std::uint64_t, std::uint32_t, std::uint64_t>(), py::arg("flag"), py::arg("count"),
            py::arg("stream"))

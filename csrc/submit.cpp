@@ -90,6 +90,10 @@ void launch_graph(std::uint64_t graph, std::uint64_t stream) {
   cuda.check(cuda.graph_launch(handle(graph), handle(stream)), "cuGraphLaunch");
 }
 
+void raise_flag(std::uint64_t flag, std::uint32_t value) {
+  static_cast<std::atomic<std::uint32_t>*>(handle(flag))->store(value, std::memory_order_release);
+}
+
 bool wait_flag(std::uint64_t flag, std::uint32_t expected, std::uint64_t stream, double timeout_seconds) {
   static_assert(sizeof(std::atomic<std::uint32_t>) == 4 && std::atomic<std::uint32_t>::is_always_lock_free);
   const auto* word = static_cast<const std::atomic<std::uint32_t>*>(handle(flag));

@@ -17,6 +17,10 @@ void launch_graph(std::uint64_t graph, std::uint64_t stream);
 // written `expected`, and throws instead of waiting for ever; stream 0 is not asked.
 bool wait_flag(std::uint64_t flag, std::uint32_t expected, std::uint64_t stream, double timeout_seconds);
 
+// Makes the 32-bit word at `flag` `value`, for another process or thread that waits by wait_flag: what was written before
+// is there for it, too.
+void raise_flag(std::uint64_t flag, std::uint32_t value);
+
 // The graphs of one stream, each of which adds one to the same word when it is done. Callers take turns.
 class Line {
  public:

@@ -5,9 +5,9 @@ and one exchange of the local lists, 8 bytes a place. Each rank encodes the hist
 wait for another's endpoint. Lists are, bit for bit, those of one process with the whole table, wherever the backend
 gives an item the same score in any table (triton and cpp do).
 
-On GPUs `warmup` captures all of that but the broadcast as CUDA graphs, NCCL's exchanges included. PyTorch's watchdog
-does not see captured exchanges, and would end the process for others: each rank waits for its own device, at most
-`timeout` seconds.
+On GPUs `warmup` captures all of that but the broadcast as CUDA graphs, NCCL's exchanges included; requests for them go
+by shared memory instead where all ranks are on one host (`mailbox.py`). PyTorch's watchdog does not see captured
+exchanges, and would end the process for others: each rank waits for its own device, at most `timeout` seconds.
 
     torchrun --nproc-per-node 4 serve_my_lists.py
 
@@ -31,7 +31,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -42,7 +42,18 @@ from fave_fast.catalogue import Catalogue, ItemId
 from fave_fast.checkpoint import Checkpoint
 from fave_fast.engine import Floats, Ints, Recommender, merge_drawn
 from fave_fast.errors import Closed, InputError, RankLost
-from fave_fast.graphs import BATCHES, CapturedParts, CapturedStep, Histories, OnStep, Step, StepGraphs, end_to_end
+from fave_fast.graphs import (
+    BATCHES,
+    CapturedParts,
+    Histories,
+    OnStep,
+    Part,
+    Step,
+    StepGraphs,
+    end_to_end,
+    items_held,
+)
+from fave_fast.mailbox import Mailbox, Posted
 from fave_fast.model import FAVE
 from fave_fast.ops import Exclusions, score_topk
 from fave_fast.ops.byte_table import ByteTable
@@ -59,6 +70,7 @@ _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or di
 _FIRST = 512  # words of a request's first message: its header, and as much of its payload as fits
 _HEADER = 10
 _END, _ASK, _WARM_UP = range(3)  # the first word: what is asked for
+_PASSING_ON = "while a request was passed on"
 _WATCHDOG = 3  # times the timeout: PyTorch's watchdog ends the process, so that ours has to be earlier
 
 
@@ -380,6 +392,8 @@ class ShardedRecommender(Recommender):
         self._sharded = ShardedTable(self._table, self._start + 1, items, exchange, timeout, self._bytes)
         self._turn = threading.RLock()
         self._ended: Exception | None = None  # why nothing more can be asked
+        self._mailbox: Mailbox | None = None
+        self._coming: tuple[Tensor, dist.Work] | None = None  # a follower's next broadcast, and what waits for it
 
     def _build(self, checkpoint: Checkpoint) -> FAVE:
         """The network with this rank's rows alone, and without the decoder that only training needs."""
@@ -401,8 +415,12 @@ class ShardedRecommender(Recommender):
         """
         if self.rank == 0:
             raise RuntimeError("rank 0 asks; expected follow on the other ranks")
-        while (asked := self._receive()) is not None:
-            self._do(asked)
+        while (asked := self._next()) is not None:
+            with self._aborting():
+                if isinstance(asked, Posted):
+                    self._run(asked)
+                else:
+                    self._do(asked)
 
     def close(self) -> None:
         """Let the followers go; on rank 0. Again is no error."""
@@ -448,60 +466,107 @@ class ShardedRecommender(Recommender):
     def _best(
         self, histories: Histories, k: int, exclude: bool, denied: Tensor | None, seeds: range
     ) -> tuple[Floats, Ints]:
-        numbers = torch.zeros(0, dtype=torch.int64) if denied is None else denied.nonzero().flatten()
         k = min(k, self._room)
-
-        def ask(some: Histories, batch: int = 0) -> tuple[Floats, Ints]:
-            ids, offsets = (torch.from_numpy(part).long() for part in some)
-            return self._ask(_Asked(_ASK, ids, offsets, numbers, k, exclude, denied is not None, seeds, batch))
-
         with self._turn:
-            if not self._on_gpu:
-                return ask(histories)
-            found = self._captured(histories, k, denied, seeds)
-            self._count(found)
-            if isinstance(found, CapturedParts):
-                return end_to_end(ask(part.cut(histories), part.batch) for part in found.parts)
-            return ask(histories, found.batch if isinstance(found, CapturedStep) else 0)
+            if self._on_gpu:
+                found = self._captured(histories, k, denied, seeds)
+                self._count(found)
+                if not isinstance(found, str):
+                    users = len(histories.offsets) - 1
+                    parts = found.parts if isinstance(found, CapturedParts) else [Part(found.batch, 0, users)]
+                    asked = (Posted(part.batch, part.cut(histories), exclude) for part in parts)
+                    scores, items = end_to_end(map(self._ask_for, asked))
+                    return scores[:, :k], items[:, :k]
+            numbers = torch.zeros(0, dtype=torch.int64) if denied is None else denied.nonzero().flatten()
+            ids, offsets = (torch.from_numpy(part).long() for part in histories)
+            return self._ask(_Asked(_ASK, ids, offsets, numbers, k, exclude, denied is not None, seeds, 0))
+
+    def _ask_for(self, request: Posted) -> tuple[Floats, Ints]:
+        """Let all ranks replay a graph, rank 0 among them."""
+        if self._mailbox is None:
+            ids, offsets = (torch.from_numpy(part).long() for part in request.histories)
+            none, k, seed = torch.zeros(0, dtype=torch.int64), cast(StepGraphs, self._graphs).k, self.config.flow.seed
+            seeds = range(seed, seed + 1)
+            return self._ask(_Asked(_ASK, ids, offsets, none, k, request.exclude, False, seeds, request.batch))
+        with self._asking():
+            self._mailbox.post(request)
+            return self._run(request)
 
     def _ask(self, asked: _Asked) -> tuple[Floats, Ints]:
         """Let all ranks do something, rank 0 among them."""
         with self._turn:
-            if self.rank != 0:
-                raise RuntimeError(f"rank {self.rank} was asked; expected rank 0 to be, and the others to follow")
-            if self._ended is not None:
-                raise self._ended
             table = self._sharded.rows
             # What a named backend refuses is refused before the other ranks hear of it.
             SCORE_TOPK.resolve(
                 self.backend, table.device, table.dtype, beyond_kernels(table.shape[1], asked.k, len(table))
             )
-            try:
+            with self._asking():
                 first, rest = asked.messages()
                 self._broadcast(first, self._waiting)
                 if len(rest) > 0:
                     self._broadcast(rest, self._talking)
                 return self._do(asked)
-            except Exception as error:  # whatever it was, the ranks may now be at different places
-                self._ended = error
-                raise
 
-    def _do(self, asked: _Asked) -> tuple[Floats, Ints]:
-        """Do the part of this rank."""
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        """A block in which the other ranks are asked: an error in it is the last."""
+        if self.rank != 0:
+            raise RuntimeError(f"rank {self.rank} was asked; expected rank 0 to be, and the others to follow")
+        if self._ended is not None:
+            raise self._ended
         try:
-            if asked.kind == _WARM_UP:
-                self._graphs = None  # gives its memory back before the next takes its own
-                step = self._sharded_step(self.config.flow.seed, self.config.model.max_length)
-                self._graphs = StepGraphs(step, asked.k, asked.ids.tolist(), self.timeout)
-                return np.zeros((0, 0), np.float32), np.zeros((0, 0), np.int64)
-            return self._answer(asked)
+            with self._aborting():
+                yield
+        except Exception as error:  # whatever it was, the ranks may now be at different places
+            self._ended = error
+            raise
+
+    @contextmanager
+    def _aborting(self) -> Iterator[None]:
+        try:
+            yield
         except RankLost:
             self._sharded.abort()
             raise
 
-    def _receive(self) -> _Asked | None:
-        first = torch.zeros(_FIRST, dtype=torch.int64)
-        self._broadcast(first, self._waiting)
+    def _do(self, asked: _Asked) -> tuple[Floats, Ints]:
+        """Do the part of this rank."""
+        if asked.kind == _WARM_UP:
+            self._capture(asked.ids.tolist(), asked.k)
+            return np.zeros((0, 0), np.float32), np.zeros((0, 0), np.int64)
+        if asked.batch > 0:
+            histories = Histories(asked.ids.int().numpy(), asked.offsets.numpy())
+            return self._run(Posted(asked.batch, histories, asked.exclude))
+        return self._answer(asked)
+
+    def _capture(self, batches: list[int], k: int) -> None:
+        self._graphs = None  # gives its memory back before the next takes its own
+        step = self._sharded_step(self.config.flow.seed, self.config.model.max_length)
+        self._graphs = StepGraphs(step, k, batches, self.timeout)
+        self._open_mailbox(max(batches))
+
+    def _open_mailbox(self, batch: int) -> None:
+        """For requests of up to so many histories; a collective."""
+        with naming_the_loss("while shared memory was looked for", self.timeout):
+            self._mailbox = Mailbox.open(batch, items_held(batch), self._talking)
+
+    def _run(self, request: Posted) -> tuple[Floats, Ints]:
+        graphs = cast(StepGraphs, self._graphs)
+        with naming_the_loss("while a captured step ran", self.timeout):
+            return graphs.of(request.batch).run(request.histories, request.exclude)
+
+    def _next(self) -> _Asked | Posted | None:
+        """What rank 0 asks for next; None at its end."""
+        if self._coming is None:
+            first = torch.zeros(_FIRST, dtype=torch.int64)
+            self._coming = first, self._start_broadcast(first, self._waiting)
+        first, work = self._coming
+        if self._mailbox is not None:
+            posted = self._mailbox.next(until=work.is_completed)
+            if posted is not None:
+                return posted
+        self._coming = None
+        self._finish_broadcast(work)
         if int(first[0]) == _END:
             return None
         rest = torch.empty(_Asked.missing(first), dtype=torch.int64)
@@ -510,20 +575,22 @@ class ShardedRecommender(Recommender):
         return _Asked.of(first, rest)
 
     def _broadcast(self, tensor: Tensor, group: dist.ProcessGroup) -> None:
-        with naming_the_loss("while a request was passed on", self.timeout):
-            work = dist.broadcast(tensor, 0, group=group, async_op=True)
-            assert work is not None
+        self._finish_broadcast(self._start_broadcast(tensor, group))
+
+    def _start_broadcast(self, tensor: Tensor, group: dist.ProcessGroup) -> dist.Work:
+        with naming_the_loss(_PASSING_ON, self.timeout):
+            work: dist.Work | None = dist.broadcast(tensor, 0, group=group, async_op=True)
+        assert work is not None
+        return work
+
+    def _finish_broadcast(self, work: dist.Work) -> None:
+        with naming_the_loss(_PASSING_ON, self.timeout):
             # Followers wait as long as nobody asks, which is the group's own time; whoever asks does not.
             work.wait(timedelta(seconds=self.timeout) if self.rank == 0 else _IDLE)
 
     @torch.no_grad()
     def _answer(self, asked: _Asked) -> tuple[Floats, Ints]:
         """The same lists on every rank."""
-        if asked.batch > 0 and self._graphs is not None:
-            histories = Histories(asked.ids.int().numpy(), asked.offsets.numpy())
-            with naming_the_loss("while a captured step ran", self.timeout):
-                scores, items = self._graphs.of(asked.batch).run(histories, asked.exclude)
-            return scores[:, : asked.k], items[:, : asked.k]
         ids, offsets = asked.ids.to(self.device), asked.offsets.to(self.device)
         seen = Exclusions(ids, offsets) if asked.exclude else None
         deny = None

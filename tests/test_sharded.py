@@ -248,14 +248,24 @@ class GraphsOnHost(StepGraphs):
         self._captured = {batch: OnHost(step, batch, k) for batch in self.batches}
 
 
-def answer_in_parts(rank: int, path: Path) -> object:
+def on_host(path: Path, shared: bool) -> ShardedRecommender:
+    """A recommender that takes its own graphs for captured; `shared`: their requests go by shared memory."""
     recommender = ShardedRecommender(checkpoints.load(path), backend="cpp", timeout=PATIENCE)
     step = recommender._sharded_step(recommender.config.flow.seed, recommender.config.model.max_length)
     recommender._on_gpu, recommender._graphs = True, GraphsOnHost(step, 7)
+    if shared:
+        recommender._open_mailbox(4)
+        assert recommender._mailbox is not None
+    return recommender
+
+
+def answer_in_parts(rank: int, path: Path, shared: bool) -> object:
+    recommender = on_host(path, shared)
     if rank > 0:
         recommender.follow()
         return "followed"
-    answers = [recommender.recommend(NINE, 5), recommender.recommend(NINE[:3], 7)]
+    answers = [recommender.recommend(NINE, 5), recommender.recommend(NINE[:3], 7), recommender.recommend(NINE, 9)]
+    answers.append(recommender.recommend(NINE[:1], 7, exclude_history=False))
     recommender.close()
     return answers, dict(recommender.batches)
 
@@ -264,13 +274,38 @@ NINE = [[101 + at, 124 - at, 105] for at in range(9)]
 
 
 @needs_extension
-def test_all_ranks_answer_a_request_in_parts(twins: Path, tmp_path: Path, processes: ForkServerContext) -> None:
-    group = Ranks(processes, 2, tmp_path / "store", answer_in_parts, twins)
+@pytest.mark.parametrize("shared", [True, False])
+def test_all_ranks_answer_a_request_in_parts(
+    shared: bool, twins: Path, tmp_path: Path, processes: ForkServerContext
+) -> None:
+    group = Ranks(processes, 2, tmp_path / "store", answer_in_parts, twins, shared)
     found = group.result(0)
     assert isinstance(found, tuple), found
     one = Recommender(checkpoints.load(twins), backend="cpp")
-    assert found == ([one.recommend(NINE, 5), one.recommend(NINE[:3], 7)], {"captured": 4})  # of 4, 4 and 1; of 3
+    expected = [one.recommend(NINE, 5), one.recommend(NINE[:3], 7), one.recommend(NINE, 9)]
+    expected.append(one.recommend(NINE[:1], 7, exclude_history=False))
+    # Of 4, 4 and 1 histories; of 3; of 1.
+    assert found == (expected, {"captured": 5, "k above the captured one": 1})
     assert group.result(1) == "followed"
+
+
+def lose_the_first(rank: int, path: Path) -> object:
+    recommender = on_host(path, shared=True)
+    if rank > 0:
+        recommender.follow()
+        return "followed"
+    recommender.recommend([[101]])
+    os._exit(1)
+
+
+@needs_extension
+def test_who_watches_shared_memory_hears_of_the_first_rank_s_end(
+    twins: Path, tmp_path: Path, processes: ForkServerContext
+) -> None:
+    group = Ranks(processes, 2, tmp_path / "store", lose_the_first, twins)
+    found = group.result(1)
+    assert isinstance(found, RankLost)
+    assert "while a request was passed on" in str(found)
 
 
 GPU_ASKS = [(1, True), (3, True), (4, False), (64, True), (65, True)]  # histories; the last are more than a graph holds

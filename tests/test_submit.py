@@ -22,7 +22,7 @@ def test_the_wait_ends_when_the_flag_is_raised() -> None:
 
     def raise_it() -> None:
         waiting.wait()
-        flag[0] = 2**32 - 1
+        _C.raise_flag(flag.ctypes.data, 2**32 - 1)
 
     thread = threading.Thread(target=raise_it)
     thread.start()
