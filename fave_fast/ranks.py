@@ -10,7 +10,7 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import NoReturn, TypeVar
@@ -77,13 +77,22 @@ class Ranks:
         """The mean over ranks."""
         return self.sum(tensor.clone()) / self.count if self.count > 1 else tensor
 
-    def any(self, *flags: bool) -> list[bool]:
-        """For each flag whether it is set on any rank."""
+    def ask_any(self, *flags: bool) -> Callable[[], list[bool]]:
+        """For each flag whether it is set on any rank: asked now, answered when the result is called.
+
+        The exchange goes on by itself in between; gloo's takes 0.4 ms between two processes of a virtual machine.
+        """
         if self.count == 1:
-            return list(flags)
+            return lambda: list(flags)
         raised = torch.tensor(flags, dtype=torch.int32)
-        dist.all_reduce(raised, dist.ReduceOp.MAX)
-        return [bool(one) for one in raised]
+        work = dist.all_reduce(raised, dist.ReduceOp.MAX, async_op=True)
+        assert work is not None
+
+        def answer() -> list[bool]:
+            work.wait()
+            return [bool(one) for one in raised]
+
+        return answer
 
     def stacked(self, tensor: Tensor) -> Tensor:
         """All ranks' tensors, of one shape and on the CPU: [count, ...]."""

@@ -16,6 +16,7 @@ import math
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -147,6 +148,7 @@ class Trainer:
         self._steps: Steps | None = None
         self._asked = False  # to end, here
         self.interrupted = False  # by what all ranks agreed on
+        self._answers: deque[Callable[[], list[bool]]] = deque()  # of what was asked, to come
         self.curve: list[dict[str, Any]] = []  # an object an evaluation, as in the metrics file
         self._saved_at, self._saving_took = time.monotonic(), 0.0
         self._last: dict[str, float] = {}  # loss and speed of the epoch that ended last
@@ -186,9 +188,17 @@ class Trainer:
         """End `run` after the step under way, or the one after it; any thread may call it, on any rank."""
         self._asked = True
 
-    def _agree(self, due: bool = False) -> bool:
-        """Whether all ranks are to write the state, which is `due` by the first one's clock; `interrupted` likewise."""
-        self.interrupted, save = self.ranks.any(self._asked, due and self.ranks.first)
+    def _agree(self, due: bool, *, now: bool = False) -> bool:
+        """Whether all ranks are to write the state, which is `due` by the first one's clock; `interrupted` likewise.
+
+        Several ranks hear the answer a step later unless they want it `now`: the exchange goes on during the step.
+        """
+        self._answers.append(self.ranks.ask_any(self._asked, due and self.ranks.first))
+        left, save = 0 if now or self.ranks.count == 1 else 1, False
+        while len(self._answers) > left:
+            interrupted, saves = self._answers.popleft()()
+            self.interrupted, save = self.interrupted or interrupted, save or saves
+            left = 0 if self.interrupted else left
         return save
 
     def _save(self, checkpoint: Checkpoint) -> None:
@@ -277,7 +287,7 @@ class Trainer:
         if ended:
             self._end_stage()
         # The state has several times the model's size: an epoch may take less than writing it.
-        if self._agree(time.monotonic() - self._saved_at > _SAVE_SHARE * self._saving_took):
+        if self._agree(time.monotonic() - self._saved_at > _SAVE_SHARE * self._saving_took, now=True):
             self._save_state()
 
     def _evaluate(self) -> bool:

@@ -59,7 +59,7 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def why_not_auto(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why `auto` does not choose the kernel although it could run."""
-    return "it is for batches of up to 8, and its bits are not those of the kernel for larger ones"
+    return "it is for small batches, and its bits are not those of the kernel for larger ones"
 
 
 def right_operand(weight: Tensor) -> Tensor:
