@@ -415,17 +415,20 @@ class ShardedRecommender(Recommender):
         """
         if self.rank == 0:
             raise RuntimeError("rank 0 asks; expected follow on the other ranks")
-        while (asked := self._next()) is not None:
-            with self._aborting():
-                if isinstance(asked, Posted):
-                    self._run(asked)
-                else:
-                    self._do(asked)
+        try:
+            while (asked := self._next()) is not None:
+                with self._aborting():
+                    if isinstance(asked, Posted):
+                        self._run(asked)
+                    else:
+                        self._do(asked)
+        finally:
+            self._graphs = None  # as in close
 
     def close(self) -> None:
         """Let the followers go; on rank 0. Again is no error."""
         with self._turn:
-            self._graphs = None  # before NCCL's memory that they refer to
+            self._graphs = None  # NCCL does not come to an end while a graph holds exchanges of it
             if self.rank == 0 and self._ended is None:
                 self._ended = Closed("the recommender is closed; expected a request before that")
                 self._broadcast(torch.zeros(_FIRST, dtype=torch.int64), self._waiting)

@@ -172,10 +172,13 @@ class Trainer:
         """Train from where the run stands to the end, or to the first interruption."""
         # A launcher may hand on a signal that each process has got itself, and kills who takes too long.
         with _on_interrupt(self.interrupt, first_only=self.ranks.count == 1):
-            while not self.progress.finished and not self.interrupted:
-                self._run_epoch()
-                if not self.interrupted:
-                    self._end_epoch()
+            try:
+                while not self.progress.finished and not self.interrupted:
+                    self._run_epoch()
+                    if not self.interrupted:
+                        self._end_epoch()
+            finally:
+                self._steps = None  # NCCL does not come to an end while a graph holds exchanges of it
         if self.interrupted:
             self._save_state()
         elif self._writes:

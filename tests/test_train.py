@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from fave_fast import train
 from fave_fast.config import Config, dump_yaml
 from fave_fast.data import IdMap, Interactions, Windows, load_interactions
 from fave_fast.errors import CheckpointError, InputError
-from fave_fast.steps import FusedSteps
+from fave_fast.steps import FusedSteps, Steps
 from fave_fast.train import Outcome, Trainer, epoch_batches
 
 CLOCK = {"seconds", "samples_per_second"}
@@ -308,6 +310,27 @@ def test_loss_that_is_no_number(data: Interactions, tiny_config: Config, tmp_pat
     with pytest.raises(InputError, match=r"the loss became (nan|inf) in stage 1, epoch 1; expected .* train\.lr"):
         Trainer(data, config, tmp_path / "model.pt").run()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("lr", [1e-3, 1e30])
+def test_no_steps_are_left_behind_a_run(
+    data: Interactions, tiny_config: Config, lr: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of several ranks a step's graphs hold NCCL's exchanges, and NCCL does not end before them."""
+    made: list[weakref.ref[Steps]] = []
+
+    def make(trainer: Trainer, make: Callable[[Trainer], Steps] = Trainer._make_steps) -> Steps:
+        steps = make(trainer)
+        made.append(weakref.ref(steps))
+        return steps
+
+    monkeypatch.setattr(Trainer, "_make_steps", make)
+    config = replace(tiny_config, train=replace(tiny_config.train, lr=lr, epochs=1, epochs_stage2=1))
+    trainer = Trainer(data, config, None)
+    with contextlib.suppress(InputError):  # the loss became nan
+        trainer.run()
+    assert len(made) == (2 if trainer.progress.finished else 1)
+    assert [steps() for steps in made] == [None] * len(made)
 
 
 def test_global_time_split_trains(tiny_log: Path, tiny_config: Config, tmp_path: Path) -> None:
