@@ -222,8 +222,10 @@ def growth(run: Run) -> Iterator[tuple[str, Figure]]:
         groups: dict[tuple[str, str], list[Row]] = {}
         for row in others:
             groups.setdefault((row["op"], rest(row, axis)), []).append(row)
+        sizes = {key: len({size(row, axis) for row in group}) for key, group in groups.items()}
         for (op, fixed), group in groups.items():
-            if len({size(row, axis) for row in group}) > 1:
+            # Fewer than another group's are those that a measurement of another size was made with.
+            if sizes[op, fixed] > 1 and sizes[op, fixed] == max(n for (other, _), n in sizes.items() if other == op):
                 some += [{**row, "who": f"{op}: {fixed}"} for row in group]
     axes_there = [axis for axis, some in axis_rows.items() if some]
     if not axes_there:
