@@ -128,14 +128,19 @@ def _make(size: int) -> tuple[Path, bytes] | None:
     """A new file of `size` zeros but for a token, in memory where the system has such a place; and the token."""
     token = secrets.token_bytes(8)
     try:
-        number, path = tempfile.mkstemp(prefix="fave-fast-", dir=_MEMORY if _MEMORY.is_dir() else None)
+        number, name = tempfile.mkstemp(prefix="fave-fast-", dir=_MEMORY if _MEMORY.is_dir() else None)
+    except OSError:
+        return None
+    path = Path(name)
+    try:
         with os.fdopen(number, "r+b") as file:
-            file.truncate(size)
+            os.posix_fallocate(number, 0, size)  # else a write to mapped memory would end the process where it is full
             file.seek(8)
             file.write(token)
     except OSError:
+        path.unlink()
         return None
-    return Path(path), token
+    return path, token
 
 
 def _map(made: tuple[Path, bytes] | None, size: int) -> mmap.mmap | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -81,12 +82,16 @@ def test_waiting_ends_for_another_reason(tmp_path: Path, processes: ForkServerCo
     assert Ranks(processes, 1, tmp_path / "store", look_often).result(0) == (None, [])
 
 
+def full(file: int, start: int, size: int) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 def without(rank: int, folder: Path, loses: str) -> object:
     mailbox._MEMORY = folder
     if loses == "another file":
         mailbox._make = lambda size, make=mailbox._make: (make(size)[0], b"elsewhere")  # type: ignore[index,assignment,misc]
     elif loses == "no room":
-        mailbox._make = lambda size: None
+        mailbox.os.posix_fallocate = full  # type: ignore[attr-defined]
     elif rank == 1:  # "one of them"
         mailbox._map = lambda made, size: None
     opened = Mailbox.open(BATCH, ITEMS, dist.group.WORLD)
