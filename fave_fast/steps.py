@@ -202,6 +202,7 @@ class FusedSteps:
     def _sum_gradients(self) -> None:
         """Over ranks, in one exchange."""
         moved = [(one, one.grad) for one in self._adam.parameters if one.grad is not None]
+        moved.sort(key=lambda pair: pair[0].numel() % 4 != 0)  # Adam reads 16 bytes at a time where parts begin at such
         flat = self.ranks.sum(torch.cat([gradient.flatten() for _, gradient in moved]))
         parts = torch.split(flat, [one.numel() for one, _ in moved])
         for (one, gradient), summed in zip(moved, parts, strict=True):

@@ -77,6 +77,24 @@ def test_either_backend_goes_on_where_the_other_stopped(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_gradients_may_begin_anywhere(device: str) -> None:
+    """Where 16 bytes cannot be read at once the bits are the same."""
+    results = []
+    for before in (0, 1):
+        one = optimiser(device)
+        adam = ClippedAdam(one, CLIP, "triton")
+        for step in range(2):
+            give(one, step)
+            for parameter in one.param_groups[0]["params"]:
+                room = torch.empty(before + parameter.numel(), device=device)
+                parameter.grad = room[before:].view_as(parameter).copy_(parameter.grad)
+            adam.take()
+        results.append(weights(one))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_a_gradient_that_is_no_number_shows(device: str) -> None:
     one = optimiser(device)
     give(one, 0)

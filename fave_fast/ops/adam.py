@@ -92,12 +92,18 @@ class _Tables:
         held = [[one.detach() for one in parameters]]
         held += [[state[one][name] for one in parameters] for name in ("exp_avg", "exp_avg_sq")]
         self.held = held
-        self.state = torch.stack([_addresses(part) for part in held]).to(device)
+        addresses = torch.stack([_addresses(part) for part in held])
+        self.state, self.aligned = addresses.to(device), _aligned(addresses)
         sizes = [one.numel() for one in parameters]
         self.sizes = torch.tensor(sizes, device=device)
         blocks = [(index, start) for index, size in enumerate(sizes) for start in range(0, size, block)]
         self.blocks = torch.tensor(blocks, device=device)
         self.parts = torch.empty(len(blocks), device=device)
+
+
+def _aligned(addresses: Tensor) -> bool:
+    """Whether vectors of 16 bytes may be read there."""
+    return bool((addresses % 16 == 0).all())
 
 
 def _addresses(tensors: Sequence[Tensor | None]) -> Tensor:
@@ -120,15 +126,16 @@ def _run_triton(adam: ClippedAdam, addresses: Tensor | None) -> None:
     steps = [step for step, gradient in zip(tables.steps, gradients, strict=True) if gradient is not None]
     if not steps:
         return
+    here = _addresses(gradients)
     if not capturing:
-        addresses = _addresses(gradients).to(device)
+        addresses = here.to(device)
     elif addresses is None:
         raise ValueError("a captured step has no memory for its gradients' addresses; expected that of `addresses`")
     torch._foreach_add_(steps, 1.0)
     kernels.clipped_adam(
         addresses, tables.state, tables.sizes, tables.blocks, tables.parts, steps[0], group["lr"],
         clip=adam.clip, betas=group["betas"], log_betas=tuple(map(math.log, group["betas"])), eps=group["eps"],
-        decay=group["weight_decay"], shapes=shapes,
+        decay=group["weight_decay"], aligned=tables.aligned and _aligned(here), shapes=shapes,
     )  # fmt: skip
 
 
