@@ -25,8 +25,9 @@ from bench.measure import Row, Time
 from fave_fast import dual, losses
 from fave_fast.config import Config
 from fave_fast.data import IdMap, Interactions, Windows, load_interactions, split
-from fave_fast.fused import Network, pack
+from fave_fast.fused import Network
 from fave_fast.model import FAVE, Prediction
+from fave_fast.ops import pack_windows
 from fave_fast.steps import FusedSteps, ReferenceSteps, Steps
 from fave_fast.train import epoch_batches, make_optimiser
 
@@ -117,7 +118,7 @@ def check() -> None:
     torch.manual_seed(0)
     model = FAVE(config.model, N).cuda().train()
     items = torch.from_numpy(data.items).cuda()
-    packed = pack(items, starts, ends, L, 4096, 40)
+    packed = pack_windows(items, starts, ends, L, 4096, 40)
     x, v = torch.randn(2, 64, 128, device="cuda")
     t = torch.rand(64, device="cuda")
     lam = 0.01 * torch.randn(4096, 128, device="cuda")

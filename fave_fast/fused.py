@@ -23,46 +23,10 @@ from fave_fast.model import FAVE, Block, Prediction, RMSNorm
 from fave_fast.ops.attention import Tables, rotary_by_age
 from fave_fast.ops.block import BlockDropout, BlockWeights, block, block_dual
 from fave_fast.ops.input_modulation import Drawn, Draws, Times, input_modulation, input_modulation_dual
+from fave_fast.ops.packed import Packed, pick
 from fave_fast.profiling import ranged
 
 _EIGHT = 8  # elements of 16 bits that a matrix product wants rows to be multiples of
-
-
-@dataclass(frozen=True)
-class Packed:
-    """B histories end to end, oldest item first, then F fillers without items that make up a fixed number of rows."""
-
-    ids: Tensor  # int64 [rows]; 0 in fillers
-    offsets: Tensor  # int64 [B + F + 1], rising from 0 to rows
-    owners: Tensor  # int64 [rows]: which history a row belongs to
-    users: Tensor  # int64 [B + F]: the keys of what is drawn
-    count: int  # B
-
-
-@ranged("fave/input")
-def pack(items: Tensor, starts: Tensor, ends: Tensor, max_length: int, rows: int, fillers: int) -> Packed:
-    """The last `max_length` items of items[start:end] for each history; on the tensors' device, without waiting for it.
-
-    Args:
-        items: integers [M].
-        starts: int64 [B].
-        ends: int64 [B], beyond starts.
-        max_length: L.
-        rows: of the result. What the histories leave is shared out among the fillers, 1 to L rows each.
-        fillers: F.
-    """
-    lengths = (ends - starts).clamp_max(max_length)
-    count = len(starts)
-    rest = rows - lengths.sum()
-    place = torch.arange(fillers, device=starts.device)
-    lengths = torch.cat((lengths, (rest + place) // max(fillers, 1)))
-    offsets = F.pad(lengths.cumsum(0), (1, 0))
-    row = torch.arange(rows, device=starts.device)
-    owners = torch.searchsorted(offsets[1:], row, right=True)
-    last = F.pad(ends, (0, fillers))[owners] - offsets[1:][owners]
-    real = owners < count
-    ids = torch.where(real, items[torch.where(real, last + row, 0)], 0).long()
-    return Packed(ids, offsets, owners, torch.arange(count + fillers, device=starts.device), count)
 
 
 @dataclass(frozen=True)
@@ -175,20 +139,15 @@ class Network:
         hidden = torch.cat((hidden, torch.ones_like(hidden[:, :1]), torch.zeros_like(hidden[:, : _EIGHT - 1])), 1)
         weight: Tensor = cast(Any, _Padded).apply(decoder.out.weight, decoder.out.bias, self.dtype)
         outputs = F.linear(hidden.to(self.dtype), weight)
-        width = outputs.shape[1]
-        real, first = packed.owners < packed.count, packed.owners * width
-        places = torch.where(real, first + packed.ids, 0)  # column 0 is read by none
-        present = torch.zeros(packed.count * width, dtype=torch.bool, device=source.device)
-        present.index_fill_(0, places, True)
         if kind == "dense":
-            wanted = present.view(-1, width)
+            width = outputs.shape[1]
+            # Column 0 is read by none.
+            places = torch.where(packed.owners < packed.count, packed.owners * width + packed.ids, 0)
+            present = torch.zeros(packed.count * width, dtype=torch.bool, device=source.device)
+            wanted = present.index_fill_(0, places, True).view(-1, width)
             return _wide(outputs - wanted.to(outputs.dtype))[:, 1 : items + 1].square().mean()
         drawn = torch.randint(1, items + 1, packed.ids.shape, device=source.device, generator=generator)
-        others = torch.where(real, first + drawn, 0)
-        counts = torch.cat((real, real & ~present[others]))
-        total = counts.sum(dtype=_wide(source[:0]).dtype)
-        divisor = total.clamp_min(1) if self.share is None else self.share.divisor(total)
-        loss: Tensor = cast(Any, _Picked).apply(outputs, torch.cat((places, others)), counts, divisor)
+        loss: Tensor = cast(Any, _Picked).apply(outputs, packed, drawn, self.share, self.backend)
         return loss
 
     def _lambda(self) -> Tensor | Drawn:
@@ -268,30 +227,28 @@ def _wide(x: Tensor) -> Tensor:
 
 
 class _Picked(torch.autograd.Function):
-    """The sum over `counts` of (y - 1)^2 at the first half of `places`, and of y^2 at the second, y = outputs[places],
-    divided by `divisor`.
+    """The mean square of the errors that `ops.packed.pick` reads; of a rank's share, over the whole batch's count.
 
     Equal places have equal gradients, so that atomics add them to the same bits in any order.
     """
 
     @staticmethod
-    def forward(ctx: Any, outputs: Tensor, places: Tensor, counts: Tensor, divisor: Tensor) -> Tensor:
-        error = _wide(outputs.flatten().index_select(0, places))
-        error[: len(places) // 2] -= 1
-        error *= counts
-        weight = divisor.to(error.dtype).reciprocal()
-        ctx.save_for_backward(places, error, weight)
+    def forward(ctx: Any, outputs: Tensor, packed: Packed, drawn: Tensor, share: Share | None, backend: str) -> Tensor:
+        picked = pick(outputs, packed, drawn, backend=backend)
+        divisor = picked.counted.clamp_min(1) if share is None else share.divisor(picked.counted)
+        weight = divisor.to(picked.errors.dtype).reciprocal()
+        ctx.save_for_backward(picked.places, picked.errors, weight)
         ctx.outputs = outputs.shape, outputs.dtype
-        return error.square().sum() * weight
+        return picked.squares * weight
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        places, error, weight = ctx.saved_tensors
+        places, errors, weight = ctx.saved_tensors
         shape, dtype = ctx.outputs
-        gradient = torch.zeros(shape.numel(), dtype=dtype, device=error.device)
-        gradient.index_add_(0, places, (error * (2 * grads[0] * weight)).to(dtype))
-        return gradient.view(shape), None, None, None
+        gradient = torch.zeros(shape.numel(), dtype=dtype, device=errors.device)
+        gradient.index_add_(0, places, (errors * (2 * grads[0] * weight)).to(dtype))
+        return gradient.view(shape), None, None, None, None
 
 
 class _Padded(torch.autograd.Function):

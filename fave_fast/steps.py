@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from fave_fast import losses
 from fave_fast.config import Config
 from fave_fast.data import Interactions, gather_histories
-from fave_fast.fused import Network, pack, rotary_of
+from fave_fast.fused import Network, rotary_of
 from fave_fast.model import FAVE
 from fave_fast.ops.adam import ClippedAdam
 from fave_fast.ops.input_modulation import KERNEL_CHANNELS
+from fave_fast.ops.packed import pack_windows
 from fave_fast.ops.registry import Implementation, Op, triton_kernels
 from fave_fast.profiling import ranged
 from fave_fast.ranks import ALONE, Ranks
@@ -181,7 +182,9 @@ class FusedSteps:
         """The loss and the gradients, where `part` of the batch is here; `addresses` as `ClippedAdam.take` wants it."""
         count = len(given) // 2
         starts, targets, seed = given[:count], given[count:-1], given[-1:]
-        packed = pack(self._items, starts, targets, self.config.model.max_length, rows, fillers)
+        packed = pack_windows(
+            self._items, starts, targets, self.config.model.max_length, rows, fillers, backend=self.backend
+        )
         share = _share(self.ranks, part)
         network = Network(self.model, packed, seed, self.dtype, self.backend, tables=self._tables, share=share)
         objective = self.objective or losses.OBJECTIVES[self.stage - 1]

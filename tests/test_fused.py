@@ -15,9 +15,11 @@ from fave_fast import dual, flow
 from fave_fast.config import Config, ModelConfig
 from fave_fast.data import IdMap, Interactions
 from fave_fast.errors import BackendError
-from fave_fast.fused import Network, Packed, pack
+from fave_fast.fused import Network
 from fave_fast.losses import source_loss
 from fave_fast.model import FAVE
+from fave_fast.ops import pack_windows
+from fave_fast.ops.packed import Packed
 from fave_fast.steps import FusedSteps, ReferenceSteps, rounded_rows, steps_for
 from fave_fast.train import make_optimiser
 
@@ -52,7 +54,7 @@ def log() -> tuple[Tensor, Tensor, Tensor]:
 
 def batch(fillers: int = 2, device: str = "cpu") -> Packed:
     total = sum(min(length, L) for length in LENGTHS)
-    return pack(*(one.to(device) for one in log()), L, total + 3 * fillers, fillers)
+    return pack_windows(*(one.to(device) for one in log()), L, total + 3 * fillers, fillers)
 
 
 def padded(packed: Packed, width: int = L) -> tuple[Tensor, Tensor]:
@@ -102,26 +104,6 @@ def fused(net: Network, tangent: bool, x: tuple[Tensor, ...]) -> list[Tensor]:
         return everything([prediction.endpoint, prediction.source, derivative], net.model)
     prediction = net.predict(*point)
     return everything([prediction.endpoint, prediction.source], net.model)
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(1, 12), min_size=1, max_size=8), st.integers(1, 7), st.data())
-def test_pack(lengths: list[int], longest: int, data: st.DataObject) -> None:
-    ends = torch.tensor(lengths).cumsum(0)
-    starts = ends - torch.tensor(lengths)
-    items = torch.arange(1, sum(lengths) + 1, dtype=torch.int32)
-    fillers = data.draw(st.integers(0, 3))
-    rest = data.draw(st.integers(fillers, fillers * longest))
-    total = sum(min(length, longest) for length in lengths)
-    packed = pack(items, starts, ends, longest, total + rest, fillers)
-    parts = packed.ids.tensor_split(packed.offsets[1:-1])
-    for part, start, end in zip(parts, starts.tolist(), ends.tolist(), strict=False):
-        assert part.tolist() == items[start:end][-longest:].tolist()
-    for part in parts[len(lengths) :]:
-        assert 1 <= len(part) <= longest
-        assert not part.any()
-    assert packed.owners.tolist() == [owner for owner, part in enumerate(parts) for _ in part]
-    assert (len(packed.users), packed.count, packed.offsets[-1]) == (len(lengths) + fillers, len(lengths), total + rest)
 
 
 @settings(max_examples=200, deadline=None)

@@ -8,6 +8,7 @@ from fave_fast.ops import block as _block
 from fave_fast.ops import cross_entropy as _cross_entropy
 from fave_fast.ops import encoder as _encoder
 from fave_fast.ops import input_modulation as _input_modulation
+from fave_fast.ops import packed as _packed
 from fave_fast.ops import rank_count as _rank_count
 from fave_fast.ops import score_topk as _score_topk
 from fave_fast.ops.exclusions import Exclusions
@@ -20,6 +21,8 @@ OPS: tuple[Op[Any], ...] = (
     _cross_entropy.OP,
     _encoder.OP,
     _input_modulation.OP,
+    _packed.PACK_WINDOWS,
+    _packed.PICK,
     _rank_count.OP,
     _score_topk.OP,
 )
@@ -33,6 +36,8 @@ cross_entropy = _cross_entropy.cross_entropy
 sampled_cross_entropy = _cross_entropy.sampled_cross_entropy
 input_modulation = _input_modulation.input_modulation
 input_modulation_dual = _input_modulation.input_modulation_dual
+pack_windows = _packed.pack_windows
+pick = _packed.pick
 rank_count = _rank_count.rank_count
 score_topk = _score_topk.score_topk
 
@@ -48,6 +53,8 @@ __all__ = [
     "cross_entropy",
     "input_modulation",
     "input_modulation_dual",
+    "pack_windows",
+    "pick",
     "rank_count",
     "sampled_cross_entropy",
     "score_topk",

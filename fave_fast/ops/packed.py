@@ -1,0 +1,166 @@
+"""Histories of a training step: out of the log into packed rows, and into the loss over a decoder's outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fave_fast.ops.registry import Implementation, Op, not_interpreted, triton_kernels
+from fave_fast.profiling import ranged
+
+_MOST_HISTORIES = 1 << 14  # that one program adds up the lengths of
+_MOST_ITEMS = 1 << 12  # of a history
+
+
+@dataclass(frozen=True)
+class Packed:
+    """B histories end to end, oldest item first, then F fillers without items that make up a fixed number of rows."""
+
+    ids: Tensor  # int64 [rows]; 0 in fillers
+    offsets: Tensor  # int64 [B + F + 1], rising from 0 to rows
+    owners: Tensor  # int64 [rows]: which history a row belongs to
+    users: Tensor  # int64 [B + F]: the keys of what is drawn
+    count: int  # B
+    longest: int  # no history has more rows
+
+
+@dataclass(frozen=True)
+class Picked:
+    """What is read of outputs [B, width], a row at a time: first at the histories' own items, then at those drawn.
+
+    Attributes:
+        places: int64 [2 rows], in the flattened outputs; 0 where nothing is read.
+        errors: float32, or float64 of such outputs, [2 rows]: y - 1 at own items, y at drawn ones, 0 where it is not
+            counted: in fillers, and where the drawn item is one of the history.
+        squares: the sum of their squares, a scalar of the same dtype.
+        counted: how many are counted, likewise.
+    """
+
+    places: Tensor
+    errors: Tensor
+    squares: Tensor
+    counted: Tensor
+
+
+@ranged("fave/input")
+def pack_windows(
+    items: Tensor, starts: Tensor, ends: Tensor, max_length: int, rows: int, fillers: int, *, backend: str = "auto"
+) -> Packed:
+    """The last `max_length` items of items[start:end] for each history; on the tensors' device, without waiting for it.
+
+    Args:
+        items: integers [M].
+        starts: int64 [B].
+        ends: int64 [B], beyond starts.
+        max_length: L.
+        rows: of the result. What the histories leave is shared out among the fillers, 1 to L rows each.
+        fillers: F.
+        backend: auto, reference or triton (two launches).
+
+    Raises:
+        BackendError: the backend cannot run here.
+    """
+    run = PACK_WINDOWS.resolve(backend, items.device, torch.float32, _beyond(len(starts) + fillers, max_length))
+    return run(items, starts, ends, max_length, rows, fillers)
+
+
+def pick(outputs: Tensor, packed: Packed, drawn: Tensor, *, backend: str = "auto") -> Picked:
+    """What L_src with sampled items (eq. 13) reads of a decoder's outputs; no gradients.
+
+    Args:
+        outputs: [B, width] floating point, contiguous; column i is item i's.
+        packed: the histories.
+        drawn: int64 [rows]: an item for each row.
+        backend: auto, reference or triton (one launch).
+
+    Raises:
+        BackendError: the backend cannot run here.
+    """
+    refused = _beyond(len(packed.users), packed.longest)
+    run = PICK.resolve(backend, outputs.device, outputs.dtype, refused)
+    return run(outputs.detach(), packed, drawn)
+
+
+def _beyond(histories: int, longest: int) -> dict[str, str]:
+    if histories <= _MOST_HISTORIES and longest <= _MOST_ITEMS:
+        return {}
+    return {
+        "triton": f"its kernels take {_MOST_HISTORIES} histories of {_MOST_ITEMS} items, not {histories} of {longest}"
+    }
+
+
+def _pack_reference(items: Tensor, starts: Tensor, ends: Tensor, max_length: int, rows: int, fillers: int) -> Packed:
+    lengths = (ends - starts).clamp_max(max_length)
+    count = len(starts)
+    rest = rows - lengths.sum()
+    place = torch.arange(fillers, device=starts.device)
+    lengths = torch.cat((lengths, (rest + place) // max(fillers, 1)))
+    offsets = F.pad(lengths.cumsum(0), (1, 0))
+    row = torch.arange(rows, device=starts.device)
+    owners = torch.searchsorted(offsets[1:], row, right=True)
+    last = F.pad(ends, (0, fillers))[owners] - offsets[1:][owners]
+    real = owners < count
+    ids = torch.where(real, items[torch.where(real, last + row, 0)], 0).long()
+    return Packed(ids, offsets, owners, torch.arange(count + fillers, device=starts.device), count, max_length)
+
+
+def _pack_triton(items: Tensor, starts: Tensor, ends: Tensor, max_length: int, rows: int, fillers: int) -> Packed:
+    from fave_fast.kernels import packed as kernels
+
+    histories = len(starts) + fillers
+    ids, owners, offsets, users = (starts.new_empty(n) for n in (rows, rows, histories + 1, histories))
+    kernels.pack_windows(items, starts.contiguous(), ends.contiguous(), offsets, ids, owners, users, longest=max_length)
+    return Packed(ids, offsets, owners, users, len(starts), max_length)
+
+
+def _pick_reference(outputs: Tensor, packed: Packed, drawn: Tensor) -> Picked:
+    width = outputs.shape[1]
+    real, first = packed.owners < packed.count, packed.owners * width
+    places = torch.where(real, first + packed.ids, 0)  # column 0 is read by none
+    others = torch.where(real, first + drawn, 0)
+    present = torch.zeros(packed.count * width, dtype=torch.bool, device=outputs.device)
+    present.index_fill_(0, places, True)
+    counts = torch.cat((real, real & ~present[others]))
+    places = torch.cat((places, others))
+    errors = outputs.flatten().index_select(0, places)
+    errors = errors if errors.dtype == torch.float64 else errors.float()
+    errors[: len(drawn)] -= 1
+    errors.masked_fill_(~counts, 0)
+    return Picked(places, errors, errors.square().sum(), counts.sum(dtype=errors.dtype))
+
+
+def _pick_triton(outputs: Tensor, packed: Packed, drawn: Tensor) -> Picked:
+    from fave_fast.kernels import packed as kernels
+
+    rows, histories = len(packed.ids), len(packed.users)
+    places = torch.empty(2 * rows, dtype=torch.int64, device=outputs.device)
+    errors = torch.empty(2 * rows, dtype=torch.float32, device=outputs.device)
+    sums = torch.empty(histories, 2, dtype=torch.float32, device=outputs.device)
+    kernels.pick(
+        outputs, packed.ids, packed.offsets, drawn, places, errors, sums, count=packed.count, longest=packed.longest
+    )
+    squares, counted = sums.sum(0).unbind()
+    return Picked(places, errors, squares, counted)
+
+
+Pack = Callable[[Tensor, Tensor, Tensor, int, int, int], Packed]
+Pick = Callable[[Tensor, Packed, Tensor], Picked]
+
+PACK_WINDOWS: Op[Pack] = Op(
+    "pack_windows",
+    (
+        Implementation("triton", _pack_triton, triton_kernels, not_interpreted),
+        Implementation("reference", _pack_reference),
+    ),
+)
+PICK: Op[Pick] = Op(
+    "pick",
+    (
+        Implementation("triton", _pick_triton, triton_kernels, not_interpreted),
+        Implementation("reference", _pick_reference),
+    ),
+)

@@ -1,0 +1,108 @@
+"""Histories out of a log, and what a loss reads beside them: the kernels are the reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fave_fast.errors import BackendError
+from fave_fast.ops import pack_windows, pick
+from fave_fast.ops.packed import Packed
+from fave_fast.ops.registry import why_no_triton
+
+needs_triton = pytest.mark.skipif(why_no_triton() is not None, reason=str(why_no_triton()))
+each_backend = pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=needs_triton)])
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+property_test = settings(max_examples=40, deadline=None)
+LOGS = st.lists(st.integers(1, 12), min_size=1, max_size=8)
+
+
+def log(lengths: list[int], high: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Items from 1 to `high`, and where histories of these lengths start and end among them."""
+    ends = torch.tensor(lengths).cumsum(0)
+    draws = torch.Generator().manual_seed(sum(lengths))
+    items = torch.randint(1, high + 1, (int(ends[-1]),), generator=draws, dtype=torch.int32)
+    return items, ends - torch.tensor(lengths), ends
+
+
+@each_backend
+@property_test
+@given(lengths=LOGS, longest=st.integers(1, 7), data=st.data())
+def test_pack_windows(backend: str, lengths: list[int], longest: int, data: st.DataObject) -> None:
+    items, starts, ends = log(lengths, 10**6)
+    fillers = data.draw(st.integers(0, 3))
+    rest = data.draw(st.integers(fillers, fillers * longest))
+    total = sum(min(length, longest) for length in lengths)
+    packed = pack_windows(items, starts, ends, longest, total + rest, fillers, backend=backend)
+    parts = packed.ids.tensor_split(packed.offsets[1:-1])
+    for part, start, end in zip(parts, starts.tolist(), ends.tolist(), strict=False):
+        assert part.tolist() == items[start:end][-longest:].tolist()
+    for part in parts[len(lengths) :]:
+        assert 1 <= len(part) <= longest
+        assert not part.any()
+    assert packed.owners.tolist() == [owner for owner, part in enumerate(parts) for _ in part]
+    assert packed.users.tolist() == list(range(len(lengths) + fillers))
+    assert (packed.count, packed.longest, packed.offsets[0], packed.offsets[-1]) == (
+        len(lengths), longest, 0, total + rest,
+    )  # fmt: skip
+    assert {one.dtype for one in (packed.ids, packed.offsets, packed.owners, packed.users)} == {torch.int64}
+
+
+@needs_triton
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("count", "longest", "fillers"), [(1, 50, 0), (512, 50, 11), (3, 200, 2), (513, 1, 0), (700, 20, 300)]
+)
+def test_full_sizes_are_the_reference(device: str, count: int, longest: int, fillers: int) -> None:
+    draws = torch.Generator().manual_seed(count)
+    items, starts, ends = log(torch.randint(1, 2 * longest + 1, (count,), generator=draws).tolist(), 12_101)
+    total = int((ends - starts).clamp_max(longest).sum())
+    places = [one.to(device) for one in (items, starts, ends)]
+    mine, other = (
+        pack_windows(*places, longest, total + 2 * fillers * min(longest, 2), fillers, backend=backend)
+        for backend in ("triton", "reference")
+    )
+    for name in ("ids", "offsets", "owners", "users"):
+        assert torch.equal(getattr(mine, name), getattr(other, name)), name
+    assert (mine.count, mine.longest) == (other.count, other.longest)
+
+
+def picked(packed: Packed, dtype: torch.dtype, device: str, high: int) -> dict[str, Any]:
+    draws = torch.Generator().manual_seed(5)
+    outputs = torch.randn(packed.count, high + 4, generator=draws).to(device, dtype)
+    outputs[:, 0] = torch.nan  # column 0 is read by none
+    drawn = torch.randint(1, high + 1, packed.ids.shape, generator=draws).to(device)
+    return {backend: pick(outputs, packed, drawn, backend=backend) for backend in ("triton", "reference")}
+
+
+@needs_triton
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("count", "longest", "fillers"), [(1, 50, 0), (63, 50, 3), (3, 200, 2), (5, 1, 0)])
+def test_pick_is_the_reference(device: str, dtype: torch.dtype, count: int, longest: int, fillers: int) -> None:
+    """Items few enough that many drawn ones are met and some repeat."""
+    draws = torch.Generator().manual_seed(count)
+    items, starts, ends = log(torch.randint(1, 2 * longest + 1, (count,), generator=draws).tolist(), 90)
+    total = int((ends - starts).clamp_max(longest).sum())
+    places = [one.to(device) for one in (items, starts, ends)]
+    packed = pack_windows(*places, longest, total + 2 * fillers, fillers, backend="reference")
+    mine, other = picked(packed, dtype, device, 90).values()
+    live = other.errors != 0  # where none is counted the place is of no meaning
+    assert torch.equal(mine.errors, other.errors)
+    assert torch.equal(mine.places[live], other.places[live])
+    assert float(mine.counted) == float(other.counted)
+    assert 0 < total <= float(mine.counted) <= 2 * total
+    # Sums of positive numbers in another order: each addition of at most 2 rows errs by 2^-24 of the sum.
+    assert abs(float(mine.squares) - float(other.squares)) <= 2 * total * 2**-23 * float(other.squares)
+
+
+@needs_triton
+def test_more_than_the_kernels_take_goes_to_the_reference() -> None:
+    items, starts, ends = log([3, 2], 9)
+    with pytest.raises(BackendError, match="its kernels take 16384 histories of 4096 items, not 2 of 5000"):
+        pack_windows(items, starts, ends, 5000, 5, 0, backend="triton")
+    assert len(pack_windows(items, starts, ends, 5000, 5, 0).ids) == 5
