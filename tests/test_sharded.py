@@ -325,6 +325,7 @@ def answer_on_gpus(rank: int, sizes: list[int] | None, table_bytes: bool) -> obj
         return "followed"
     one_by_one = ask_numbers(recommender)
     assert recommender.warmup(batches=(1, 4, 64)) > 0
+    assert recommender._mailbox is not None  # the ranks are on one host
     captured = ask_numbers(recommender)
     denied = recommender.recommend([[101, 102]], deny=[103])
     recommender.close()
