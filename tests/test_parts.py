@@ -104,7 +104,7 @@ def test_what_is_captured_by_default(lengths: list[int], expected: list[tuple[in
 
 
 def test_the_rest_of_a_large_request_keeps_its_encoder() -> None:
-    assert parts_of(of_lengths([50] * 514).offsets, BATCHES, two_encoders) == [(512, 0, 512), (16, 512, 514)]
+    assert parts_of(of_lengths([50] * 514).offsets, BATCHES, two_encoders) == [(512, 0, 512), (32, 512, 514)]
     assert parts_of(of_lengths([50] * 514).offsets, (1, 8), two_encoders) is None
 
 
