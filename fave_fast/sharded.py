@@ -393,6 +393,8 @@ class ShardedRecommender(Recommender):
         self._turn = threading.RLock()
         self._ended: Exception | None = None  # why nothing more can be asked
         self._mailbox: Mailbox | None = None
+        self._listeners: list[threading.Thread] = []  # of rank 0, one for each other rank
+        self._lost: RuntimeError | None = None  # what a listener heard
         self._coming: tuple[Tensor, dist.Work] | None = None  # a follower's next broadcast, and what waits for it
 
     def _build(self, checkpoint: Checkpoint) -> FAVE:
@@ -432,6 +434,8 @@ class ShardedRecommender(Recommender):
             if self.rank == 0 and self._ended is None:
                 self._ended = Closed("the recommender is closed; expected a request before that")
                 self._broadcast(torch.zeros(_FIRST, dtype=torch.int64), self._waiting)
+                for listener in self._listeners:
+                    listener.join(self.timeout)
 
     def warmup(self, k: int = 20, batches: Sequence[int] = BATCHES) -> float:
         """As `Recommender.warmup`, on all ranks at once, when rank 0 calls it; elsewhere nothing."""
@@ -519,6 +523,9 @@ class ShardedRecommender(Recommender):
             raise self._ended
         try:
             with self._aborting():
+                if self._lost is not None:
+                    with naming_the_loss("while nothing was asked", self.timeout):
+                        raise self._lost
                 yield
         except Exception as error:  # whatever it was, the ranks may now be at different places
             self._ended = error
@@ -552,6 +559,18 @@ class ShardedRecommender(Recommender):
         """For requests of up to so many histories; a collective."""
         with naming_the_loss("while shared memory was looked for", self.timeout):
             self._mailbox = Mailbox.open(batch, items_held(batch), self._talking)
+        if self._mailbox is not None and self.rank == 0 and not self._listeners:
+            others = range(1, dist.get_world_size())
+            self._listeners = [threading.Thread(target=self._listen, args=(rank,), daemon=True) for rank in others]
+            for listener in self._listeners:
+                listener.start()
+
+    def _listen(self, rank: int) -> None:
+        """Until that rank says its last word, or ends without: who posts to shared memory would not notice."""
+        try:
+            dist.recv(torch.zeros(1, dtype=torch.uint8), src=rank, group=self._waiting)
+        except RuntimeError as error:
+            self._lost = error
 
     def _run(self, request: Posted) -> tuple[Floats, Ints]:
         graphs = cast(StepGraphs, self._graphs)
@@ -571,6 +590,8 @@ class ShardedRecommender(Recommender):
         self._coming = None
         self._finish_broadcast(work)
         if int(first[0]) == _END:
+            if self._mailbox is not None:
+                dist.send(torch.zeros(1, dtype=torch.uint8), dst=0, group=self._waiting)
             return None
         rest = torch.empty(_Asked.missing(first), dtype=torch.int64)
         if len(rest) > 0:

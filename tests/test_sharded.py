@@ -315,6 +315,37 @@ def ask_numbers(recommender: Recommender) -> list[tuple[Any, Any]]:
     return [recommender.best_items(*histories(count, seed=count), 20, exclude) for count, exclude in GPU_ASKS]
 
 
+def lose_a_follower(rank: int, path: Path, pids: Path) -> object:
+    recommender = on_host(path, shared=True)
+    if rank > 0:
+        (pids / str(rank)).write_text(str(os.getpid()))
+        recommender.follow()
+        return "followed"
+    recommender.recommend([[101]])
+    os.kill(int((pids / "1").read_text()), signal.SIGKILL)
+    for listener in recommender._listeners[:1]:
+        listener.join(PATIENCE)
+    messages = []
+    for _ in range(2):
+        with pytest.raises(RankLost) as caught:
+            recommender.recommend([[101]])
+        messages.append(str(caught.value))
+    recommender.close()
+    return messages
+
+
+@needs_extension
+def test_a_rank_that_died_is_known_before_it_is_asked(
+    twins: Path, tmp_path: Path, processes: ForkServerContext
+) -> None:
+    group = Ranks(processes, 3, tmp_path / "store", lose_a_follower, twins, tmp_path)
+    found = group.result(0)
+    assert isinstance(found, list), found
+    assert found[0] == found[1]
+    assert "while nothing was asked; expected all ranks to live" in found[0]
+    assert isinstance(group.result(2), RankLost)
+
+
 def answer_on_gpus(rank: int, sizes: list[int] | None, table_bytes: bool) -> object:
     recommender = ShardedRecommender(
         checkpoint(), sizes=sizes, device=f"cuda:{rank}", dtype="bf16", backend="triton", timeout=PATIENCE,
