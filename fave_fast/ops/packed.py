@@ -88,9 +88,8 @@ def pick(outputs: Tensor, packed: Packed, drawn: Tensor, *, backend: str = "auto
 def _beyond(histories: int, longest: int) -> dict[str, str]:
     if histories <= _MOST_HISTORIES and longest <= _MOST_ITEMS:
         return {}
-    return {
-        "triton": f"its kernels take {_MOST_HISTORIES} histories of {_MOST_ITEMS} items, not {histories} of {longest}"
-    }
+    most = f"{_MOST_HISTORIES} histories of {_MOST_ITEMS} items"
+    return {"triton": f"its kernels take up to {most}, not {histories} of {longest}"}
 
 
 def _pack_reference(items: Tensor, starts: Tensor, ends: Tensor, max_length: int, rows: int, fillers: int) -> Packed:
