@@ -23,7 +23,7 @@ from fave_fast.model import FAVE, Block, Prediction, RMSNorm
 from fave_fast.ops.attention import Tables, rotary_by_age
 from fave_fast.ops.block import BlockDropout, BlockWeights, block, block_dual
 from fave_fast.ops.input_modulation import Drawn, Draws, Times, input_modulation, input_modulation_dual
-from fave_fast.ops.packed import Packed, pick
+from fave_fast.ops.packed import Packed, own_items, pick
 from fave_fast.profiling import ranged
 
 _EIGHT = 8  # elements of 16 bits that a matrix product wants rows to be multiples of
@@ -140,11 +140,7 @@ class Network:
         weight: Tensor = cast(Any, _Padded).apply(decoder.out.weight, decoder.out.bias, self.dtype)
         outputs = F.linear(hidden.to(self.dtype), weight)
         if kind == "dense":
-            width = outputs.shape[1]
-            # Column 0 is read by none.
-            places = torch.where(packed.owners < packed.count, packed.owners * width + packed.ids, 0)
-            present = torch.zeros(packed.count * width, dtype=torch.bool, device=source.device)
-            wanted = present.index_fill_(0, places, True).view(-1, width)
+            wanted = own_items(packed, outputs.shape[1])
             return _wide(outputs - wanted.to(outputs.dtype))[:, 1 : items + 1].square().mean()
         drawn = torch.randint(1, items + 1, packed.ids.shape, device=source.device, generator=generator)
         loss: Tensor = cast(Any, _Picked).apply(outputs, packed, drawn, self.share, self.backend)

@@ -116,15 +116,22 @@ def _pack_triton(items: Tensor, starts: Tensor, ends: Tensor, max_length: int, r
     return Packed(ids, offsets, owners, users, len(starts), max_length)
 
 
+def places_of(packed: Packed, ids: Tensor, width: int) -> Tensor:
+    """Where outputs [B, width] have each row's history and item, flattened, int64 [rows]; 0 in fillers."""
+    return torch.where(packed.owners < packed.count, packed.owners * width + ids, 0)
+
+
+def own_items(packed: Packed, width: int) -> Tensor:
+    """Which of outputs [B, width] are at a history's own items; bool. Column 0, the padding's, means nothing."""
+    own = torch.zeros(packed.count * width, dtype=torch.bool, device=packed.ids.device)
+    return own.index_fill_(0, places_of(packed, packed.ids, width), True).view(-1, width)
+
+
 def _pick_reference(outputs: Tensor, packed: Packed, drawn: Tensor) -> Picked:
     width = outputs.shape[1]
-    real, first = packed.owners < packed.count, packed.owners * width
-    places = torch.where(real, first + packed.ids, 0)  # column 0 is read by none
-    others = torch.where(real, first + drawn, 0)
-    present = torch.zeros(packed.count * width, dtype=torch.bool, device=outputs.device)
-    present.index_fill_(0, places, True)
-    counts = torch.cat((real, real & ~present[others]))
-    places = torch.cat((places, others))
+    real, others = packed.owners < packed.count, places_of(packed, drawn, width)
+    counts = torch.cat((real, real & ~own_items(packed, width).flatten()[others]))
+    places = torch.cat((places_of(packed, packed.ids, width), others))
     errors = outputs.flatten().index_select(0, places)
     errors = errors if errors.dtype == torch.float64 else errors.float()
     errors[: len(drawn)] -= 1
