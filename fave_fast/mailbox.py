@@ -53,6 +53,7 @@ class Mailbox:
     def __init__(self, memory: mmap.mmap) -> None:
         """Over memory that all ranks map, which holds zeros but for the token."""
         self._words: Any = np.frombuffer(memory, np.int64)
+        self._flag: int = self._words.ctypes.data
         self._count = 0
 
     @classmethod
@@ -90,7 +91,7 @@ class Mailbox:
         payload[len(offsets) :].view(np.int32)[: len(ids)] = ids
         words[2:_HEADER] = request.batch, len(offsets), len(ids), request.exclude
         self._count = self._after()
-        _C.raise_flag(self._address, self._count)
+        _C.raise_flag(self._flag, self._count)
 
     def next(self, until: Callable[[], bool]) -> Posted | None:
         """The next request, waited for; None as soon as `until` is true."""
@@ -100,7 +101,7 @@ class Mailbox:
         while not until():
             idle = time.monotonic() - began
             try:
-                _C.wait_flag(self._address, self._after(), 0, _SPINS / 4 if idle < _SPINS else 0.0)
+                _C.wait_flag(self._flag, self._after(), 0, _SPINS / 4 if idle < _SPINS else 0.0)
             except TimeoutError:
                 if idle >= _SPINS:
                     time.sleep(_OFTEN if idle < _LOOKS else _SELDOM)
@@ -111,11 +112,6 @@ class Mailbox:
 
     def _after(self) -> int:
         return (self._count + 1) % (1 << 32)
-
-    @property
-    def _address(self) -> int:
-        address: int = self._words.ctypes.data
-        return address
 
     def _read(self) -> Posted:
         batch, bounds, items, exclude = self._words[2:_HEADER].tolist()

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fave_fast.errors import FailedElsewhere, InputError
 
-_DONE, _INTERRUPTED = 0, 1  # a rank's last word to the others
+DONE, _INTERRUPTED = 0, 1  # a rank's last word to the others
 _FOREVER = timedelta(days=1000)
 _NOTICING = 2.0  # seconds, at most, from an error of a peer's death to the knowledge of it
 
@@ -140,6 +140,23 @@ class Ranks:
 ALONE = Ranks()
 
 
+def hear(peer: int, group: dist.ProcessGroup) -> int:
+    """Another rank's last word, waited for: `group` is of gloo, which knows at once that a process ended.
+
+    Raises:
+        RuntimeError: it ended without one.
+    """
+    word = torch.zeros(1, dtype=torch.uint8)
+    dist.recv(word, src=peer, group=group)
+    return int(word)
+
+
+def say(word: int, peer: int, group: dist.ProcessGroup) -> None:
+    """A last word to another rank that may be gone already."""
+    with contextlib.suppress(RuntimeError):
+        dist.send(torch.tensor([word], dtype=torch.uint8), dst=peer, group=group)
+
+
 @contextlib.contextmanager
 def joined() -> Iterator[Ranks]:
     """All ranks of this launch, as torchrun's environment variables name them; without those, this process alone.
@@ -176,23 +193,21 @@ class _Watch:
             thread.start()
 
     def _wait_for(self, peer: int) -> None:
-        word = torch.zeros(1, dtype=torch.uint8)
         try:
-            dist.recv(word, src=peer, group=self._group)
+            word = hear(peer, self._group)
         except RuntimeError:
             _logger.error(
                 "error: rank %d of %d ended before the run did, so rank %d ends, too: rank %d's last lines or the "
                 "launcher's report say why", peer, self.count, self.number, peer,
             )  # fmt: skip
             _end(1)
-        if int(word) == _INTERRUPTED:
+        if word == _INTERRUPTED:
             _end(130)
 
     def say(self, word: int) -> None:
         """A last word to the others."""
         for peer in self._peers:
-            with contextlib.suppress(RuntimeError):  # that peer is gone already
-                dist.send(torch.tensor([word], dtype=torch.uint8), dst=peer, group=self._group)
+            say(word, peer, self._group)
 
     def look(self) -> None:
         """Give the threads the time to notice that a peer is gone, which ends this process."""
@@ -204,7 +219,7 @@ class _Watch:
         if self._gone:
             return
         self._gone = True
-        self.say(_DONE)
+        self.say(DONE)
         for thread in self._threads:
             thread.join()
         dist.destroy_process_group()

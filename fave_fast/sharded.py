@@ -45,9 +45,9 @@ from fave_fast.errors import Closed, InputError, RankLost
 from fave_fast.graphs import (
     BATCHES,
     CapturedParts,
+    CapturedStep,
     Histories,
     OnStep,
-    Part,
     Step,
     StepGraphs,
     end_to_end,
@@ -61,6 +61,7 @@ from fave_fast.ops.encoder import Plan, encode_ids
 from fave_fast.ops.registry import why_no_triton
 from fave_fast.ops.score_topk import OP as SCORE_TOPK
 from fave_fast.ops.score_topk import beyond_kernels
+from fave_fast.ranks import DONE, hear, say
 
 _logger = logging.getLogger(__name__)
 _IDLE = timedelta(days=365)  # that a rank waits for a request
@@ -70,6 +71,7 @@ _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or di
 _FIRST = 512  # words of a request's first message: its header, and as much of its payload as fits
 _HEADER = 10
 _END, _ASK, _WARM_UP = range(3)  # the first word: what is asked for
+_NONE = torch.zeros(0, dtype=torch.int64)
 _PASSING_ON = "while a request was passed on"
 _WATCHDOG = 3  # times the timeout: PyTorch's watchdog ends the process, so that ours has to be earlier
 
@@ -446,8 +448,7 @@ class ShardedRecommender(Recommender):
         if reason is not None:
             _logger.info("no CUDA graphs: %s", reason)
             return 0.0
-        none = torch.zeros(0, dtype=torch.int64)
-        self._ask(_Asked(_WARM_UP, torch.tensor(batches), none, none, k, False, False, range(0), 0))
+        self._ask(_Asked(_WARM_UP, torch.tensor(batches), _NONE, _NONE, k, False, False, range(0), 0))
         return time.perf_counter() - started
 
     def add_items(self, ids: Sequence[ItemId], embeddings: Any) -> int:
@@ -479,22 +480,25 @@ class ShardedRecommender(Recommender):
                 found = self._captured(histories, k, denied, seeds)
                 self._count(found)
                 if not isinstance(found, str):
-                    users = len(histories.offsets) - 1
-                    parts = found.parts if isinstance(found, CapturedParts) else [Part(found.batch, 0, users)]
-                    asked = (Posted(part.batch, part.cut(histories), exclude) for part in parts)
-                    scores, items = end_to_end(map(self._ask_for, asked))
+                    scores, items = self._ask_captured(found, histories, exclude)
                     return scores[:, :k], items[:, :k]
-            numbers = torch.zeros(0, dtype=torch.int64) if denied is None else denied.nonzero().flatten()
-            ids, offsets = (torch.from_numpy(part).long() for part in histories)
-            return self._ask(_Asked(_ASK, ids, offsets, numbers, k, exclude, denied is not None, seeds, 0))
+            numbers = _NONE if denied is None else denied.nonzero().flatten()
+            return self._ask(_Asked.for_lists(histories, numbers, k, exclude, denied is not None, seeds, 0))
+
+    def _ask_captured(
+        self, found: CapturedStep | CapturedParts, histories: Histories, exclude: bool
+    ) -> tuple[Floats, Ints]:
+        if isinstance(found, CapturedParts):
+            return end_to_end(self._ask_for(Posted(part.batch, part.cut(histories), exclude)) for part in found.parts)
+        return self._ask_for(Posted(found.batch, histories, exclude))
 
     def _ask_for(self, request: Posted) -> tuple[Floats, Ints]:
         """Let all ranks replay a graph, rank 0 among them."""
         if self._mailbox is None:
-            ids, offsets = (torch.from_numpy(part).long() for part in request.histories)
-            none, k, seed = torch.zeros(0, dtype=torch.int64), cast(StepGraphs, self._graphs).k, self.config.flow.seed
-            seeds = range(seed, seed + 1)
-            return self._ask(_Asked(_ASK, ids, offsets, none, k, request.exclude, False, seeds, request.batch))
+            k = cast(StepGraphs, self._graphs).k
+            return self._ask(
+                _Asked.for_lists(request.histories, _NONE, k, request.exclude, False, range(0), request.batch)
+            )
         with self._asking():
             self._mailbox.post(request)
             return self._run(request)
@@ -568,7 +572,7 @@ class ShardedRecommender(Recommender):
     def _listen(self, rank: int) -> None:
         """Until that rank says its last word, or ends without: who posts to shared memory would not notice."""
         try:
-            dist.recv(torch.zeros(1, dtype=torch.uint8), src=rank, group=self._waiting)
+            hear(rank, self._waiting)
         except RuntimeError as error:
             self._lost = error
 
@@ -591,7 +595,7 @@ class ShardedRecommender(Recommender):
         self._finish_broadcast(work)
         if int(first[0]) == _END:
             if self._mailbox is not None:
-                dist.send(torch.zeros(1, dtype=torch.uint8), dst=0, group=self._waiting)
+                say(DONE, 0, self._waiting)
             return None
         rest = torch.empty(_Asked.missing(first), dtype=torch.int64)
         if len(rest) > 0:
@@ -660,6 +664,14 @@ class _Asked:
     deny: bool
     seeds: range
     batch: int
+
+    @classmethod
+    def for_lists(
+        cls, histories: Histories, denied: Tensor, k: int, exclude: bool, deny: bool, seeds: range, batch: int
+    ) -> _Asked:
+        """The lists of histories."""
+        ids, offsets = (torch.from_numpy(part).long() for part in histories)
+        return cls(_ASK, ids, offsets, denied, k, exclude, deny, seeds, batch)
 
     def messages(self) -> tuple[Tensor, Tensor]:
         """int64 [`_FIRST`]: lengths and numbers, then the payload's beginning; and the payload's rest."""
