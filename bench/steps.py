@@ -77,7 +77,8 @@ def steps(path: str, options: Options) -> Iterator[Row]:
     starts = target_starts(data, targets)
     for batch in options.batches:
         some = np.resize(np.arange(len(targets)), batch)
-        request = Histories(*history_exclusions(data.items, starts[some], targets[some]))
+        ids, offsets = history_exclusions(data.items, starts[some], targets[some])
+        request = Histories(ids.astype(np.int32), offsets)
         grid = gather_histories(data.items, starts[some], targets[some], config.model.max_length)
         grid = np.pad(grid, ((0, 0), (config.model.max_length - grid.shape[1], 0)))
         case = f"B {batch}, {name}, {len(targets)} users ranked"

@@ -19,6 +19,7 @@ import torch
 from bench import check, counters, cpu, growth, plot, record, run, sampling, suites, verify
 from bench.measure import HOST, WARM, Row, Time
 from bench.sampling import DiffuRec, FMRec, Lists
+from bench.steps import STEPS
 from fave_fast.config import ModelConfig
 from fave_fast.model import FAVE
 from fave_fast.ops import Exclusions, score_topk
@@ -156,6 +157,16 @@ def test_latency_is_measured_beside_its_peers_and_drawn(tmp_path: Path, capsys: 
     assert found["machine"]["kind"] in path.name
     drawn = sorted(one.name.removeprefix(f"{path.stem}-") for one in tmp_path.glob("*.png"))
     assert drawn == ["latency.png", "steps.png", "users-per-second.png"]
+
+
+def test_more_steps_are_measured_beside_the_one(tmp_path: Path, tiny_checkpoint: Path, tiny_log: Path) -> None:
+    options = ["--ckpt", str(tiny_checkpoint), "--data", str(tiny_log), "--device", "cpu", "--out", str(tmp_path)]
+    assert run.main(["--suite", "steps", "--quick", "--batch", "2", *options]) == 0
+    [path] = tmp_path.glob("*.json")
+    [found] = record.read(path)
+    rows_are_sound(found)
+    assert [row["ours"] for row in found["rows"]] == [True, *[False] * len(STEPS)]
+    assert all(0 < row["ndcg@20"] < 100 for row in found["rows"])
 
 
 def test_topk_runs_as_a_file_of_the_checkout_and_names_who_is_absent(tmp_path: Path) -> None:
