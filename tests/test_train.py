@@ -184,7 +184,7 @@ def test_same_bits_on_a_gpu_whole_or_resumed(data: Interactions, tiny_config: Co
             trainer = Trainer(data, many, tmp_path / name, **options)
             trainer.resume()
             outcome = trainer.run()
-        assert isinstance(trainer._steps, FusedSteps)
+        assert trainer._kind is FusedSteps
         runs.append((trainer, outcome))
     for trainer, outcome in runs[1:]:
         assert_same_run(trainer, outcome, runs[0])
