@@ -22,7 +22,6 @@ from fave_fast.demo import run_demo
 from fave_fast.engine import ItemId, Recommendation, Recommender
 from fave_fast.errors import DataError, InputError
 from fave_fast.files import check_writable, replacing
-from fave_fast.graphs import batches_up_to
 from fave_fast.model import DTYPES
 from fave_fast.profiling import Trace
 
@@ -366,10 +365,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         backend=arguments.backend,
         table_bytes=arguments.table_bytes,
     )
-    largest = 1 if arguments.input is None else arguments.batch_size
-    seconds = recommender.warmup(arguments.topk, batches_up_to(largest))
+    at_a_time = 1 if arguments.input is None else arguments.batch_size
+    seconds = recommender.warmup(arguments.topk, [at_a_time])
     if seconds > 0:
-        cli.say(f"note: one step captured for up to {largest} histories at a time, in {seconds:.2f} s")
+        cli.say(f"note: one step captured for up to {at_a_time} histories at a time, in {seconds:.2f} s")
     with Trace(arguments.profile, "infer") as trace:
         if arguments.input is None:
             print(sample_table(recommender, arguments.topk, trace.step))
