@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -69,8 +70,13 @@ class Catalogue:
             DataError: something that cannot be an id.
         """
         numbers = self.numbers_ever(ids)
-        numbers[self.gone[numbers]] = 0
+        if self._some_are_gone:
+            numbers[self.gone[numbers]] = 0
         return numbers
+
+    @cached_property
+    def _some_are_gone(self) -> bool:
+        return bool(self.gone[1:].any())
 
     def ids(self, numbers: npt.NDArray[np.integer]) -> list[ItemId]:
         """The ids of items `numbers`, flat."""

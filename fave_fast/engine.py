@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -211,8 +211,10 @@ class Recommender:
                 rows = known[start : start + batch_size]
                 batch = _rows(numbered, rows)
                 scores, items = self._best(batch, k, exclude_history, denied, range(first, first + samples))
-                counts = np.minimum(items, 1).sum(axis=1).tolist()
-                names, width = catalogue.ids(np.maximum(items, 1)), items.shape[1]
+                width, counts = items.shape[1], repeat(items.shape[1], len(rows))
+                if np.count_nonzero(items[:, -1:]) < len(rows):  # a list ends early
+                    counts, items = np.count_nonzero(items, axis=1).tolist(), np.maximum(items, 1)
+                names = catalogue.ids(items)
                 lists = zip(rows.tolist(), counts, scores.tolist(), unknown[rows].tolist(), strict=True)
                 for at, (row, count, row_scores, missing) in enumerate(lists):
                     best = names[at * width : at * width + count]
@@ -244,7 +246,7 @@ class Recommender:
             raise InputError(f"k is {k}; expected a whole number of at least 1")
         if ids.dtype != np.int32 or offsets.dtype != np.int64:
             raise InputError(f"ids are {ids.dtype} and offsets {offsets.dtype}; expected int32 and int64")
-        if np.count_nonzero(offsets[1:] <= offsets[:-1]):
+        if not _all_hold_items(offsets):
             raise InputError("a history has no items; expected at least one in each")
         with self._gate.shared:
             seed = self.config.flow.seed
@@ -394,7 +396,7 @@ class Recommender:
             self._count(found)
             if not isinstance(found, str):
                 scores, items = found.run(histories, exclude)
-                return scores[:, :k], items[:, :k]
+                return (scores, items) if items.shape[1] == k else (scores[:, :k], items[:, :k])
         on_step = None if self._on_gpu else self.on_step
         native = self._step(seeds[0]).native if len(seeds) == 1 and k <= MAX_K else None
         if native is not None:
@@ -443,12 +445,14 @@ class _Gate:
     Attributes:
         shared: `with gate.shared` for a request.
         alone: `with gate.alone` for a change.
+        changed: of `lock`, which is taken without it where nobody waits: half a microsecond sooner.
     """
 
     def __init__(self) -> None:
         self.shared = _Shared(self)
         self.alone = _Alone(self)
-        self.changed = threading.Condition()
+        self.lock = threading.Lock()
+        self.changed = threading.Condition(self.lock)
         self.inside = 0
         self.waiting = 0
         self.closed = False
@@ -460,14 +464,14 @@ class _Shared:
 
     def __enter__(self) -> None:
         gate = self._gate
-        with gate.changed:
+        with gate.lock:
             while gate.closed or gate.waiting:
                 gate.changed.wait()
             gate.inside += 1
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         gate = self._gate
-        with gate.changed:
+        with gate.lock:
             gate.inside -= 1
             if gate.waiting:
                 gate.changed.notify_all()
@@ -479,7 +483,7 @@ class _Alone:
 
     def __enter__(self) -> None:
         gate = self._gate
-        with gate.changed:
+        with gate.lock:
             gate.waiting += 1
             try:
                 while gate.closed or gate.inside:
@@ -490,7 +494,7 @@ class _Alone:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         gate = self._gate
-        with gate.changed:
+        with gate.lock:
             gate.closed = False
             gate.changed.notify_all()
 
@@ -499,6 +503,12 @@ def _popular_first(catalogue: Catalogue) -> Ints:
     """The numbers of all items, the most popular first, equal ones by number; without what is gone."""
     order = np.argsort(-catalogue.popularity, kind="stable")
     return order[~catalogue.gone[order]]
+
+
+def _all_hold_items(offsets: Ints) -> bool:
+    if len(offsets) == 2:  # as the comparison of arrays takes 1.8 us
+        return bool(offsets.item(0) < offsets.item(1))
+    return not np.count_nonzero(offsets[1:] <= offsets[:-1])
 
 
 def _number(catalogue: Catalogue, histories: Sequence[History]) -> tuple[Histories, Ints]:

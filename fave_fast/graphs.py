@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -86,9 +87,11 @@ def items_held(batch: int) -> int:
     return _ITEMS_EACH * batch + _MORE_ITEMS
 
 
-def smallest_batch(batches: Iterable[int], users: int, items: int) -> int | None:
+def smallest_batch(batches: Sequence[int], users: int, items: int) -> int | None:
     """Of ascending `batches` the first whose graph holds so many histories and items, or None."""
-    return next((batch for batch in batches if batch >= users and items_held(batch) >= items), None)
+    least = max(users, -((_MORE_ITEMS - items) // _ITEMS_EACH))
+    at = bisect_left(batches, least)
+    return batches[at] if at < len(batches) else None
 
 
 def parts_of(offsets: Ints, batches: Sequence[int], encoder_backend: Callable[[int], str]) -> list[Part] | None:
