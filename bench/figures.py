@@ -245,9 +245,10 @@ def _bare(axes: Axes) -> None:
 
 
 def swept(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[float, list[float]]]]:
-    """By data set and key of `SWEPT`: NDCG@20 on test, filtered, of each value's runs.
+    """By data set and key of `SWEPT`: each value's NDCG@20 on test, filtered, by the last stage's best weights.
 
-    A run counts for a key if it is the preset but for that key, so that the preset itself counts for all.
+    A run counts for a key if it is the preset but for that key, so that the preset itself counts for all. Values are
+    compared over the seeds that all of them have; where they have none in common, each over its own.
     """
     result: dict[str, dict[str, dict[float, list[float]]]] = {}
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
@@ -263,9 +264,13 @@ def swept(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[float, lis
                 alike = {**run["config"], section: {**run["config"][section], key: base[section][key]}}
                 if alike == base:  # of two runs of a seed, the setting and the preset, one counts
                     value = run["config"][section][key]
-                    found.setdefault(value, {})[run["seed"]] = run["test"]["chosen"]["filtered"]["NDCG@20"]
+                    found.setdefault(value, {})[run["seed"]] = run["test"]["last stage"]["filtered"]["NDCG@20"]
             if len(found) > 1:
-                by_value = {value: list(found[value].values()) for value in sorted(found)}
+                common = set.intersection(*map(set, found.values()))
+                by_value = {
+                    value: [ndcg for seed, ndcg in found[value].items() if not common or seed in common]
+                    for value in sorted(found)
+                }
                 result.setdefault(dataset, {})[key] = by_value
     return result
 

@@ -237,21 +237,29 @@ def random_checkpoint(items: int) -> Checkpoint:
     return Checkpoint(Config(), weights, ids, IdMap.from_ids([]), popularity, {}, none, none, none.new_zeros(1))
 
 
-def through_ids(requests: int) -> list[Row]:
-    """`Recommender.recommend` on lists of original ids."""
+def through_recommender(requests: int) -> list[Row]:
+    """`Recommender.best_items` on item numbers, and `recommend` on lists of original ids."""
     items = SIZES[0]
     recommender = Recommender(random_checkpoint(items), device="cuda", dtype="bf16")
     recommender.warmup(K)
     source = np.random.default_rng(0)
     rows: list[Row] = []
+
+    def add(batch: int, histories: str, call: Callable[[int], object]) -> None:
+        found = percentiles(call, max(200, requests // batch))
+        rows.append({"N": items, "B": batch, "histories": histories, **found})
+        print(json.dumps(rows[-1]), flush=True)
+
+    def best_items(numbered: list[Histories]) -> Callable[[int], object]:
+        return lambda at: recommender.best_items(*numbered[at % len(numbered)], K)
+
+    def recommend(asked: list[list[list[int]]]) -> Callable[[int], object]:
+        return lambda at: recommender.recommend(asked[at % len(asked)], K)
+
     for batch in (1, 64, 512):
+        add(batch, "50 item numbers each, best_items()", best_items(full_length(batch, items)))
         asked = [source.integers(1, items + 1, (batch, LENGTH)).tolist() for _ in range(32)]
-        found = percentiles(
-            lambda at, asked=asked: recommender.recommend(asked[at % 32], K), max(200, requests // batch)
-        )
-        row: Row = {"N": items, "B": batch, "histories": "50 original ids each, recommend()", **found}
-        print(json.dumps(row), flush=True)
-        rows.append(row)
+        add(batch, "50 original ids each, recommend()", recommend(asked))
     print(f"batches: {dict(recommender.batches)}")
     return rows
 
@@ -269,7 +277,7 @@ def main() -> None:
     rows: list[Row] = []
     for items in args.items or SIZES:
         rows += measure(items, data, args.requests, args.backend, args.compiled)
-    rows += through_ids(args.requests)
+    rows += through_recommender(args.requests)
     print(json.dumps({"gpu": torch.cuda.get_device_name(), "backend": args.backend, "rows": rows}))
 
 

@@ -74,7 +74,9 @@ def test_a_sweep_takes_the_runs_that_differ_in_one_key() -> None:
         run("alpha-usual", 0, 6.0, loss__alpha=usual), run("rho-1", 0, 3.0, flow__rho=1.0),
         run("both", 0, 1.0, loss__alpha=4.0, flow__rho=1.0), run("token", 0, 1.0, model__conditioning="token"),
     ]  # fmt: skip
-    assert swept(runs) == {"beauty": {"alpha": {usual: [6.0, 8.0], 4.0: [5.0]}, "rho": {0.75: [6.0, 8.0], 1.0: [3.0]}}}
+    assert swept(runs) == {"beauty": {"alpha": {usual: [6.0], 4.0: [5.0]}, "rho": {0.75: [6.0], 1.0: [3.0]}}}
+    apart = [run("preset", 0, 6.0), run("preset", 1, 8.0), run("alpha-4", 2, 5.0, loss__alpha=4.0)]
+    assert swept(apart) == {"beauty": {"alpha": {usual: [6.0, 8.0], 4.0: [5.0]}}}
     assert [name for name, _ in figures.sweeps(runs)] == ["sweeps-beauty"]
     assert [name for name, _ in figures.diversity(runs)] == ["diversity-beauty"]
 
