@@ -10,6 +10,7 @@
 #include "cluster_encoder.hpp"
 #include "encoder.hpp"
 #include "isa.hpp"
+#include "numbering.hpp"
 #include "rank_count.hpp"
 #include "score_topk.hpp"
 #include "step.hpp"
@@ -154,6 +155,21 @@ void bind_submit(py::module_& m) {
            "Scores float32 [B, k] and numbers int64 [B, k] for numbered histories: ids int32 [T], offsets int64\n"
            "[B + 1]; with `exclude` without their own items. Callers take turns. Releases the GIL.\n"
            "Raises as wait_flag; ValueError where the histories do not fit.");
+}
+
+void bind_numbering(py::module_& m) {
+  using fave_fast::Numbering;
+  py::class_<Numbering>(m, "Numbering", "The ids of a catalogue, to number histories by.")
+      .def(py::init<std::optional<Numbering::Ints>, std::optional<Numbering::Ints>, std::optional<py::dict>,
+                    Numbering::Bools, bool>(),
+           py::kw_only(), py::arg("ids").noconvert(), py::arg("positions").noconvert(), py::arg("texts"),
+           py::arg("gone").noconvert(), py::arg("complete"),
+           "Either ids int64 [N], ascending, or texts, a dict of text to place. positions int64 [span + 2] or None: the\n"
+           "place of each number from the least id to the greatest, -1 between them and at both ends. gone bool [N + 1].")
+      .def("number", &Numbering::number, py::arg("histories"),
+           "Numbers int32 [T] of the known items, offsets int64 [B + 1], and how many unknown items each history had,\n"
+           "int64 [B]. None where a history is neither list nor tuple, an id not exactly an int (or, with texts, a str that\n"
+           "is not empty), or unknown and these ids not complete.");
 }
 
 #ifdef FAVE_FAST_HAS_CUDA
@@ -436,6 +452,7 @@ PYBIND11_MODULE(_C, m) {
         "that is no candidate; it never counts, nor does the target's own. Releases the GIL; splits the rows over\n"
         "`threads` threads.\n"
         "Raises TypeError for a wrong dtype and ValueError for a wrong shape or stride.");
+  bind_numbering(m);
   bind_submit(m);
   bind_cluster_encoder(m);
   m.def("instruction_sets", &fave_fast::instruction_sets,

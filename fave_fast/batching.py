@@ -37,7 +37,8 @@ from typing import Protocol
 
 import numpy as np
 
-from fave_fast.engine import History, ItemId, Recommendation
+from fave_fast.catalogue import History, ItemId
+from fave_fast.engine import Recommendation
 from fave_fast.errors import Closed, InputError, Overloaded
 from fave_fast.ops.score_topk import MAX_K
 

@@ -5,15 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from fave_fast.data import IdMap, canonical_id
 from fave_fast.errors import InputError
+from fave_fast.ops.registry import why_no_extension
+
+if TYPE_CHECKING:
+    from fave_fast import _C
 
 ItemId = int | str
+History = Sequence[ItemId] | npt.NDArray[np.integer]
 Ints = npt.NDArray[np.int64]
+Items = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +86,38 @@ class Catalogue:
     def _some_are_gone(self) -> bool:
         return bool(self.gone[1:].any())
 
+    def number(self, histories: Sequence[History]) -> tuple[Items, Ints, Ints]:
+        """Known items by number: int32 [T], end to end; int64 [B + 1], where each history begins and the last ends;
+        and int64 [B], how many unknown items each had.
+
+        Lists of ints, and of texts where the ids are texts, are numbered by the extension, of which 64 histories of 50
+        items take 33 us where NumPy takes 256 (texts 94 and 3,673). Other histories, and those with an added item, are numbered by NumPy.
+
+        Raises:
+            DataError: something that cannot be an id.
+            TypeError: a history that is no sequence.
+        """
+        found = None if self._numbering is None else self._numbering.number(histories)
+        if found is not None:
+            return found
+        lengths = np.fromiter(map(len, histories), np.int64, len(histories))
+        unknown = np.zeros(len(histories), dtype=np.int64)
+        numbers = self.numbers(_end_to_end(histories))
+        if np.count_nonzero(numbers) < len(numbers):
+            owners = np.repeat(np.arange(len(histories)), lengths)
+            unknown = np.bincount(owners[numbers == 0], minlength=len(histories))
+            numbers = numbers[numbers != 0]
+            lengths -= unknown
+        offsets = np.zeros(len(histories) + 1, dtype=np.int64)
+        lengths.cumsum(out=offsets[1:])
+        return numbers.astype(np.int32), offsets, unknown
+
+    @cached_property
+    def _numbering(self) -> _C.Numbering | None:
+        if why_no_extension() is not None:
+            return None
+        return self.trained.numbering(self.gone[: len(self.trained) + 1], complete=not self.names)
+
     def ids(self, numbers: npt.NDArray[np.integer]) -> list[ItemId]:
         """The ids of items `numbers`, flat."""
         if not self.names:
@@ -123,6 +163,14 @@ class Catalogue:
         gone = self.gone.copy()
         gone[numbers] = True
         return replace(self, gone=gone, version=self.version + 1), numbers
+
+
+def _end_to_end(histories: Sequence[History]) -> list[ItemId] | npt.NDArray[np.integer]:
+    """All ids of all histories; NumPy's arrays of whole numbers stay arrays."""
+    arrays = [one for one in histories if isinstance(one, np.ndarray) and one.dtype.kind in "iu"]
+    if arrays and len(arrays) == len(histories):
+        return np.concatenate(arrays)
+    return list(chain.from_iterable(histories))
 
 
 def _each_once(ids: Sequence[ItemId]) -> list[ItemId]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,9 @@ import torch
 from fave_fast.config import DataConfig
 from fave_fast.errors import CheckpointError, DataError
 from fave_fast.readers import Log, read_log
+
+if TYPE_CHECKING:
+    from fave_fast import _C
 
 Ints = npt.NDArray[np.int64]
 Items = npt.NDArray[np.int32]
@@ -171,6 +175,20 @@ class IdMap:
         positions = np.full(span + 2, -1, dtype=np.int64)
         positions[self.numbers - self.numbers[0] + 1] = np.arange(len(self.numbers))
         return positions
+
+    def numbering(self, gone: Mask, *, complete: bool) -> _C.Numbering:
+        """Numbers histories in C++.
+
+        Args:
+            gone: [n + 1], whether item number i, whose id is at position i - 1, is gone.
+            complete: there are no other items.
+        """
+        from fave_fast import _C
+
+        if self.numbers is None:
+            return _C.Numbering(ids=None, positions=None, texts=self._lookup, gone=gone, complete=complete)
+        positions = self._positions if len(self.numbers) else None
+        return _C.Numbering(ids=self.numbers, positions=positions, texts=None, gone=gone, complete=complete)
 
     def to_tensors(self) -> dict[str, torch.Tensor]:
         """{"ints": int64 [n]}, or {"utf8": uint8 [bytes], "offsets": int64 [n + 1]}."""

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from itertools import chain, repeat
+from itertools import repeat
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fave_fast import checkpoint as checkpoints
-from fave_fast.catalogue import Catalogue, ItemId
+from fave_fast.catalogue import Catalogue, History, ItemId
 from fave_fast.checkpoint import Checkpoint
 from fave_fast.config import Config
 from fave_fast.errors import InputError
@@ -38,7 +38,6 @@ __all__ = ["ItemId", "Recommendation", "Recommender"]
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 _logger = logging.getLogger(__name__)
-History = Sequence[ItemId] | npt.NDArray[np.integer]
 
 
 class Recommendation(NamedTuple):
@@ -513,28 +512,11 @@ def _all_hold_items(offsets: Ints) -> bool:
 
 def _number(catalogue: Catalogue, histories: Sequence[History]) -> tuple[Histories, Ints]:
     """Known items by number, and how many unknown items each history had."""
-    lengths = np.fromiter(map(len, histories), np.int64, len(histories))
-    unknown = np.zeros(len(histories), dtype=np.int64)
     try:
-        numbers = catalogue.numbers(_end_to_end(histories))
+        ids, offsets, unknown = catalogue.number(histories)
     except (TypeError, ValueError) as error:
         raise InputError(f"a history holds an id that is neither a whole number nor text: {error}") from None
-    if np.count_nonzero(numbers) < len(numbers):
-        owners = np.repeat(np.arange(len(histories)), lengths)
-        unknown = np.bincount(owners[numbers == 0], minlength=len(histories))
-        numbers = numbers[numbers != 0]
-        lengths -= unknown
-    offsets = np.zeros(len(histories) + 1, dtype=np.int64)
-    lengths.cumsum(out=offsets[1:])
-    return Histories(numbers.astype(np.int32), offsets), unknown
-
-
-def _end_to_end(histories: Sequence[History]) -> list[ItemId] | npt.NDArray[np.integer]:
-    """All ids of all histories; NumPy's arrays of whole numbers stay arrays."""
-    arrays = [one for one in histories if isinstance(one, np.ndarray) and one.dtype.kind in "iu"]
-    if arrays and len(arrays) == len(histories):
-        return np.concatenate(arrays)
-    return list(chain.from_iterable(histories))
+    return Histories(ids, offsets), unknown
 
 
 def _rows(histories: Histories, rows: Ints) -> Histories:

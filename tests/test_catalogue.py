@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fave_fast.catalogue import Catalogue
-from fave_fast.data import IdMap
+from fave_fast.data import IdMap, canonical_id
 from fave_fast.engine import _Gate
 from fave_fast.errors import DataError, InputError
 
@@ -57,6 +58,53 @@ def test_ids_of_both_kinds_and_repeats() -> None:
             now.with_items(twice)
     with pytest.raises(DataError):
         now.with_items([1.5])  # type: ignore[list-item]
+
+
+KINDS: dict[str, list[int | str]] = {
+    "near each other": [3, 4, 6, 9],
+    "far apart": [-(2**63), -5, 10**12, 2**63 - 1],
+    "texts": ["a", "b", "7", "\u00e9", "item 1"],
+    "none": [],
+}
+STRANGE: list[int | str] = [0, 5, 7, 2**63, -(2**63) - 1, "3", "07", "c", "-5", "\u0000"]
+
+
+@pytest.mark.parametrize("by_numpy", [False, True])
+@settings(max_examples=150, deadline=None)
+@given(st.data(), st.sampled_from(list(KINDS)), st.booleans(), st.booleans())
+def test_histories_are_numbered_id_by_id(
+    by_numpy: bool, data: st.DataObject, kind: str, removes: bool, adds: bool
+) -> None:
+    """Against a plain dict; lists and tuples of ids that the catalogue has, had, never had, or writes otherwise."""
+    ids = KINDS[kind]
+    now = catalogue(ids)
+    numbers = {str(item): at + 1 for at, item in enumerate(now.trained.ids)}
+    if adds:
+        now, _ = now.with_items(["c", 5])
+        numbers |= {"c": len(ids) + 1, "5": len(ids) + 2}
+    if removes and ids:
+        now, _ = now.without_items([ids[0]])
+        del numbers[str(ids[0])]
+    if by_numpy:
+        now.__dict__["_numbering"] = None
+    row = st.lists(st.sampled_from([*ids, *STRANGE]), max_size=6)
+    histories = data.draw(st.lists(st.one_of(row, row.map(tuple)), max_size=4))
+    found, offsets, unknown = now.number(histories)
+    expected = [
+        [numbers[str(canonical_id(item))] for item in one if str(canonical_id(item)) in numbers] for one in histories
+    ]
+    assert (found.dtype, offsets.dtype, unknown.dtype) == (np.int32, np.int64, np.int64)
+    assert [found[a:b].tolist() for a, b in pairwise(offsets.tolist())] == expected
+    assert offsets[0] == 0
+    assert offsets[-1] == len(found)
+    assert unknown.tolist() == [len(one) - len(numbered) for one, numbered in zip(histories, expected, strict=True)]
+
+
+@pytest.mark.parametrize("ids", KINDS.values(), ids=KINDS.keys())
+@pytest.mark.parametrize("bad", [1.5, True, None, "", b"a"])
+def test_what_is_no_id_is_refused_in_any_history(ids: list[int | str], bad: object) -> None:
+    with pytest.raises(DataError, match="expected a whole number or a text"):
+        catalogue(ids).number([ids[:1], [*ids[:1], bad]])  # type: ignore[list-item]
 
 
 def test_a_change_waits_for_requests_and_goes_before_later_ones() -> None:

@@ -21,7 +21,8 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from fave_fast.batching import Engine, Statistics
-from fave_fast.engine import History, ItemId, Recommendation
+from fave_fast.catalogue import History, ItemId
+from fave_fast.engine import Recommendation
 
 # Seconds; from a GPU's tens of microseconds to a queue's seconds.
 _SECONDS = tuple(unit / scale for scale in (10**5, 10**4, 1000, 100, 10, 1) for unit in (1, 2, 5))
