@@ -91,7 +91,8 @@ class Catalogue:
         and int64 [B], how many unknown items each had.
 
         Lists of ints, and of texts where the ids are texts, are numbered by the extension, of which 64 histories of 50
-        items take 33 us where NumPy takes 256 (texts 94 and 3,673). Other histories, and those with an added item, are numbered by NumPy.
+        items take 33 us where NumPy takes 256 (texts 94 and 3,673). Other histories, and those with an added item, are
+        NumPy's.
 
         Raises:
             DataError: something that cannot be an id.
