@@ -9,13 +9,20 @@ The same holds of groups within spans of neighbouring groups. So:
 2. `finish`, one program a row, chooses K spans, of their groups K groups, computes the scores of these groups' items
    again and chooses K of them.
 
+A list of hundreds is too much for one program: of K = 1,000 it reads 16,000 items' rows, and a multiprocessor takes 64
+bytes a cycle. Three launches in place of `finish` do the same by the same functions:
+
+2. `choose`, one program a row, chooses spans and groups;
+3. `rescore`, some programs a row, writes the key of every item of the chosen groups, each to a place of its own;
+4. `rank`, one program a row, chooses K of the keys that reach what the K-th item reaches, and sorts them.
+
 Nothing depends on how scores are spread: no threshold that data can defeat, no list that can overflow, no order of
 arrival. A group's largest score is, bit for bit, the score of one of its items, and a row's list is the same in any
 batch, because the matrix units of an H200 give the same bits in every tile shape and with their operands exchanged
 (a test looks), and ordinary float32 products add up in the order of the columns.
 
-Excluded ids: the maximum of a group that holds one is only an upper bound. `finish` takes such groups out of the
-tournament and adds to the chosen ones those whose bound reaches the last chosen maximum.
+Excluded ids: the maximum of a group that holds one is only an upper bound. Such groups are taken out of the tournament,
+and those whose bound reaches the last chosen maximum are added to the chosen ones.
 
 Scores are compared as integers in the same order; the bits of a NaN count as those of -inf, those of -0 as those of 0.
 """
@@ -46,6 +53,7 @@ class Cut:
         tiles_of_span: tiles of a span.
         span_width: maxima that the choice of spans holds in registers, a power of two.
         group_width: likewise that of groups.
+        parts: programs of `rescore` a row, or 0 where `finish` makes the lists.
     """
 
     k: int
@@ -58,6 +66,7 @@ class Cut:
     tiles_of_span: int
     span_width: int
     group_width: int
+    parts: int
 
 
 @dataclass(frozen=True)
@@ -75,6 +84,8 @@ class Certified:
 
 BUFFERS = ("group_max", "span_max", "bounds", "chosen_spans", "chosen_groups", "entries")
 
+
+_HEAD = tl.constexpr(4)  # int32 a row from `choose` to `rank`: clean groups, groups, the least key, one above all
 _LOWEST = tl.constexpr(-2139095041)  # the key of -inf: anything above it is a candidate
 _EMPTY = tl.constexpr(-8388608)  # the bits of -inf
 _LAST_ID = tl.constexpr(0x7FFFFFFF)
@@ -428,6 +439,117 @@ def _is_certain(last, all_chosen, least, above_all, group_max, G: tl.constexpr):
     return all_chosen | (listed & ((key > least) | equals))
 
 
+@triton.jit
+def _choose_groups(
+    excluded_ids,
+    begin,
+    end,
+    group_max,
+    span_max,
+    bounds,
+    chosen_spans,
+    chosen_groups,
+    wanted,
+    capacity,
+    items,
+    groups_at_all,
+    spans,
+    width,
+    G: tl.constexpr,
+    SPAN_WIDTH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SHIFT: tl.constexpr,
+    SPANS: tl.constexpr,
+    EXCLUDE: tl.constexpr,
+):
+    """Write to `chosen_groups` those of a row: first groups without an excluded id, then groups with some.
+
+    Returns how many of the first kind; of both; and a key that the first reach, and one that none reaches, as
+    `_choose_maxima` does.
+    """
+    if EXCLUDE:
+        _take_out(excluded_ids, begin, end, group_max, span_max, bounds, items, groups_at_all, width, G, SPANS)
+    if SPANS:
+        count, low, above_all = _choose_maxima(
+            span_max, spans, chosen_spans, chosen_spans, 1, spans, 0, 0, wanted, capacity, SPAN_WIDTH, 0, False
+        )
+        clean, least, _ = _choose_maxima(
+            group_max, count * width, chosen_groups, chosen_spans, width, groups_at_all, low, above_all, wanted,
+            capacity, WIDTH, SHIFT, True,
+        )  # fmt: skip
+    else:
+        clean, least, above_all = _choose_maxima(
+            group_max, groups_at_all, chosen_groups, chosen_spans, 1, groups_at_all, 0, 0, wanted, capacity, WIDTH, 0,
+            False,
+        )  # fmt: skip
+    groups = clean
+    if EXCLUDE:
+        lane = tl.arange(0, 128)
+        for at in range(begin, end, 128):
+            bound = _order(tl.load(bounds + at + lane, mask=at + lane < end, other=-float("inf")))
+            item = tl.load(excluded_ids + at + lane, mask=at + lane < end, other=1)
+            reaches = bound >= least
+            place = tl.cumsum(reaches.to(tl.int32), axis=0)
+            tl.store(chosen_groups + groups + place - 1, ((item - 1) // G).to(tl.int32), mask=reaches)
+            groups += tl.sum(reaches.to(tl.int32), axis=0)
+        tl.debug_barrier()
+    return clean, groups, least, above_all
+
+
+@triton.jit
+def _keys(
+    query,
+    q,
+    table,
+    item,
+    items,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    BK: tl.constexpr,
+    M: tl.constexpr,
+    R: tl.constexpr,
+):
+    """Keys of the scores of R items, ids beyond the last one as the last, for the query whose M copies `q` holds."""
+    rows = table + tl.minimum(item, items).to(tl.int64) * D
+    if BK < DP:
+        scores = _product_in_parts(query + tl.zeros([M], tl.int64), rows, tl.arange(0, M) >= 0, D, DP, BK, M, R, 2)
+        key = _order(tl.max(scores, axis=0))
+    else:
+        column = tl.arange(0, DP)
+        if D == DP:
+            x = tl.load(rows[:, None] + column)
+        else:
+            x = tl.load(rows[:, None] + column, mask=(column < D)[None, :], other=0.0)
+        key = _order(tl.max(tl.dot(x, q.T), axis=1))
+    return key
+
+
+@triton.jit
+def _not_excluded(kept, item, excluded_ids, first, end):
+    """Which of the kept items are not among the excluded ids from `first` on."""
+    for other in range(first, end, 16):
+        index = other + tl.arange(0, 16)
+        excluded = tl.load(excluded_ids + index, mask=index < end, other=0)
+        kept = kept & (tl.sum((item[:, None] == excluded[None, :]).to(tl.int32), axis=1) == 0)
+    return kept
+
+
+@triton.jit
+def _entry(key, item):
+    """A key over an id that counts down: entries differ, and the larger one comes first."""
+    return (key.to(tl.int64) << 32) | (item ^ _LAST_ID).to(tl.int64)
+
+
+@triton.jit
+def _certify(last, all_chosen, least, above_all, group_max, flags, counts, counted, G: tl.constexpr):
+    """Write the flag of a row whose K-th entry is `last`, and count the row, if it is `counted`."""
+    certain = _is_certain(last, all_chosen, least, above_all, group_max, G)
+    tl.store(flags, 1 - certain.to(tl.int32))
+    if counted:
+        tl.atomic_add(counts, 1, sem="relaxed")
+        tl.atomic_add(counts + 1, 1 - certain.to(tl.int64), sem="relaxed")
+
+
 @triton.jit(do_not_specialize=["k", "wanted", "capacity", "items", "groups_at_all", "spans", "width"])
 def finish(
     queries,
@@ -496,34 +618,13 @@ def finish(
         begin = tl.load(excluded_offsets + row)
         end = tl.load(excluded_offsets + row + 1)
         chosen_groups += begin
-        _take_out(excluded_ids, begin, end, group_max, span_max, bounds, items, groups_at_all, width, G, SPANS)
     if SPANS:
         chosen_spans += row * capacity
-        count, low, above_all = _choose_maxima(
-            span_max, spans, chosen_spans, chosen_spans, 1, spans, 0, 0, wanted, capacity, SPAN_WIDTH, 0, False
-        )
-        clean, least, _ = _choose_maxima(
-            group_max, count * width, chosen_groups, chosen_spans, width, groups_at_all, low, above_all, wanted,
-            capacity, WIDTH, SHIFT, True,
-        )  # fmt: skip
-    else:
-        clean, least, above_all = _choose_maxima(
-            group_max, groups_at_all, chosen_groups, chosen_spans, 1, groups_at_all, 0, 0, wanted, capacity, WIDTH, 0,
-            False,
-        )  # fmt: skip
-    groups = clean
-    if EXCLUDE:
-        lane = tl.arange(0, 128)
-        for at in range(begin, end, 128):
-            bound = _order(tl.load(bounds + at + lane, mask=at + lane < end, other=-float("inf")))
-            item = tl.load(excluded_ids + at + lane, mask=at + lane < end, other=1)
-            reaches = bound >= least
-            place = tl.cumsum(reaches.to(tl.int32), axis=0)
-            tl.store(chosen_groups + groups + place - 1, ((item - 1) // G).to(tl.int32), mask=reaches)
-            groups += tl.sum(reaches.to(tl.int32), axis=0)
-        tl.debug_barrier()
+    clean, groups, least, above_all = _choose_groups(
+        excluded_ids, begin, end, group_max, span_max, bounds, chosen_spans, chosen_groups, wanted, capacity, items,
+        groups_at_all, spans, width, G, SPAN_WIDTH, WIDTH, SHIFT, SPANS, EXCLUDE,
+    )  # fmt: skip
 
-    # An entry is a key over an id that counts down: entries differ, and the larger one comes first.
     # The K-th score may be below bounds that K groups reach.
     floor = (clean * 0 + _LOWEST + 1 if CERTIFY else least).to(tl.int64) << 32
     fill = groups * 0
@@ -534,26 +635,14 @@ def finish(
         group = tl.load(chosen_groups + place // G, mask=place < total, other=0)
         item = group * G + place % G + 1
         valid = (place < total) & (item <= items)
-        rows = table + tl.minimum(item, items).to(tl.int64) * D
-        if BK < DP:
-            scores = _product_in_parts(query + tl.zeros([M], tl.int64), rows, tl.arange(0, M) >= 0, D, DP, BK, M, R, 2)
-            key = _order(tl.max(scores, axis=0))
-        else:
-            if D == DP:
-                x = tl.load(rows[:, None] + column)
-            else:
-                x = tl.load(rows[:, None] + column, mask=(column < D)[None, :], other=0.0)
-            key = _order(tl.max(tl.dot(x, q.T), axis=1))
+        key = _keys(query, q, table, item, items, D, DP, BK, M, R)
         if DENY:
             valid = valid & (tl.load(deny + item, mask=valid, other=1) == 0)
-        entry = (key.to(tl.int64) << 32) | (item ^ _LAST_ID).to(tl.int64)
+        entry = _entry(key, item)
         kept = valid & (key > _LOWEST) & (entry >= floor)
         if EXCLUDE:
             # Groups without an excluded id came first; from `clean` on each item is looked up.
-            for other in range(tl.where(at + R > clean * G, begin, end), end, 16):
-                index = other + tl.arange(0, 16)
-                excluded = tl.load(excluded_ids + index, mask=index < end, other=0)
-                kept = kept & (tl.sum((item[:, None] == excluded[None, :]).to(tl.int32), axis=1) == 0)
+            kept = _not_excluded(kept, item, excluded_ids, tl.where(at + R > clean * G, begin, end), end)
         tl.store(entries + fill + tl.cumsum(kept.to(tl.int32), axis=0) - 1, entry, mask=kept)
         fill += tl.sum(kept.to(tl.int32), axis=0)
         tl.debug_barrier()
@@ -576,14 +665,217 @@ def finish(
     tl.store(ids_out + row * k + lane, tl.zeros([RANKED], tl.int64), mask=missing)
     if CERTIFY:
         last = tl.max(tl.where(listed & (rank == k - 1), entry, _NO_ENTRY), axis=0)
-        certain = _is_certain(last, clean < wanted, least, above_all, group_max, G)
-        tl.store(flags + row, 1 - certain.to(tl.int32))
-        if tl.max(tl.max((q != 0).to(tl.int32), axis=1), axis=0) > 0:
-            tl.atomic_add(counts, 1, sem="relaxed")
-            tl.atomic_add(counts + 1, 1 - certain.to(tl.int64), sem="relaxed")
+        counted = tl.max(tl.max((q != 0).to(tl.int32), axis=1), axis=0) > 0
+        _certify(last, clean < wanted, least, above_all, group_max, flags + row, counts, counted, G)
 
 
-def launch_finish(
+@triton.jit(do_not_specialize=["wanted", "capacity", "items", "groups_at_all", "spans", "width"])
+def choose(
+    excluded_ids,
+    excluded_offsets,
+    flags,
+    group_max,
+    span_max,
+    bounds,
+    chosen_spans,
+    chosen_groups,
+    heads,
+    wanted,
+    capacity,
+    items,
+    groups_at_all,
+    spans,
+    width,
+    G: tl.constexpr,
+    SPAN_WIDTH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SHIFT: tl.constexpr,
+    SPANS: tl.constexpr,
+    EXCLUDE: tl.constexpr,
+    FLAGGED: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """The chosen groups of one row from its maxima, and its head. FLAGGED: of a row with a flag."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    row = tl.program_id(0).to(tl.int64)
+    if FLAGGED and tl.load(flags + row) == 0:
+        return
+    chosen_groups += row * capacity
+    begin = 0
+    end = 0
+    if EXCLUDE:
+        begin = tl.load(excluded_offsets + row)
+        end = tl.load(excluded_offsets + row + 1)
+        chosen_groups += begin
+    clean, groups, least, above_all = _choose_groups(
+        excluded_ids, begin, end, group_max + row * groups_at_all, span_max + row * spans, bounds,
+        chosen_spans + row * capacity, chosen_groups, wanted, capacity, items, groups_at_all, spans, width, G,
+        SPAN_WIDTH, WIDTH, SHIFT, SPANS, EXCLUDE,
+    )  # fmt: skip
+    heads += row * _HEAD
+    tl.store(heads, clean)
+    tl.store(heads + 1, groups)
+    tl.store(heads + 2, least)
+    tl.store(heads + 3, above_all)
+
+
+@triton.jit(do_not_specialize=["capacity", "items", "parts"])
+def rescore(
+    queries,
+    table,
+    deny,
+    excluded_ids,
+    excluded_offsets,
+    flags,
+    chosen_groups,
+    heads,
+    keys,
+    capacity,
+    items,
+    parts,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    G: tl.constexpr,
+    BK: tl.constexpr,
+    M: tl.constexpr,
+    R: tl.constexpr,
+    STAGES: tl.constexpr,
+    DENY: tl.constexpr,
+    EXCLUDE: tl.constexpr,
+    FLAGGED: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """The key of every item of the chosen groups, that of -inf for one that is no candidate; in the groups' order.
+
+    The programs of a row take every `parts`-th R items. No list is built here, so no program waits for another, and no
+    barrier stands between one R and the next: their rows are fetched ahead.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    row = (tl.program_id(0) // parts).to(tl.int64)
+    part = tl.program_id(0) % parts
+    if FLAGGED and tl.load(flags + row) == 0:
+        return
+    clean = tl.load(heads + row * _HEAD) * G
+    total = clean
+    if EXCLUDE:
+        total = tl.load(heads + row * _HEAD + 1) * G
+    first = row * capacity
+    if EXCLUDE:
+        first += tl.load(excluded_offsets + row)
+    chosen_groups += first
+    keys += first * G
+    query = queries + row * D
+    column = tl.arange(0, DP)
+    q = tl.load(query + column, mask=column < D, other=0.0)
+    q = tl.broadcast_to(q[None, :], [M, DP])
+    lane = tl.arange(0, R)
+    for at in tl.range(part * R, clean, parts * R, num_stages=STAGES):
+        place = at + lane
+        item = tl.load(chosen_groups + place // G, mask=place < clean, other=0) * G + place % G + 1
+        key = _keys(query, q, table, item, items, D, DP, BK, M, R)
+        valid = item <= items
+        if DENY:
+            valid = valid & (tl.load(deny + item, mask=valid, other=1) == 0)
+        tl.store(keys + place, tl.where(valid, key, _LOWEST), mask=place < clean)
+    if EXCLUDE:
+        begin = tl.load(excluded_offsets + row)
+        end = tl.load(excluded_offsets + row + 1)
+        for at in tl.range(clean + part * R, total, parts * R):
+            place = at + lane
+            item = tl.load(chosen_groups + place // G, mask=place < total, other=0) * G + place % G + 1
+            key = _keys(query, q, table, item, items, D, DP, BK, M, R)
+            valid = _not_excluded(item <= items, item, excluded_ids, begin, end)
+            if DENY:
+                valid = valid & (tl.load(deny + item, mask=valid, other=1) == 0)
+            tl.store(keys + place, tl.where(valid, key, _LOWEST), mask=place < total)
+
+
+@triton.jit(do_not_specialize=["k", "wanted", "capacity", "groups_at_all"])
+def rank(
+    queries,
+    excluded_offsets,
+    flags,
+    counts,
+    group_max,
+    chosen_groups,
+    heads,
+    keys,
+    entries,
+    scores_out,
+    ids_out,
+    k,
+    wanted,
+    capacity,
+    groups_at_all,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    G: tl.constexpr,
+    C: tl.constexpr,
+    BUFFER: tl.constexpr,
+    RANKED: tl.constexpr,
+    EXCLUDE: tl.constexpr,
+    CERTIFY: tl.constexpr,
+    FLAGGED: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """The list of one row from the keys of its chosen groups' items, C at a time. CERTIFY, FLAGGED: as in `finish`."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    row = tl.program_id(0).to(tl.int64)
+    if FLAGGED and tl.load(flags + row) == 0:
+        return
+    first = row * capacity
+    if EXCLUDE:
+        first += tl.load(excluded_offsets + row)
+    chosen_groups += first
+    keys += first * G
+    entries += row * BUFFER
+    total = tl.load(heads + row * _HEAD + 1) * G
+    least = tl.load(heads + row * _HEAD + 2)
+    floor = (least * 0 + _LOWEST + 1 if CERTIFY else least).to(tl.int64) << 32
+    fill = total * 0
+    lane = tl.arange(0, C)
+    key = tl.load(keys + lane, mask=lane < total, other=_LOWEST)
+    group = tl.load(chosen_groups + lane // G, mask=lane < total, other=0)
+    for at in range(0, total, C):
+        place = at + lane
+        entry = _entry(key, group * G + place % G + 1)
+        after = place + C  # fetched here: a barrier stands in the way of fetching ahead by itself
+        key_after = tl.load(keys + after, mask=after < total, other=_LOWEST)
+        group = tl.load(chosen_groups + after // G, mask=after < total, other=0)
+        kept = (key > _LOWEST) & (entry >= floor)
+        upto = tl.cumsum(kept.to(tl.int32), axis=0)
+        tl.store(entries + fill + upto - 1, entry, mask=kept)
+        fill += tl.max(upto, axis=0)
+        key = key_after
+        if fill > tl.where(at + C >= total, RANKED, BUFFER - C):
+            tl.debug_barrier()
+            floor = _choose_entries(entries, fill, k, BUFFER)
+            fill = k
+    tl.debug_barrier()
+    lane = tl.arange(0, RANKED)
+    entry = tl.sort(tl.load(entries + lane, mask=lane < fill, other=_NO_ENTRY), descending=True)
+    listed = lane < fill
+    score = tl.where(listed, _number((entry >> 32).to(tl.int32)), -float("inf"))
+    tl.store(scores_out + row * k + lane, score, mask=lane < k)
+    tl.store(ids_out + row * k + lane, tl.where(listed, (entry & _LAST_ID) ^ _LAST_ID, 0), mask=lane < k)
+    if CERTIFY:
+        column = tl.arange(0, DP)
+        q = tl.load(queries + row * D + column, mask=column < D, other=0.0)
+        counted = tl.max((q != 0).to(tl.int32), axis=0) > 0
+        last = tl.max(tl.where(listed & (lane == k - 1), entry, _NO_ENTRY), axis=0)
+        clean = tl.load(heads + row * _HEAD)
+        above_all = tl.load(heads + row * _HEAD + 3)
+        group_max += row * groups_at_all
+        _certify(last, clean < wanted, least, above_all, group_max, flags + row, counts, counted, G)
+
+
+def launch_lists(
     queries: Tensor,
     table: Tensor,
     deny: Tensor | None,
@@ -594,11 +886,11 @@ def launch_finish(
     *,
     cut: Cut,
     of_tile: int,
-    shapes: dict[str, int],
+    shapes: dict[str, dict[str, int]],
     certified: Certified | None = None,
     flags: Tensor | None = None,
 ) -> None:
-    """The lists of maxima in `buffers`.
+    """The lists of maxima in `buffers`, by `finish` or by `choose`, `rescore` and `rank`.
 
     Args:
         queries: as in `score_topk`, and so is all that is not named here.
@@ -610,58 +902,142 @@ def launch_finish(
         ids: as above.
         cut: as above.
         of_tile: groups of a tile.
-        shapes: as `finish_shapes`.
+        shapes: as `list_shapes`.
         certified: for maxima that are upper bounds: which lists are certain is written there.
         flags: as above.
     """
     rows, d = queries.shape
+    items, groups = len(table) - 1, cut.tiles * of_tile
     padded = max(16, triton.next_power_of_2(d))
     width = cut.tiles_of_span * of_tile
-    r = min(shapes["R"], triton.next_power_of_2(cut.capacity * cut.group))
     ranked = max(128, triton.next_power_of_2(cut.k))
     excluded_ids, excluded_offsets = (ids, ids) if excluded is None else excluded
-    pdl = bool(shapes["PDL"])
+    denied = table if deny is None else deny.view(torch.int8)
+    marks = ids if flags is None else flags
+    counts = ids
     if certified is not None:
-        flags = certified.flags
-    finish[(rows,)](
-        queries,
-        table,
-        table if deny is None else deny.view(torch.int8),
+        marks, counts = certified.flags, certified.counts
+    choice = {
+        "G": cut.group,
+        "SPAN_WIDTH": cut.span_width,
+        "WIDTH": cut.group_width,
+        "SHIFT": width.bit_length() - 1 if width & (width - 1) == 0 else -1,
+        "SPANS": cut.spans > 0,
+        "EXCLUDE": excluded is not None,
+    }
+    flagged = flags is not None and certified is None
+    if cut.parts == 0:
+        finishing = shapes["finish"]
+        r = min(finishing["R"], triton.next_power_of_2(cut.capacity * cut.group))
+        finish[(rows,)](
+            queries,
+            table,
+            denied,
+            excluded_ids,
+            excluded_offsets,
+            marks,
+            counts,
+            *(buffers[name] for name in BUFFERS),
+            scores,
+            ids,
+            cut.k,
+            cut.wanted,
+            cut.capacity,
+            items,
+            groups,
+            cut.spans,
+            width,
+            D=d,
+            DP=padded,
+            BK=min(finishing["BK"] or padded, padded),
+            M=finishing["M"],
+            R=r,
+            BUFFER=triton.next_power_of_2(ranked + r),
+            RANKED=ranked,
+            DENY=deny is not None,
+            CERTIFY=certified is not None,
+            FLAGGED=flagged,
+            **choice,
+            **_launch(finishing),
+        )
+        return
+    choosing, scoring, ranking = (shapes[name] for name in ("choose", "rescore", "rank"))
+    choose[(rows,)](
         excluded_ids,
         excluded_offsets,
-        ids if flags is None else flags,
-        ids if certified is None else certified.counts,
-        *(buffers[name] for name in BUFFERS),
+        marks,
+        *(buffers[name] for name in ("group_max", "span_max", "bounds", "chosen_spans", "chosen_groups", "heads")),
+        cut.wanted,
+        cut.capacity,
+        items,
+        groups,
+        cut.spans,
+        width,
+        FLAGGED=flagged,
+        **choice,
+        **_launch(choosing),
+    )
+    rescore[(rows * cut.parts,)](
+        queries,
+        table,
+        denied,
+        excluded_ids,
+        excluded_offsets,
+        marks,
+        *(buffers[name] for name in ("chosen_groups", "heads", "keys")),
+        cut.capacity,
+        items,
+        cut.parts,
+        D=d,
+        DP=padded,
+        G=cut.group,
+        BK=min(scoring["BK"] or padded, padded),
+        M=scoring["M"],
+        R=scoring["R"],
+        STAGES=scoring["num_stages"],
+        DENY=deny is not None,
+        EXCLUDE=excluded is not None,
+        FLAGGED=flagged,
+        **_launch(scoring),
+    )
+    rank[(rows,)](
+        queries,
+        excluded_offsets,
+        marks,
+        counts,
+        *(buffers[name] for name in ("group_max", "chosen_groups", "heads", "keys", "entries")),
         scores,
         ids,
         cut.k,
         cut.wanted,
         cut.capacity,
-        len(table) - 1,
-        cut.tiles * of_tile,
-        cut.spans,
-        width,
+        groups,
         D=d,
         DP=padded,
         G=cut.group,
-        BK=min(shapes["BK"] or padded, padded),
-        M=shapes["M"],
-        R=r,
-        SPAN_WIDTH=cut.span_width,
-        WIDTH=cut.group_width,
-        SHIFT=width.bit_length() - 1 if width & (width - 1) == 0 else -1,
-        BUFFER=triton.next_power_of_2(ranked + r),
+        C=ranking["C"],
+        BUFFER=triton.next_power_of_2(ranked + ranking["C"]),
         RANKED=ranked,
-        SPANS=cut.spans > 0,
-        DENY=deny is not None,
         EXCLUDE=excluded is not None,
         CERTIFY=certified is not None,
-        FLAGGED=flags is not None and certified is None,
-        PDL=pdl,
-        num_warps=shapes["num_warps"],
-        **({"launch_pdl": True} if pdl else {}),
-        **({"maxnreg": shapes["REGISTERS"]} if shapes["REGISTERS"] else {}),
+        FLAGGED=flagged,
+        **_launch(ranking),
     )
+
+
+def _launch(shapes: dict[str, int]) -> dict[str, int | bool]:
+    """How a kernel that waits for the one before it is launched."""
+    options: dict[str, int | bool] = {"num_warps": shapes["num_warps"], "PDL": bool(shapes["PDL"])}
+    if shapes["PDL"]:
+        options["launch_pdl"] = True
+    if shapes.get("REGISTERS", 0):
+        options["maxnreg"] = shapes["REGISTERS"]
+    return options
+
+
+def releases(list_shapes: dict[str, dict[str, int]]) -> bool:
+    """Whether what follows a scan starts while it still runs."""
+    return bool(next(iter(list_shapes.values()))["PDL"])
 
 
 def score_topk(
@@ -675,7 +1051,7 @@ def score_topk(
     *,
     cut: Cut,
     scan_shapes: dict[str, int],
-    finish_shapes: dict[str, int],
+    list_shapes: dict[str, dict[str, int]],
     overlap: bool,
     flags: Tensor | None = None,
 ) -> None:
@@ -687,12 +1063,14 @@ def score_topk(
         deny: [N + 1] bool, or None.
         excluded: ids [E] and offsets [B + 1], int64, or None. The offsets may start anywhere in the ids.
         buffers: `group_max` and `span_max` float32, `bounds` [E] float32, `chosen_spans` and
-            `chosen_groups` int32, `entries` int64: contents do not matter and change.
+            `chosen_groups` int32, `entries` int64; with parts also `heads` and `keys` int32: contents do not matter and
+            change.
         scores: written.
         ids: written.
         cut: how the catalogue is cut.
         scan_shapes: M, BN, BK, num_warps, num_stages, TMA.
-        finish_shapes: M, R, BK, num_warps, REGISTERS (a thread's at most, or 0), PDL.
+        list_shapes: of `finish` M, R, BK, num_warps, REGISTERS (a thread's at most, or 0), PDL; or of `choose`
+            num_warps, REGISTERS, PDL, of `rescore` M, R, BK, num_warps, num_stages, PDL, of `rank` C, num_warps, PDL.
         overlap: `scan` too may start while what was launched before it ends, a kernel.
         flags: int32 [B]: only rows with a flag get a list; by default all do.
     """
@@ -725,13 +1103,13 @@ def score_topk(
         DENY=deny is not None,
         FLAGGED=flags is not None,
         TMA=tma,
-        PDL=bool(finish_shapes["PDL"]),
+        PDL=releases(list_shapes),
         OVERLAP=overlap,
         INTERPRETED=not queries.is_cuda,
         num_warps=scan_shapes["num_warps"],
         **({"launch_pdl": True} if overlap else {}),
     )
-    launch_finish(
+    launch_lists(
         queries, table, deny, excluded, buffers, scores, ids,
-        cut=cut, of_tile=bn // cut.group, shapes=finish_shapes, flags=flags,
+        cut=cut, of_tile=bn // cut.group, shapes=list_shapes, flags=flags,
     )  # fmt: skip

@@ -4,10 +4,11 @@
 which the last costs nothing where it is not needed:
 
 1. `scan` reads the bytes once and keeps of every group, and of every span, the largest upper bound.
-2. `finish`, as in `score_topk`, chooses the groups with the largest bounds, more than K, computes the exact scores of
-   their items, and chooses K of these. No item of another group exceeds its group's bound, so where the K-th score
-   exceeds every bound that was not chosen, this is the list; otherwise the row gets a flag.
-3. `scan` and `finish` of `score_topk`, for flagged rows: programs without any return at once.
+2. `finish`, or the three launches in its place, as in `score_topk`, chooses the groups with the largest bounds, more
+   than K, computes the exact scores of their items, and chooses K of these. No item of another group exceeds its
+   group's bound, so where the K-th score exceeds every bound that was not chosen, this is the list; otherwise the row
+   gets a flag.
+3. The launches of `score_topk`, for flagged rows: programs without any return at once.
 
 A query's 16 bits are two bytes, of which each has its product with a tile: two products of matrix units that are busy
 for a third of the time that a tile takes to arrive, against a conversion of every element of the table.
@@ -145,7 +146,7 @@ def score_topk(
     *,
     cut: exact.Cut,
     scan_shapes: dict[str, int],
-    finish_shapes: dict[str, int],
+    list_shapes: dict[str, dict[str, int]],
     certified: exact.Certified,
     overlap: bool,
 ) -> None:
@@ -153,7 +154,7 @@ def score_topk(
 
     Args:
         queries: as in `score_topk.score_topk`, and so are `table`, `deny`, `excluded`, `buffers`, `scores`, `ids`,
-            `cut` and `finish_shapes`.
+            `cut` and `list_shapes`.
         table: of D up to 256: sums of products stay within 32 bits.
         table_bytes: int8 [N + 1, D up to whole 16] and words int32 [N + 1] of the table, as `KernelByteTable` has them.
         deny: as above.
@@ -163,7 +164,7 @@ def score_topk(
         ids: as above.
         cut: as above, for the bytes.
         scan_shapes: M, BN, num_warps, num_stages, TMA.
-        finish_shapes: as above.
+        list_shapes: as above.
         certified: what is written.
         overlap: as above.
     """
@@ -198,13 +199,13 @@ def score_topk(
         SPANS=cut.spans > 0,
         DENY=deny is not None,
         TMA=tma,
-        PDL=bool(finish_shapes["PDL"]),
+        PDL=exact.releases(list_shapes),
         OVERLAP=overlap,
         INTERPRETED=not queries.is_cuda,
         num_warps=scan_shapes["num_warps"],
         **({"launch_pdl": True} if overlap else {}),
     )
-    exact.launch_finish(
+    exact.launch_lists(
         queries, table, deny, excluded, buffers, scores, ids,
-        cut=cut, of_tile=bn // cut.group, shapes=finish_shapes, certified=certified,
+        cut=cut, of_tile=bn // cut.group, shapes=list_shapes, certified=certified,
     )  # fmt: skip

@@ -22,7 +22,7 @@ from fave_fast.ops.score_topk import workspace_bytes
 
 needs_triton = pytest.mark.skipif(why_no_triton() is not None, reason=str(why_no_triton()))
 needs_extension = pytest.mark.skipif(why_no_extension() is not None, reason=str(why_no_extension()))
-KINDS = [pytest.param("triton", marks=needs_triton)]
+KINDS = [pytest.param(name, marks=needs_triton) for name in ("triton", "parts")]
 if not torch.cuda.is_available():
     KINDS += [pytest.param(name, marks=needs_extension) for name in ("cpp", "bytes")]
 each_kind = pytest.mark.parametrize("kind", KINDS)
@@ -45,6 +45,9 @@ NARROW = {
         "REGISTERS": 0,
         "PDL": 0,
     },
+    "choose": {"WIDTH": 64, "SLACK": 25, "num_warps": 4, "REGISTERS": 0, "PDL": 0},
+    "rescore": {"M": 16, "R": 32, "BK": 16, "PER_SM": 1, "num_warps": 4, "num_stages": 2, "PDL": 0},
+    "rank": {"C": 128, "num_warps": 4, "PDL": 0},
 }
 
 
@@ -52,6 +55,13 @@ NARROW = {
 def narrow(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(OP_MODULE, "tile_shapes", lambda op, variant, device: NARROW[variant.split("_")[0]])
     return
+
+
+@pytest.fixture(autouse=True)
+def _short_lists_in_parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lists of the kind "parts" take the launches of long ones, whatever their length."""
+    if getattr(request.node, "callspec", None) is not None and request.node.callspec.params.get("kind") == "parts":
+        monkeypatch.setattr(OP_MODULE, "ONE_PROGRAM_MOST_K", 0)
 
 
 def whole_numbers(
@@ -98,9 +108,9 @@ def fast(
     out: tuple[Tensor, Tensor] | None = None,
     workspace: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """By the kernels in Triton, those in C++, or the latter by the table in bytes."""
+    """By the kernels in Triton, all in parts or only long lists; those in C++; or the latter by the table in bytes."""
     table_bytes = ByteTable.pack(table) if kind == "bytes" else None
-    backend = "triton" if kind == "triton" else "cpp"
+    backend = "triton" if kind in ("triton", "parts") else "cpp"
     return score_topk(
         queries, table, k, exclude, deny, out=out, workspace=workspace, table_bytes=table_bytes, backend=backend
     )
@@ -138,6 +148,55 @@ def test_lists_equal_the_reference(
     kind: str, narrow: None, batch: int, items: int, d: int, k: int, spread: int
 ) -> None:
     assert_equals_the_reference(*whole_numbers(batch, items, d, spread=spread), k, kind=kind)
+
+
+@pytest.mark.parametrize(
+    ("batch", "items", "d", "k", "spread"),
+    [(2, 700, 16, 100, 3), (1, 300, 8, 400, 3), (3, 300, 5, 65, 1), (1, 1100, 4, 300, 0)],
+)
+@needs_triton
+def test_long_lists_equal_the_reference(narrow: None, batch: int, items: int, d: int, k: int, spread: int) -> None:
+    """Of many equals (a spread of 1 or 0) more reach the last place than a buffer holds."""
+    queries, table = whole_numbers(batch, items, d, spread=spread)
+    assert OP_MODULE._Plan.make(batch, items, queries, k, 0).cut["parts"] > 0
+    assert_equals_the_reference(queries, table, k)
+    assert_equals_the_reference(queries, table, k, exclusions(batch, items, (0, 90)), denied(items, 0.2))
+
+
+@needs_triton
+def test_a_long_list_behind_excluded_items(narrow: None) -> None:
+    """Most groups are upper bounds only: several programs share groups with excluded ids out among each other."""
+    queries, table = whole_numbers(1, 640, 8)
+    _, order = score_topk(queries, table, 640, backend="reference")
+    exclude = Exclusions(order[0, :250].contiguous(), torch.tensor([0, 250], device=DEVICE))
+    assert_equals_the_reference(queries, table, 120, exclude)
+
+
+@needs_triton
+def test_spans_of_a_long_list(narrow: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OP_MODULE, "ONE_PROGRAM_MOST_K", 9)
+    queries, table = whole_numbers(1, 1500, 4)
+    assert OP_MODULE._Plan.make(1, 1500, queries, 10, 0).cut["spans"] > 0 or DEVICE.type == "cuda"
+    assert_equals_the_reference(queries, table, 10, exclusions(1, 1500, (90,)))
+
+
+@needs_triton
+def test_a_long_list_does_not_depend_on_the_number_of_programs(narrow: None) -> None:
+    generator = torch.Generator().manual_seed(1)
+    queries, table = torch.randn(6, 32, generator=generator), torch.randn(301, 32, generator=generator)
+    queries, table = queries.to(DEVICE), table.to(DEVICE)
+    parts = {rows: OP_MODULE._Plan.make(rows, 300, queries, 70, 0).cut["parts"] for rows in (1, 6)}
+    assert parts[1] > parts[6] or DEVICE.type == "cuda"
+    check_batch_invariance("triton", queries, table, exclusions(6, 300, (0, 10)), (0, 5), k=70)
+
+
+@needs_triton
+def test_only_lists_beyond_the_threshold_take_further_launches() -> None:
+    queries, _ = whole_numbers(1, 1, 4)
+    short, long = (OP_MODULE._Plan.make(1, 5000, queries, OP_MODULE.ONE_PROGRAM_MOST_K + more, 0) for more in (0, 1))
+    assert list(short.lists) == ["finish"]
+    assert list(long.lists) == ["choose", "rescore", "rank"]
+    assert {name for name, _, _ in long.sizes} - {name for name, _, _ in short.sizes} == {"heads", "keys"}
 
 
 @pytest.mark.parametrize(("lengths", "share", "spread"), [((0, 3, 150), None, 3), ((400,), 0.3, 1), ((0,), 1.0, 3)])
@@ -207,6 +266,7 @@ def test_minus_zero_ties_with_zero(kind: str, narrow: None) -> None:
 def test_half_precision_and_the_shipped_shapes() -> None:
     queries, table = whole_numbers(2, 300, 24, dtype=torch.float16)
     assert_equals_the_reference(queries, table, 20, exclusions(2, 300, (40,)), denied(300, 0.1))
+    assert_equals_the_reference(queries[:1], table, 70, exclusions(1, 300, (40,)), denied(300, 0.1))
 
 
 @each_kind
@@ -239,14 +299,14 @@ def test_a_list_does_not_depend_on_the_batch(kind: str, narrow: None) -> None:
 
 
 def check_batch_invariance(
-    kind: str, queries: Tensor, table: Tensor, exclude: Exclusions, rows: tuple[int, ...]
+    kind: str, queries: Tensor, table: Tensor, exclude: Exclusions, rows: tuple[int, ...], k: int = 10
 ) -> None:
-    scores, ids = fast(kind, queries, table, 10, exclude)
-    again = fast(kind, queries, table, 10, exclude)
+    scores, ids = fast(kind, queries, table, k, exclude)
+    again = fast(kind, queries, table, k, exclude)
     assert torch.equal(again[0], scores)
     assert torch.equal(again[1], ids)
     for row in rows:
-        alone = fast(kind, queries[row : row + 1], table, 10, exclude.rows(row, row + 1))
+        alone = fast(kind, queries[row : row + 1], table, k, exclude.rows(row, row + 1))
         assert torch.equal(alone[0], scores[row : row + 1])
         assert torch.equal(alone[1], ids[row : row + 1])
 
@@ -255,6 +315,8 @@ def check_batch_invariance(
 def test_a_batch_that_needs_more_workspace_goes_in_parts(narrow: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(OP_MODULE, "MAX_WORKSPACE", 0)
     monkeypatch.setattr(OP_MODULE, "ROWS_AT_LEAST", 8)
+    assert_equals_the_reference(*whole_numbers(19, 40, 4), 3, exclusions(19, 40, (0, 5)))
+    monkeypatch.setattr(OP_MODULE, "ONE_PROGRAM_MOST_K", 2)
     assert_equals_the_reference(*whole_numbers(19, 40, 4), 3, exclusions(19, 40, (0, 5)))
 
 
@@ -312,8 +374,9 @@ def test_random_floats(batch: int, items: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     queries, table = torch.randn(batch, 128, generator=generator), torch.randn(items + 1, 128, generator=generator)
     queries, table = queries.to(DEVICE, dtype), table.to(DEVICE, dtype)
-    check_floats("triton", queries, table, 20)
-    check_batch_invariance("triton", queries, table, exclusions(batch, items, (0, 50)), (0, batch - 1))
+    for k in (20, 300):
+        check_floats("triton", queries, table, k)
+        check_batch_invariance("triton", queries, table, exclusions(batch, items, (0, 50)), (0, batch - 1), k)
 
 
 @pytest.mark.gpu
@@ -332,13 +395,14 @@ def test_both_kernels_form_the_same_bits(batch: int, dtype: torch.dtype) -> None
 
 
 @pytest.mark.gpu
-def test_graph_replay_follows_its_inputs_and_allocates_nothing() -> None:
+@pytest.mark.parametrize("k", [20, 200])
+def test_graph_replay_follows_its_inputs_and_allocates_nothing(k: int) -> None:
     queries, table = whole_numbers(70, 100_003, 128, dtype=torch.bfloat16)
     exclude = exclusions(70, 100_003, (0, 50))
-    out, workspace = poisoned(queries, table, 20, exclude)
+    out, workspace = poisoned(queries, table, k, exclude)
 
     def call() -> None:
-        score_topk(queries, table, 20, exclude, out=out, workspace=workspace, backend="triton")
+        score_topk(queries, table, k, exclude, out=out, workspace=workspace, backend="triton")
 
     call()
     torch.cuda.synchronize()
@@ -354,7 +418,7 @@ def test_graph_replay_follows_its_inputs_and_allocates_nothing() -> None:
         out[0].fill_(torch.nan)
         workspace.random_(0, 256)
         graph.replay()
-        expected = score_topk(queries, table, 20, exclude, backend="reference")
+        expected = score_topk(queries, table, k, exclude, backend="reference")
         assert torch.equal(out[0], expected[0])
         assert torch.equal(out[1], expected[1])
 
@@ -365,7 +429,9 @@ def test_graph_replay_follows_its_inputs_and_allocates_nothing() -> None:
 def test_the_matrix_of_sizes(batch: int, items: int) -> None:
     assert_equals_the_reference(*whole_numbers(batch, items, 128, dtype=torch.bfloat16), 20)
     queries, table = whole_numbers(batch, items, 128, spread=1, dtype=torch.bfloat16)
-    assert_equals_the_reference(queries, table, 20, exclusions(batch, items, (0, 50, 700)), denied(items, 0.2))
+    exclude, deny = exclusions(batch, items, (0, 50, 700)), denied(items, 0.2)
+    assert_equals_the_reference(queries, table, 20, exclude, deny)
+    assert_equals_the_reference(queries, table, 200, exclude, deny)
 
 
 @pytest.mark.gpu
@@ -381,10 +447,11 @@ def test_other_lengths_of_lists(batch: int, items: int, k: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("d", [4, 50, 64, 256])
-def test_dtypes_and_widths(dtype: torch.dtype, d: int) -> None:
+@pytest.mark.parametrize("k", [20, 200])
+def test_dtypes_and_widths(dtype: torch.dtype, d: int, k: int) -> None:
     queries, table = whole_numbers(70, 12_101, d, dtype=dtype)
-    assert_equals_the_reference(queries, table, 20, exclusions(70, 12_101, (0, 50)))
-    assert_equals_the_reference(queries[:3], table, 20, deny=denied(12_101, 0.2))
+    assert_equals_the_reference(queries, table, k, exclusions(70, 12_101, (0, 50)))
+    assert_equals_the_reference(queries[:3], table, k, deny=denied(12_101, 0.2))
 
 
 @pytest.mark.gpu
@@ -395,5 +462,6 @@ def test_a_table_of_more_than_2_to_the_31_elements() -> None:
     assert table.numel() > 1 << 31
     queries, _ = whole_numbers(3, 1, 128, dtype=torch.bfloat16)
     table[-1] = queries[0] * 2  # the very last item leads the first list
-    assert_equals_the_reference(queries, table, 20, exclusions(3, items, (50,)))
+    for k in (20, 100):
+        assert_equals_the_reference(queries, table, k, exclusions(3, items, (50,)))
     assert score_topk(queries, table, 1, backend="triton")[1][0].item() == items

@@ -28,10 +28,14 @@ pytestmark = pytest.mark.skipif(why_no_triton() is not None, reason=str(why_no_t
 OP_MODULE = import_module("fave_fast.ops.score_topk")  # the package's attribute of this name is the function
 
 
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catalogues of any size are scanned in bytes, by shapes so narrow that some hundred items have spans."""
+@pytest.fixture(params=["whole", "parts"])
+def small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catalogues of any size are scanned in bytes, by shapes so narrow that some hundred items have spans.
+
+    Lists of any length are made by one program each, or in parts.
+    """
     narrow(monkeypatch, 4)
+    monkeypatch.setattr(OP_MODULE, "ONE_PROGRAM_MOST_K", 1024 if request.param == "whole" else 0)
 
 
 def narrow(patch: pytest.MonkeyPatch, group: int) -> None:

@@ -36,12 +36,18 @@ MAX_WIDTH = 256  # D of the kernels
 MAX_ITEMS = (1 << 31) - (1 << 12)  # N of the kernels: ids of a tile's last items stay below 2^31
 MAX_WORKSPACE = 512 << 20  # bytes of group maxima at a time
 ROWS_AT_LEAST = 128  # at a time, though they need more
+HEAD = 4  # int32 a row, of the kernels
 
 # Where the kernels scan bytes. Smaller tables are read in less time than what the bytes' two further launches take; and
 # more rows than a tile's 16 are more arithmetic than reading the table in 16 bits takes: of 10 M items 64 rows took
 # 1,256 us by bytes and 752 without, 16 rows 403 and 641 (H200).
 BYTES_LEAST_ITEMS = 1 << 18
 BYTES_MOST_ROWS = 16
+
+# K up to which one program a row, `finish`, makes the lists. It takes 23 us for K = 20, 30 for 50, 65 for 200 and 332
+# for 1,000, a scan of 100,000 items included (H200, one row); the three launches in its place have a fixed cost of two
+# more launches and of passes through memory, about 5 us, and little that grows with K.
+ONE_PROGRAM_MOST_K = 64
 
 
 @ranged("fave/topk")
@@ -206,33 +212,37 @@ class _Plan:
         rows: rows at a time.
         cut: of the catalogue and the lists, the fields of the kernels' `Cut`.
         scan: shapes of the scan.
-        finish: shapes of the rest.
+        lists: shapes of the rest, `finish` or `choose`, `rescore` and `rank`.
         sizes: workspace, each buffer's name, dtype and number of elements.
     """
 
     rows: int
     cut: dict[str, int]
     scan: Shapes
-    finish: Shapes
+    lists: dict[str, Shapes]
     sizes: tuple[tuple[str, torch.dtype, int], ...]
 
     @classmethod
     def make(cls, batch: int, items: int, queries: Tensor, k: int, excluded: int, *, in_bytes: bool = False) -> _Plan:
         device, d = queries.device, queries.shape[1]
         kind = "32bit" if queries.dtype == torch.float32 else "16bit"
-        if in_bytes:
-            finish = dict(tile_shapes("score_topk", f"certify_{kind}", device))
-            scan = dict(tile_shapes("score_topk", "scan_8bit", device))
+        few = "few" if batch <= 64 else "many"
+        one = k <= ONE_PROGRAM_MOST_K
+        if one:
+            names = {"finish": f"certify_{kind}" if in_bytes else f"finish_{kind}_{few}"}
         else:
-            few = "few" if batch <= 64 else "many"
-            finish = dict(tile_shapes("score_topk", f"finish_{kind}_{few}", device))
-            scan = dict(tile_shapes("score_topk", f"scan_{kind}_{few}", device))
-        for shapes, name in ((scan, "BN"), (finish, "R")):  # tiles of wider rows keep their bytes
+            names = {"choose": f"choose_{few}", "rescore": f"rescore_{kind}_{few}", "rank": f"rank_{few}"}
+        lists = {name: dict(tile_shapes("score_topk", variant, device)) for name, variant in names.items()}
+        scan = dict(tile_shapes("score_topk", "scan_8bit" if in_bytes else f"scan_{kind}_{few}", device))
+        choosing, scoring = (lists["finish"],) * 2 if one else (lists["choose"], lists["rescore"])
+        for shapes, name in ((scan, "BN"), (scoring, "R")):  # tiles of wider rows keep their bytes
             shapes[name] = max(16, shapes[name] * 128 // max(128, _power_of_two(d)))
         if not launches_overlap(device):  # the copy engine came with the same GPUs
-            scan["TMA"] = finish["PDL"] = 0
+            scan["TMA"] = 0
+            for shapes in lists.values():
+                shapes["PDL"] = 0
         wanted = 2 * k + 24 if in_bytes else k
-        group = min(scan["BN"], _group_size(batch, items, in_bytes))
+        group = min(scan["BN"], _group_size(batch, items, in_bytes, not one))
         tiles = _parts(items, scan["BN"])
         rows = MAX_WORKSPACE * group // (4 * items) // ROWS_AT_LEAST * ROWS_AT_LEAST
         rows = min(batch, max(ROWS_AT_LEAST, rows))
@@ -240,17 +250,23 @@ class _Plan:
         tiles_of_chunk = _parts(tiles, chunks)
         of_tile = scan["BN"] // group
         groups = tiles * of_tile
-        capacity = wanted + max(4, wanted * finish["SLACK"] // 100)
+        capacity = wanted + max(4, wanted * choosing["SLACK"] // 100)
         spans, tiles_of_span, compared = 0, 1, groups
-        if groups > max(min(256, finish["WIDTH"]), 2 * capacity):
+        most = choosing["WIDTH"]
+        # Of a long list spans of a tile may leave hardly a group out.
+        if groups > (max(min(256, most), 2 * capacity) if one else max(most, 2 * capacity * of_tile)):
             # As many spans as there are groups in the chosen ones: their sum is least so.
             tiles_of_span = max(1, math.isqrt(groups // capacity) // of_tile)
-            tiles_of_chunk, tiles_of_span = _even_spans(tiles_of_chunk, tiles_of_span, chunks, finish["WIDTH"])
+            tiles_of_chunk, tiles_of_span = _even_spans(tiles_of_chunk, tiles_of_span, chunks, most)
             spans = _parts(tiles, tiles_of_span)
             compared = capacity * tiles_of_span * of_tile
-        span_width, group_width = (min(max(128, _power_of_two(n)), finish["WIDTH"]) for n in (spans, compared))
-        buffer = _power_of_two(max(128, _power_of_two(k)) + finish["R"])
-        sizes = (
+        span_width, group_width = (min(max(128, _power_of_two(n)), most) for n in (spans, compared))
+        buffer = _power_of_two(max(128, _power_of_two(k)) + (scoring["R"] if one else lists["rank"]["C"]))
+        parts = 0
+        if not one:
+            wave = scoring["PER_SM"] * multiprocessors(device)
+            parts = min(_parts(wave, rows), _parts(capacity * group, scoring["R"]))
+        sizes: tuple[tuple[str, torch.dtype, int], ...] = (
             ("entries", torch.int64, rows * buffer),
             ("group_max", torch.float32, rows * groups),
             ("span_max", torch.float32, rows * spans),
@@ -258,12 +274,17 @@ class _Plan:
             ("chosen_spans", torch.int32, rows * capacity),
             ("chosen_groups", torch.int32, rows * capacity + excluded),
         )
+        if not one:
+            sizes += (
+                ("heads", torch.int32, rows * HEAD),
+                ("keys", torch.int32, (rows * capacity + excluded) * group),
+            )
         cut = {
             "k": k, "wanted": wanted, "capacity": capacity, "group": group, "tiles": tiles, "spans": spans,
             "tiles_of_chunk": tiles_of_chunk, "tiles_of_span": tiles_of_span,
-            "span_width": span_width, "group_width": group_width,
+            "span_width": span_width, "group_width": group_width, "parts": parts,
         }  # fmt: skip
-        return cls(rows, cut, scan, finish, sizes)
+        return cls(rows, cut, scan, lists, sizes)
 
     @property
     def bytes(self) -> int:
@@ -308,13 +329,17 @@ def _even_spans(tiles: int, wanted: int, chunks: int, most: int) -> tuple[int, i
     return _parts(tiles, spans) * spans, _parts(tiles, spans)
 
 
-def _group_size(batch: int, items: int, in_bytes: bool = False) -> int:
+def _group_size(batch: int, items: int, in_bytes: bool = False, long: bool = False) -> int:
     """Small groups cost memory for their maxima, large ones work when their items are scored again.
 
-    Of groups that have bounds only more are scored again, and they are smaller.
+    Of groups that have bounds only more are scored again, and they are smaller. Of long lists the work weighs more: for
+    512 rows, 1 M items and K = 1,000, groups of 32 are 5 GB of items' rows and 64 MB of maxima, groups of 8 are 1.2 GB
+    and 256 MB.
     """
     if in_bytes:
         return 16 if items <= 1 << 22 else 32 if items <= 1 << 25 else 64
+    if long and items <= 1 << 24:
+        return 8 if items <= 1 << 22 else 16
     if items <= 1 << 22:
         return 8 if items <= 1 << 16 else 16 if batch <= 64 else 32
     return 64 if items <= 1 << 25 else 128
@@ -422,7 +447,7 @@ def _plain_lists(call: _KernelCall, flags: Tensor | None = None) -> None:
             ids[part],
             cut=kernels.Cut(**plan.cut),
             scan_shapes=plan.scan if aligned else {**plan.scan, "TMA": 0},
-            finish_shapes=plan.finish,
+            list_shapes=plan.lists,
             overlap=call.overlap,
             flags=None if flags is None else flags[part],
         )
@@ -446,7 +471,7 @@ def _certified_lists(call: _KernelCall, table_bytes: KernelByteTable) -> None:
         *call.out,
         cut=kernels.Cut(**plan.cut),
         scan_shapes=plan.scan,
-        finish_shapes=plan.finish,
+        list_shapes=plan.lists,
         certified=kernels.Certified(flags, table_bytes.counts),
         overlap=call.overlap,
     )
