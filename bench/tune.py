@@ -102,6 +102,9 @@ def _score_topk() -> Iterable[Call]:
     for batch, items, dtype in ((1, 1_000_000, torch.bfloat16), (512, 1_000_000, torch.bfloat16)):
         queries, table = _random(batch, 128, dtype=dtype), _random(items + 1, 128, dtype=dtype)
         yield lambda queries=queries, table=table: score_topk(queries, table, 20, backend="triton")
+    for batch, dtype in ((1, torch.bfloat16), (512, torch.bfloat16), (1, torch.float32), (512, torch.float32)):
+        queries, table = _random(batch, 128, dtype=dtype), _random(100_001, 128, dtype=dtype)
+        yield lambda queries=queries, table=table: score_topk(queries, table, 1000, backend="triton")
     table = _random(10_000_001, 128)
     packed = ByteTable.pack(table)
     queries = _random(1, 128)

@@ -13,13 +13,14 @@ A list of hundreds is too much for one program: of K = 1,000 it reads 16,000 ite
 bytes a cycle. Three launches in place of `finish` do the same by the same functions:
 
 2. `choose`, one program a row, chooses spans and groups;
-3. `rescore`, some programs a row, writes the key of every item of the chosen groups, each to a place of its own;
-4. `rank`, one program a row, chooses K of the keys that reach what the K-th item reaches, and sorts them.
+3. `rescore`, some programs a row, lists those of the chosen groups' items that reach what the K-th item reaches;
+4. `rank`, one program a row, chooses K of them and sorts them.
 
-Nothing depends on how scores are spread: no threshold that data can defeat, no list that can overflow, no order of
-arrival. A group's largest score is, bit for bit, the score of one of its items, and a row's list is the same in any
-batch, because the matrix units of an H200 give the same bits in every tile shape and with their operands exchanged
-(a test looks), and ordinary float32 products add up in the order of the columns.
+Nothing depends on how scores are spread: no threshold that data can defeat, no list that can overflow, and no order of
+arrival: what `rescore` lists differs item by item and is sorted. A group's largest score is, bit for bit, the score of
+one of its items, and a row's list is the same in any batch, because the matrix units of an H200 give the same bits in
+every tile shape and with their operands exchanged (a test looks), and ordinary float32 products add up in the order of
+the columns.
 
 Excluded ids: the maximum of a group that holds one is only an upper bound. Such groups are taken out of the tournament,
 and those whose bound reaches the last chosen maximum are added to the chosen ones.
@@ -84,8 +85,7 @@ class Certified:
 
 BUFFERS = ("group_max", "span_max", "bounds", "chosen_spans", "chosen_groups", "entries")
 
-
-_HEAD = tl.constexpr(4)  # int32 a row from `choose` to `rank`: clean groups, groups, the least key, one above all
+_HEAD = tl.constexpr(5)  # int32 a row: clean groups, groups, the least key, one above all, and how many entries
 _LOWEST = tl.constexpr(-2139095041)  # the key of -inf: anything above it is a candidate
 _EMPTY = tl.constexpr(-8388608)  # the bits of -inf
 _LAST_ID = tl.constexpr(0x7FFFFFFF)
@@ -669,7 +669,7 @@ def finish(
         _certify(last, clean < wanted, least, above_all, group_max, flags + row, counts, counted, G)
 
 
-@triton.jit(do_not_specialize=["wanted", "capacity", "items", "groups_at_all", "spans", "width"])
+@triton.jit(do_not_specialize=["wanted", "capacity", "items", "tiles", "spans", "tiles_of_span"])
 def choose(
     excluded_ids,
     excluded_offsets,
@@ -683,9 +683,10 @@ def choose(
     wanted,
     capacity,
     items,
-    groups_at_all,
+    tiles,
     spans,
-    width,
+    tiles_of_span,
+    OF_TILE: tl.constexpr,
     G: tl.constexpr,
     SPAN_WIDTH: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -700,6 +701,7 @@ def choose(
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
+    groups_at_all = tiles * OF_TILE  # so that the compiler knows where rows of maxima start: it reads four at once
     if FLAGGED and tl.load(flags + row) == 0:
         return
     chosen_groups += row * capacity
@@ -711,7 +713,8 @@ def choose(
         chosen_groups += begin
     clean, groups, least, above_all = _choose_groups(
         excluded_ids, begin, end, group_max + row * groups_at_all, span_max + row * spans, bounds,
-        chosen_spans + row * capacity, chosen_groups, wanted, capacity, items, groups_at_all, spans, width, G,
+        chosen_spans + row * capacity, chosen_groups, wanted, capacity, items, groups_at_all, spans,
+        tiles_of_span * OF_TILE, G,
         SPAN_WIDTH, WIDTH, SHIFT, SPANS, EXCLUDE,
     )  # fmt: skip
     heads += row * _HEAD
@@ -719,6 +722,15 @@ def choose(
     tl.store(heads + 1, groups)
     tl.store(heads + 2, least)
     tl.store(heads + 3, above_all)
+    tl.store(heads + 4, 0)
+
+
+@triton.jit
+def _list(entries, fill, key, item, kept):
+    """Append the kept items to the `fill` entries of a row, beside other programs that do."""
+    upto = tl.cumsum(kept.to(tl.int32), axis=0)
+    start = tl.atomic_add(fill, tl.max(upto, axis=0), sem="relaxed")
+    tl.store(entries + start + upto - 1, _entry(key, item), mask=kept)
 
 
 @triton.jit(do_not_specialize=["capacity", "items", "parts"])
@@ -731,7 +743,7 @@ def rescore(
     flags,
     chosen_groups,
     heads,
-    keys,
+    entries,
     capacity,
     items,
     parts,
@@ -744,13 +756,14 @@ def rescore(
     STAGES: tl.constexpr,
     DENY: tl.constexpr,
     EXCLUDE: tl.constexpr,
+    CERTIFY: tl.constexpr,
     FLAGGED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """The key of every item of the chosen groups, that of -inf for one that is no candidate; in the groups' order.
+    """The entries of the items of the chosen groups that reach the row's least key. CERTIFY, FLAGGED: as in `finish`.
 
-    The programs of a row take every `parts`-th R items. No list is built here, so no program waits for another, and no
-    barrier stands between one R and the next: their rows are fetched ahead.
+    The programs of a row take every `parts`-th R items. No barrier stands between one R and the next, so that the next
+    ones' rows are fetched ahead.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -759,15 +772,19 @@ def rescore(
     part = tl.program_id(0) % parts
     if FLAGGED and tl.load(flags + row) == 0:
         return
-    clean = tl.load(heads + row * _HEAD) * G
+    heads += row * _HEAD
+    clean = tl.load(heads) * G
     total = clean
     if EXCLUDE:
-        total = tl.load(heads + row * _HEAD + 1) * G
+        total = tl.load(heads + 1) * G
+    least = tl.load(heads + 2)
+    if CERTIFY:  # the K-th score may be below bounds that K groups reach
+        least = least * 0 + _LOWEST + 1
     first = row * capacity
     if EXCLUDE:
         first += tl.load(excluded_offsets + row)
     chosen_groups += first
-    keys += first * G
+    entries += first * G
     query = queries + row * D
     column = tl.arange(0, DP)
     q = tl.load(query + column, mask=column < D, other=0.0)
@@ -777,10 +794,10 @@ def rescore(
         place = at + lane
         item = tl.load(chosen_groups + place // G, mask=place < clean, other=0) * G + place % G + 1
         key = _keys(query, q, table, item, items, D, DP, BK, M, R)
-        valid = item <= items
+        valid = (place < clean) & (item <= items)
         if DENY:
             valid = valid & (tl.load(deny + item, mask=valid, other=1) == 0)
-        tl.store(keys + place, tl.where(valid, key, _LOWEST), mask=place < clean)
+        _list(entries, heads + 4, key, item, valid & (key >= least))
     if EXCLUDE:
         begin = tl.load(excluded_offsets + row)
         end = tl.load(excluded_offsets + row + 1)
@@ -788,76 +805,70 @@ def rescore(
             place = at + lane
             item = tl.load(chosen_groups + place // G, mask=place < total, other=0) * G + place % G + 1
             key = _keys(query, q, table, item, items, D, DP, BK, M, R)
-            valid = _not_excluded(item <= items, item, excluded_ids, begin, end)
+            valid = _not_excluded((place < total) & (item <= items), item, excluded_ids, begin, end)
             if DENY:
                 valid = valid & (tl.load(deny + item, mask=valid, other=1) == 0)
-            tl.store(keys + place, tl.where(valid, key, _LOWEST), mask=place < total)
+            _list(entries, heads + 4, key, item, valid & (key >= least))
 
 
-@triton.jit(do_not_specialize=["k", "wanted", "capacity", "groups_at_all"])
+@triton.jit(do_not_specialize=["k", "wanted", "capacity", "tiles"])
 def rank(
     queries,
     excluded_offsets,
     flags,
     counts,
     group_max,
-    chosen_groups,
     heads,
-    keys,
     entries,
     scores_out,
     ids_out,
     k,
     wanted,
     capacity,
-    groups_at_all,
+    tiles,
+    OF_TILE: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
     G: tl.constexpr,
     C: tl.constexpr,
-    BUFFER: tl.constexpr,
     RANKED: tl.constexpr,
     EXCLUDE: tl.constexpr,
     CERTIFY: tl.constexpr,
     FLAGGED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """The list of one row from the keys of its chosen groups' items, C at a time. CERTIFY, FLAGGED: as in `finish`."""
+    """The list of one row from its entries. CERTIFY, FLAGGED: as in `finish`.
+
+    There are hardly more than K, unless many scores are equal or neighbours are alike: twice RANKED fit into registers,
+    the rest follows C at a time.
+    """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     if FLAGGED and tl.load(flags + row) == 0:
         return
+    SIZE: tl.constexpr = 2 * RANKED
     first = row * capacity
     if EXCLUDE:
         first += tl.load(excluded_offsets + row)
-    chosen_groups += first
-    keys += first * G
-    entries += row * BUFFER
-    total = tl.load(heads + row * _HEAD + 1) * G
-    least = tl.load(heads + row * _HEAD + 2)
-    floor = (least * 0 + _LOWEST + 1 if CERTIFY else least).to(tl.int64) << 32
-    fill = total * 0
+    entries += first * G
+    heads += row * _HEAD
+    total = tl.load(heads + 4)
+    fill = tl.minimum(total, SIZE)
+    at = fill
     lane = tl.arange(0, C)
-    key = tl.load(keys + lane, mask=lane < total, other=_LOWEST)
-    group = tl.load(chosen_groups + lane // G, mask=lane < total, other=0)
-    for at in range(0, total, C):
-        place = at + lane
-        entry = _entry(key, group * G + place % G + 1)
-        after = place + C  # fetched here: a barrier stands in the way of fetching ahead by itself
-        key_after = tl.load(keys + after, mask=after < total, other=_LOWEST)
-        group = tl.load(chosen_groups + after // G, mask=after < total, other=0)
-        kept = (key > _LOWEST) & (entry >= floor)
-        upto = tl.cumsum(kept.to(tl.int32), axis=0)
-        tl.store(entries + fill + upto - 1, entry, mask=kept)
-        fill += tl.max(upto, axis=0)
-        key = key_after
-        if fill > tl.where(at + C >= total, RANKED, BUFFER - C):
-            tl.debug_barrier()
-            floor = _choose_entries(entries, fill, k, BUFFER)
-            fill = k
-    tl.debug_barrier()
+    while fill > RANKED:
+        floor = _choose_entries(entries, fill, k, SIZE)
+        fill = total * 0 + k
+        while (at < total) & (fill <= SIZE - C):
+            entry = tl.load(entries + at + lane, mask=at + lane < total, other=_NO_ENTRY)
+            kept = entry >= floor
+            upto = tl.cumsum(kept.to(tl.int32), axis=0)
+            tl.store(entries + fill + upto - 1, entry, mask=kept)  # what stood there is among the K or was left out
+            fill += tl.max(upto, axis=0)
+            at += C
+        tl.debug_barrier()
     lane = tl.arange(0, RANKED)
     entry = tl.sort(tl.load(entries + lane, mask=lane < fill, other=_NO_ENTRY), descending=True)
     listed = lane < fill
@@ -869,9 +880,8 @@ def rank(
         q = tl.load(queries + row * D + column, mask=column < D, other=0.0)
         counted = tl.max((q != 0).to(tl.int32), axis=0) > 0
         last = tl.max(tl.where(listed & (lane == k - 1), entry, _NO_ENTRY), axis=0)
-        clean = tl.load(heads + row * _HEAD)
-        above_all = tl.load(heads + row * _HEAD + 3)
-        group_max += row * groups_at_all
+        clean, least, above_all = tl.load(heads), tl.load(heads + 2), tl.load(heads + 3)
+        group_max += row * tiles * OF_TILE
         _certify(last, clean < wanted, least, above_all, group_max, flags + row, counts, counted, G)
 
 
@@ -970,9 +980,10 @@ def launch_lists(
         cut.wanted,
         cut.capacity,
         items,
-        groups,
+        cut.tiles,
         cut.spans,
-        width,
+        cut.tiles_of_span,
+        OF_TILE=of_tile,
         FLAGGED=flagged,
         **choice,
         **_launch(choosing),
@@ -984,7 +995,7 @@ def launch_lists(
         excluded_ids,
         excluded_offsets,
         marks,
-        *(buffers[name] for name in ("chosen_groups", "heads", "keys")),
+        *(buffers[name] for name in ("chosen_groups", "heads", "entries")),
         cut.capacity,
         items,
         cut.parts,
@@ -997,6 +1008,7 @@ def launch_lists(
         STAGES=scoring["num_stages"],
         DENY=deny is not None,
         EXCLUDE=excluded is not None,
+        CERTIFY=certified is not None,
         FLAGGED=flagged,
         **_launch(scoring),
     )
@@ -1005,18 +1017,18 @@ def launch_lists(
         excluded_offsets,
         marks,
         counts,
-        *(buffers[name] for name in ("group_max", "chosen_groups", "heads", "keys", "entries")),
+        *(buffers[name] for name in ("group_max", "heads", "entries")),
         scores,
         ids,
         cut.k,
         cut.wanted,
         cut.capacity,
-        groups,
+        cut.tiles,
+        OF_TILE=of_tile,
         D=d,
         DP=padded,
         G=cut.group,
-        C=ranking["C"],
-        BUFFER=triton.next_power_of_2(ranked + ranking["C"]),
+        C=ranked // 2,
         RANKED=ranked,
         EXCLUDE=excluded is not None,
         CERTIFY=certified is not None,
@@ -1063,14 +1075,13 @@ def score_topk(
         deny: [N + 1] bool, or None.
         excluded: ids [E] and offsets [B + 1], int64, or None. The offsets may start anywhere in the ids.
         buffers: `group_max` and `span_max` float32, `bounds` [E] float32, `chosen_spans` and
-            `chosen_groups` int32, `entries` int64; with parts also `heads` and `keys` int32: contents do not matter and
-            change.
+            `chosen_groups` int32, `entries` int64; with parts also `heads` int32: contents do not matter and change.
         scores: written.
         ids: written.
         cut: how the catalogue is cut.
         scan_shapes: M, BN, BK, num_warps, num_stages, TMA.
         list_shapes: of `finish` M, R, BK, num_warps, REGISTERS (a thread's at most, or 0), PDL; or of `choose`
-            num_warps, REGISTERS, PDL, of `rescore` M, R, BK, num_warps, num_stages, PDL, of `rank` C, num_warps, PDL.
+            num_warps, REGISTERS, PDL, of `rescore` M, R, BK, num_warps, num_stages, PDL, of `rank` num_warps, PDL.
         overlap: `scan` too may start while what was launched before it ends, a kernel.
         flags: int32 [B]: only rows with a flag get a list; by default all do.
     """

@@ -36,7 +36,7 @@ MAX_WIDTH = 256  # D of the kernels
 MAX_ITEMS = (1 << 31) - (1 << 12)  # N of the kernels: ids of a tile's last items stay below 2^31
 MAX_WORKSPACE = 512 << 20  # bytes of group maxima at a time
 ROWS_AT_LEAST = 128  # at a time, though they need more
-HEAD = 4  # int32 a row, of the kernels
+HEAD = 5  # int32 a row, of the kernels
 
 # Where the kernels scan bytes. Smaller tables are read in less time than what the bytes' two further launches take; and
 # more rows than a tile's 16 are more arithmetic than reading the table in 16 bits takes: of 10 M items 64 rows took
@@ -261,24 +261,21 @@ class _Plan:
             spans = _parts(tiles, tiles_of_span)
             compared = capacity * tiles_of_span * of_tile
         span_width, group_width = (min(max(128, _power_of_two(n)), most) for n in (spans, compared))
-        buffer = _power_of_two(max(128, _power_of_two(k)) + (scoring["R"] if one else lists["rank"]["C"]))
         parts = 0
+        entries = rows * _power_of_two(max(128, _power_of_two(k)) + scoring["R"])
         if not one:
             wave = scoring["PER_SM"] * multiprocessors(device)
             parts = min(_parts(wave, rows), _parts(capacity * group, scoring["R"]))
-        sizes: tuple[tuple[str, torch.dtype, int], ...] = (
-            ("entries", torch.int64, rows * buffer),
+            entries = (rows * capacity + excluded) * group
+        sizes = (
+            ("entries", torch.int64, entries),
             ("group_max", torch.float32, rows * groups),
             ("span_max", torch.float32, rows * spans),
             ("bounds", torch.float32, excluded),
             ("chosen_spans", torch.int32, rows * capacity),
             ("chosen_groups", torch.int32, rows * capacity + excluded),
+            ("heads", torch.int32, 0 if one else rows * HEAD),
         )
-        if not one:
-            sizes += (
-                ("heads", torch.int32, rows * HEAD),
-                ("keys", torch.int32, (rows * capacity + excluded) * group),
-            )
         cut = {
             "k": k, "wanted": wanted, "capacity": capacity, "group": group, "tiles": tiles, "spans": spans,
             "tiles_of_chunk": tiles_of_chunk, "tiles_of_span": tiles_of_span,
@@ -334,12 +331,12 @@ def _group_size(batch: int, items: int, in_bytes: bool = False, long: bool = Fal
 
     Of groups that have bounds only more are scored again, and they are smaller. Of long lists the work weighs more: for
     512 rows, 1 M items and K = 1,000, groups of 32 are 5 GB of items' rows and 64 MB of maxima, groups of 8 are 1.2 GB
-    and 256 MB.
+    and 256 MB. But one program chooses a row's groups, and few rows leave multiprocessors idle for the items.
     """
     if in_bytes:
         return 16 if items <= 1 << 22 else 32 if items <= 1 << 25 else 64
-    if long and items <= 1 << 24:
-        return 8 if items <= 1 << 22 else 16
+    if long and 1 << 16 < items <= 1 << 24:
+        return 32 if batch <= 4 else 16 if batch <= 16 or items > 1 << 22 else 8
     if items <= 1 << 22:
         return 8 if items <= 1 << 16 else 16 if batch <= 64 else 32
     return 64 if items <= 1 << 25 else 128
