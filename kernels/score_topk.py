@@ -260,6 +260,22 @@ def _cuts(low, high):
 
 
 @triton.jit
+def _cuts_of_both_signs(low, high):
+    """As `_cuts`, but where the interval holds 0: its middle, and three octaves below its upper end.
+
+    Keys follow exponents, and half of all numbers lie between -1 and 1: the search takes 4.7 steps instead of 8.3 where
+    some of 12,504 maxima of normal numbers are negative.
+    """
+    cut_1, cut_2 = _cuts(low, high)
+    both = (low < 0) & (high > 0)
+    middle = (low >> 1) + (high >> 1)
+    near = high - (3 << 23)
+    cut_1 = tl.where(both, tl.maximum(tl.minimum(middle, near), low + 1), cut_1)
+    cut_2 = tl.where(both, tl.minimum(tl.maximum(tl.maximum(middle, near), low + 1), high - 1), cut_2)
+    return cut_1, cut_2
+
+
+@triton.jit
 def _two_counts(keys, cut_1, cut_2):
     """How many of at most 2^15 keys reach each cut: both counts in one sum."""
     both = tl.sum(tl.where(keys >= cut_1, 1, 0) + tl.where(keys >= cut_2, 0x10000, 0), axis=0)
@@ -293,6 +309,7 @@ def _choose_maxima(
     WIDTH: tl.constexpr,
     SHIFT: tl.constexpr,
     NESTED: tl.constexpr,
+    SIGNS: tl.constexpr,
 ):
     """Write to `chosen`, ascending, the indices of the first k maxima by (value descending, index ascending).
 
@@ -323,7 +340,10 @@ def _choose_maxima(
     above_all = high
     reach_high = reach_low * 0
     while (reach_low > capacity) & (low < high - 1):
-        cut_1, cut_2 = _cuts(low, high)
+        if SIGNS:
+            cut_1, cut_2 = _cuts_of_both_signs(low, high)
+        else:
+            cut_1, cut_2 = _cuts(low, high)
         reach_1, reach_2 = _two_counts(keys, cut_1, cut_2)
         for at in range(WIDTH, count, WIDTH):
             more, _ = _maxima(at + lane, count, values, spans, width, groups, SHIFT, NESTED)
@@ -461,6 +481,7 @@ def _choose_groups(
     SHIFT: tl.constexpr,
     SPANS: tl.constexpr,
     EXCLUDE: tl.constexpr,
+    SIGNS: tl.constexpr,
 ):
     """Write to `chosen_groups` those of a row: first groups without an excluded id, then groups with some.
 
@@ -471,16 +492,16 @@ def _choose_groups(
         _take_out(excluded_ids, begin, end, group_max, span_max, bounds, items, groups_at_all, width, G, SPANS)
     if SPANS:
         count, low, above_all = _choose_maxima(
-            span_max, spans, chosen_spans, chosen_spans, 1, spans, 0, 0, wanted, capacity, SPAN_WIDTH, 0, False
+            span_max, spans, chosen_spans, chosen_spans, 1, spans, 0, 0, wanted, capacity, SPAN_WIDTH, 0, False, SIGNS
         )
         clean, least, _ = _choose_maxima(
             group_max, count * width, chosen_groups, chosen_spans, width, groups_at_all, low, above_all, wanted,
-            capacity, WIDTH, SHIFT, True,
+            capacity, WIDTH, SHIFT, True, SIGNS,
         )  # fmt: skip
     else:
         clean, least, above_all = _choose_maxima(
             group_max, groups_at_all, chosen_groups, chosen_spans, 1, groups_at_all, 0, 0, wanted, capacity, WIDTH, 0,
-            False,
+            False, SIGNS,
         )  # fmt: skip
     groups = clean
     if EXCLUDE:
@@ -622,7 +643,7 @@ def finish(
         chosen_spans += row * capacity
     clean, groups, least, above_all = _choose_groups(
         excluded_ids, begin, end, group_max, span_max, bounds, chosen_spans, chosen_groups, wanted, capacity, items,
-        groups_at_all, spans, width, G, SPAN_WIDTH, WIDTH, SHIFT, SPANS, EXCLUDE,
+        groups_at_all, spans, width, G, SPAN_WIDTH, WIDTH, SHIFT, SPANS, EXCLUDE, False,
     )  # fmt: skip
 
     # The K-th score may be below bounds that K groups reach.
@@ -714,8 +735,7 @@ def choose(
     clean, groups, least, above_all = _choose_groups(
         excluded_ids, begin, end, group_max + row * groups_at_all, span_max + row * spans, bounds,
         chosen_spans + row * capacity, chosen_groups, wanted, capacity, items, groups_at_all, spans,
-        tiles_of_span * OF_TILE, G,
-        SPAN_WIDTH, WIDTH, SHIFT, SPANS, EXCLUDE,
+        tiles_of_span * OF_TILE, G, SPAN_WIDTH, WIDTH, SHIFT, SPANS, EXCLUDE, True,
     )  # fmt: skip
     heads += row * _HEAD
     tl.store(heads, clean)

@@ -336,7 +336,7 @@ def _group_size(batch: int, items: int, in_bytes: bool = False, long: bool = Fal
     if in_bytes:
         return 16 if items <= 1 << 22 else 32 if items <= 1 << 25 else 64
     if long and 1 << 16 < items <= 1 << 24:
-        return 32 if batch <= 4 else 16 if batch <= 16 or items > 1 << 22 else 8
+        return 32 if batch <= 2 else 16 if batch <= 16 or items > 1 << 22 else 8
     if items <= 1 << 22:
         return 8 if items <= 1 << 16 else 16 if batch <= 64 else 32
     return 64 if items <= 1 << 25 else 128
