@@ -44,9 +44,9 @@ HEAD = 5  # int32 a row, of the kernels
 BYTES_LEAST_ITEMS = 1 << 18
 BYTES_MOST_ROWS = 16
 
-# K up to which one program a row, `finish`, makes the lists. A scan of 100,000 items and it take 23 us for K = 20, 30 for
-# 50, 65 for 200 and 332 for 1,000 (H200, one row). Of the three launches in its place, predicted and not yet measured:
-# 18 us for 50, 20 for 200, 25 for 1,000.
+# K up to which one program a row, `finish`, makes the lists. A scan of 100,000 items and it take 23 us for K = 20, 30
+# for 50, 65 for 200 and 332 for 1,000 (H200, one row). Of the three launches in its place, predicted and not yet
+# measured: 18 us for 50, 20 for 200, 25 for 1,000.
 ONE_PROGRAM_MOST_K = 64
 
 
@@ -265,8 +265,8 @@ class _Plan:
         entries = rows * _power_of_two(max(128, _power_of_two(k)) + scoring["R"])
         if not one:
             # All programs at once: a few more than there is room for would take the time of as many again.
-            most = max(1, scoring["PER_SM"] * multiprocessors(device) // rows)
-            parts = min(most, _parts(capacity * group, scoring["R"]))
+            room = max(1, scoring["PER_SM"] * multiprocessors(device) // rows)
+            parts = min(room, _parts(capacity * group, scoring["R"]))
             entries = (rows * capacity + excluded) * group
         sizes = (
             ("entries", torch.int64, entries),
