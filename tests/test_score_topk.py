@@ -152,11 +152,11 @@ def test_lists_equal_the_reference(
 
 @pytest.mark.parametrize(
     ("batch", "items", "d", "k", "spread"),
-    [(2, 700, 16, 100, 3), (1, 300, 8, 400, 3), (3, 300, 5, 65, 1), (1, 1100, 4, 300, 0)],
+    [(2, 700, 16, 100, 3), (1, 300, 8, 400, 3), (3, 300, 5, 65, 1), (1, 1100, 4, 300, 0), (1, 900, 4, 65, 0)],
 )
 @needs_triton
 def test_long_lists_equal_the_reference(narrow: None, batch: int, items: int, d: int, k: int, spread: int) -> None:
-    """Of many equals (a spread of 1 or 0) more reach the last place than a buffer holds."""
+    """Of many equals (a spread of 1 or 0) more reach the last place than a buffer holds, the first ones not first."""
     queries, table = whole_numbers(batch, items, d, spread=spread)
     assert OP_MODULE._Plan.make(batch, items, queries, k, 0).cut["parts"] > 0
     assert_equals_the_reference(queries, table, k)
