@@ -1,7 +1,11 @@
 """The matrix product that the kernels share, and what float32 needs to be rounded once."""
 
+import os
+
 import triton
 import triton.language as tl
+
+_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
@@ -42,6 +46,22 @@ def reciprocal_root(x, EXACT: tl.constexpr):
 def reciprocal(x, EXACT: tl.constexpr):
     """1 / x, correctly rounded where EXACT."""
     return tl.math.div_rn(1.0, x) if EXACT else 1.0 / x
+
+
+@triton.jit
+def flushed_exp2(x):
+    """2^x, and 0 below 2^-126: one instruction, where `tl.exp2` takes three more to be right there."""
+    if _INTERPRETED:
+        return tl.exp2(x)
+    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def flushed_reciprocal(x):
+    """1 / x to 1 ulp, and 0 beyond 2^126: one instruction, where a division takes six to be right there."""
+    if _INTERPRETED:
+        return 1.0 / x
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
