@@ -21,7 +21,7 @@ from fave_fast.config import ModelConfig
 from fave_fast.losses import Share
 from fave_fast.model import FAVE, Block, Prediction, RMSNorm
 from fave_fast.ops.attention import Tables, rotary_by_age
-from fave_fast.ops.block import BlockDropout, BlockWeights, block, block_dual
+from fave_fast.ops.block import BlockDropout, BlockWeights, block, block_dual, narrowed
 from fave_fast.ops.input_modulation import Drawn, Draws, Times, input_modulation, input_modulation_dual
 from fave_fast.ops.packed import Packed, own_items, pick
 from fave_fast.profiling import ranged
@@ -174,16 +174,17 @@ class Network:
         source_index = config.source_block % config.blocks
         p = self._p(config.dropout)
         source = h[0]
-        for index, weights in enumerate(block_weights(self.model, self.dtype)):
+        every = block_weights(self.model)
+        for index, (weights, narrow) in enumerate(zip(every, narrowed(every, self.dtype), strict=True)):
             last = index == config.blocks - 1
             dropout = BlockDropout(p, self.seed, index) if p > 0 else None
             if len(h) == 1:
                 h = (block(h[0], weights, offsets, config.heads, tables, causal=config.attention == "causal",
-                           last_only=last, dropout=dropout, backend=self.backend),)  # fmt: skip
+                           last_only=last, dropout=dropout, narrow=narrow, backend=self.backend),)  # fmt: skip
             else:
                 h = block_dual(
                     h[0], h[1], weights, offsets, config.heads, tables, causal=config.attention == "causal",
-                    last_only=last, dropout=dropout, backend=self.backend,
+                    last_only=last, dropout=dropout, narrow=narrow, backend=self.backend,
                 )  # fmt: skip
             if index == source_index:
                 source = h[0] if last else h[0].index_select(0, offsets[1:] - 1)
@@ -272,38 +273,17 @@ class _Padded(torch.autograd.Function):
         return wide[:, :d].to(ctx.dtype).contiguous(), wide[:, d].to(ctx.dtype).contiguous(), None
 
 
-class _Narrowed(torch.autograd.Function):
-    """Tensors in another dtype, and their gradients back, in one launch each: casts alone were a launch a tensor."""
-
-    @staticmethod
-    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.dtypes = [one.dtype for one in tensors]
-        narrow = [torch.empty_like(one, dtype=dtype) for one in tensors]
-        torch._foreach_copy_(narrow, list(tensors))
-        return tuple(narrow)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        wide = [torch.empty_like(grad, dtype=dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)]
-        torch._foreach_copy_(wide, list(grads))
-        return None, *wide
-
-
-def block_weights(model: FAVE, dtype: torch.dtype) -> list[BlockWeights]:
-    """The parameters of every block in `dtype`."""
-    given: list[Tensor | None] = []
+def block_weights(model: FAVE) -> list[BlockWeights]:
+    """The parameters of every block."""
+    blocks = []
     for one in model.blocks:
         module = cast(Block, one)
+        given: list[Tensor | None] = []
         for norm, first, second in (
             (module.attention_norm, module.qkv, module.attention_out),
             (module.ffn_norm, module.ffn_in, module.ffn_out),
         ):
             bias = norm.bias if isinstance(norm, nn.LayerNorm) else None
             given += [cast(Tensor, norm.weight), bias, first.weight, second.weight]
-    held = [one for one in given if one is not None]
-    if held[0].dtype != dtype:
-        held = list(cast(Any, _Narrowed).apply(dtype, *held))
-    rest = iter(held)
-    every = [None if one is None else next(rest) for one in given]
-    return [BlockWeights(*every[start : start + 8]) for start in range(0, len(every), 8)]  # type: ignore[arg-type]
+        blocks.append(BlockWeights(*given))  # type: ignore[arg-type]
+    return blocks

@@ -186,7 +186,7 @@ def _gelu_backward_kernel(
     D: tl.constexpr, D_BLOCK: tl.constexpr, HIDDEN: tl.constexpr, LAYER: tl.constexpr, DUAL: tl.constexpr,
     DROP: tl.constexpr, STORE_GZ: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """PARTS programs share the hidden units of BM rows: one alone takes 36 us for all 512, however few rows there are."""
+    """PARTS programs share the hidden units of BM rows: one takes 36 us for all 512, however few rows there are."""
     first, row = tl.program_id(0).to(tl.int64) * BM, tl.arange(0, BM)
     keep, channel = row < count - first, tl.arange(0, D_BLOCK)
     h = _load_rows(h_ptr, first, row, keep, channel, D)

@@ -34,6 +34,7 @@ class Case:
     dual: bool = True
     p: float = 0.0
     seed: int = 0
+    wide: bool = False  # weights of float32 whatever `dtype` is
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(self.seed)
@@ -61,7 +62,8 @@ class Case:
 
     def leaves(self, dtype: torch.dtype) -> tuple[list[Tensor], BlockWeights]:
         inputs = [one.to(dtype, copy=True).requires_grad_() for one in self.inputs]
-        weights = (None if one is None else one.to(dtype, copy=True).requires_grad_() for one in self.weights)
+        of_weights = torch.float32 if self.wide and dtype == self.dtype else dtype
+        weights = (None if one is None else one.to(of_weights, copy=True).requires_grad_() for one in self.weights)
         return inputs, BlockWeights(*weights)
 
     def outcome(self, backend: str) -> list[Tensor]:
@@ -130,6 +132,11 @@ def test_values_and_gradients(
     dual: bool, last: bool, layer_norm: bool, causal: bool, p: float, dtype: torch.dtype, d: int, hidden: int
 ) -> None:
     check(Case([5, 1, 17, 22], d, 2, hidden, dtype, layer_norm, causal, last, dual, p))
+
+
+@pytest.mark.parametrize(("last", "dual"), [(False, True), (True, False)])
+def test_weights_in_float32_beside_rows_of_16_bits(last: bool, dual: bool) -> None:
+    check(Case([5, 1, 17, 22], dtype=torch.float16, layer_norm=last, last=last, dual=dual, p=0.3, wide=True))
 
 
 @pytest.mark.parametrize("layer_norm", [False, True])

@@ -44,7 +44,11 @@ from fave_fast.ops.tuning import Shapes, tile_shapes
 
 
 class BlockWeights(NamedTuple):
-    """A block's parameters, all of one dtype and contiguous. With biases its norms are LayerNorms, without RMSNorms."""
+    """A block's parameters, all contiguous. With biases its norms are LayerNorms, without RMSNorms.
+
+    All are of the rows' dtype or all of float32. Beside rows of 16 bits the latter are what is trained: products are of
+    the matrices in the rows' dtype, and gradients of float32.
+    """
 
     attention_gain: Tensor  # [D]
     attention_bias: Tensor | None  # [D]
@@ -59,6 +63,29 @@ class BlockWeights(NamedTuple):
     def eps(self) -> float:
         """What the norms add to the mean square: 1e-6 in RMSNorm, 1e-5 in LayerNorm."""
         return 1e-6 if self.attention_bias is None else 1e-5
+
+    @property
+    def matrices(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Those of the products."""
+        return self.qkv, self.attention_out, self.ffn_in, self.ffn_out
+
+    def with_matrices(self, qkv: Tensor, attention_out: Tensor, ffn_in: Tensor, ffn_out: Tensor) -> BlockWeights:
+        """These norms with other `matrices`."""
+        return self._replace(qkv=qkv, attention_out=attention_out, ffn_in=ffn_in, ffn_out=ffn_out)
+
+
+def narrowed(weights: list[BlockWeights], dtype: torch.dtype) -> list[BlockWeights]:
+    """The weights of any number of blocks with matrices in `dtype`, without gradients, in two launches.
+
+    `torch._foreach_copy_` takes 64 k elements a program: 15 us for the 0.8 M of four blocks, on 13 multiprocessors.
+    """
+    matrices = [one.detach() for each in weights for one in each.matrices]
+    if not matrices or matrices[0].dtype == dtype:
+        return weights
+    flat = torch.cat([one.flatten() for one in matrices]).to(dtype)
+    parts = torch.split(flat, [one.numel() for one in matrices])
+    narrow = [part.view_as(one) for part, one in zip(parts, matrices, strict=True)]
+    return [each.with_matrices(*narrow[4 * index : 4 * index + 4]) for index, each in enumerate(weights)]
 
 
 @dataclass(frozen=True)
@@ -118,19 +145,21 @@ def block(
     causal: bool = False,
     last_only: bool = False,
     dropout: BlockDropout | None = None,
+    narrow: BlockWeights | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """One block over packed histories, differentiable in reverse mode with respect to x and the weights.
 
     Args:
         x: [total, D], a history's rows oldest first, each history of at least one row where `last_only`.
-        weights: of x's dtype and device.
+        weights: of x's device.
         offsets: [B + 1] int32 or int64, from 0 to total.
         heads: H; D / H is even.
         rotary: tables of `rotary_by_age` that reach the longest history, or None.
         causal: whether an item attends only to itself and older ones.
         last_only: compute the newest row of each history alone.
         dropout: None outside training.
+        narrow: what `narrowed` makes of float32 weights, for the kernels; made anew by default.
         backend: auto, reference or triton.
 
     Returns:
@@ -142,7 +171,7 @@ def block(
         NotImplementedError: under forward-mode differentiation or in a `torch.func` transform.
     """
     histories = Histories(offsets, None, heads, rotary, causal, last_only)
-    (y,) = _apply("block", (x,), weights, histories, dropout, backend)
+    (y,) = _apply("block", (x,), weights, histories, dropout, narrow, backend)
     return y
 
 
@@ -158,6 +187,7 @@ def block_dual(
     causal: bool = False,
     last_only: bool = False,
     dropout: BlockDropout | None = None,
+    narrow: BlockWeights | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """`block` and its derivative along the tangent `dx` [total, D] of x; the dropout masks are the value's.
@@ -165,7 +195,7 @@ def block_dual(
     Both results are differentiable in reverse mode with respect to x, dx and the weights.
     """
     histories = Histories(offsets, None, heads, rotary, causal, last_only)
-    y, dy = _apply("block_dual", (x, dx), weights, histories, dropout, backend)
+    y, dy = _apply("block_dual", (x, dx), weights, histories, dropout, narrow, backend)
     return y, dy
 
 
@@ -175,6 +205,7 @@ def _apply(
     weights: BlockWeights,
     histories: Histories,
     dropout: BlockDropout | None,
+    narrow: BlockWeights | None,
     backend: str,
 ) -> tuple[Tensor, ...]:
     given = [one for one in weights if one is not None]
@@ -183,7 +214,7 @@ def _apply(
     if dropout is not None and dropout.p == 0:
         dropout = None
     run = OP.resolve(backend, x[0].device, x[0].dtype)
-    return run(x, weights, histories, dropout)
+    return run(x, weights, histories, dropout, narrow)
 
 
 def _check(x: tuple[Tensor, ...], weights: BlockWeights, histories: Histories) -> None:
@@ -195,12 +226,13 @@ def _check(x: tuple[Tensor, ...], weights: BlockWeights, histories: Histories) -
     if (weights.attention_bias is None) != (weights.ffn_bias is None):
         raise ValueError("one norm has a bias and the other none; expected two norms of one kind")
     named = zip(BlockWeights._fields, weights, shapes, strict=True)
-    wanted = [(name, one, shape) for name, one, shape in named if one is not None]
-    wanted += [("dx", one, tuple(first.shape)) for one in x[1:]]
-    for name, one, shape in wanted:
-        if one.shape != shape or one.dtype != first.dtype or one.device != first.device:
+    dtype = torch.float32 if weights.qkv.dtype == torch.float32 and first.itemsize == 2 else first.dtype
+    wanted = [(name, one, shape, dtype) for name, one, shape in named if one is not None]
+    wanted += [("dx", one, tuple(first.shape), first.dtype) for one in x[1:]]
+    for name, one, shape, dtype in wanted:
+        if one.shape != shape or one.dtype != dtype or one.device != first.device:
             raise ValueError(
-                f"{name} is {one.dtype} {list(one.shape)} on {one.device}; expected {first.dtype} {list(shape)} on "
+                f"{name} is {one.dtype} {list(one.shape)} on {one.device}; expected {dtype} {list(shape)} on "
                 f"{first.device}"
             )
     bounds = histories.bounds
@@ -241,10 +273,15 @@ def linear_dual(x: tuple[Tensor, ...], weight: Tensor) -> tuple[Tensor, ...]:
 
 
 def reference(
-    x: tuple[Tensor, ...], weights: BlockWeights, histories: Histories, dropout: BlockDropout | None
+    x: tuple[Tensor, ...],
+    weights: BlockWeights,
+    histories: Histories,
+    dropout: BlockDropout | None,
+    narrow: BlockWeights | None = None,
 ) -> tuple[Tensor, ...]:
-    """Plain PyTorch on (x,) or (x, dx)."""
+    """Plain PyTorch on (x,) or (x, dx), with casts of its own: gradients go through them."""
     d = x[0].shape[1]
+    weights = weights.with_matrices(*(one.to(x[0].dtype) for one in weights.matrices))
 
     def dropped(branch: tuple[Tensor, ...], second: bool) -> tuple[Tensor, ...]:
         if dropout is None:
@@ -301,6 +338,7 @@ class _Block:
     dropout: BlockDropout | None
     dual: bool
     d: int
+    wide: torch.dtype  # of the weights' gradients
 
     def _mask(self) -> _Mask | None:
         if self.dropout is None:
@@ -353,7 +391,7 @@ class _Block:
         g_projected = torch.empty_like(projected)
         g_queries = None if queries is None else torch.empty_like(queries)
         backward_into(self._views(projected, queries), go.parts, self._views(g_projected, g_queries), self.histories)
-        g_out = ffn.pop("gz").t() @ o.flatten(0, 1)
+        g_out = self._product(ffn.pop("gz"), o.flatten(0, 1))
         gn = self._linear(g_projected, w.qkv if queries is None else w.qkv[d:])
         newest = None
         if g_queries is not None:
@@ -362,10 +400,10 @@ class _Block:
             owner.index_copy_(0, rows, torch.arange(len(rows), dtype=torch.int32, device=rows.device))
             newest = (owner, self._linear(g_queries, w.qkv[:d]).parts)
         gx, n, g_norm = self._norm_backward(gn, x, 0, gh.parts, newest, None, None)
-        g_qkv = g_projected.flatten(0, 1).t() @ n.flat
+        g_qkv = self._product(g_projected.flatten(0, 1), n.flat)
         if g_queries is not None:
             newest_n = n.buffer.index_select(1, self.histories.newest_rows()).flatten(0, 1)
-            g_qkv = torch.cat((g_queries.flatten(0, 1).t() @ newest_n, g_qkv))
+            g_qkv = torch.cat((self._product(g_queries.flatten(0, 1), newest_n), g_qkv))
         g_gain, g_bias = ffn["norm"]
         return gx.parts, BlockWeights(*g_norm, g_qkv, g_out, g_gain, g_bias, ffn["in"], ffn["out"])
 
@@ -383,13 +421,21 @@ class _Block:
             tuple(h.unbind(0)), self._norms()[1], upstream, (w.ffn_in, w.ffn_out), mask, u.parts, ga.parts,
             None if gz is None else gz.parts, _shapes("gelu_backward", self.dual, h),
         )  # fmt: skip
-        g_out = (upstream[0] if gz is None else gz.flat).t() @ u.flat
+        g_out = self._product(upstream[0] if gz is None else gz.flat, u.flat)
         gn = self._linear(ga.buffer, w.ffn_in)
         attention_gz = None if mask is None else _Rows(h, count, rows, d)
         gh, n, g_norm = self._norm_backward(gn, tuple(h.unbind(0)), 1, upstream, None, mask, attention_gz)
         attention_gz = attention_gz or gh
         go = self._linear(attention_gz.buffer, w.attention_out)
-        return gh, go, {"norm": g_norm, "in": ga.flat.t() @ n.flat, "out": g_out, "gz": attention_gz.flat}
+        return gh, go, {"norm": g_norm, "in": self._product(ga.flat, n.flat), "out": g_out, "gz": attention_gz.flat}
+
+    def _product(self, gradient: Tensor, x: Tensor) -> Tensor:
+        """A matrix's gradient, of those of its results [rows, N] and of what it was applied to [rows, K]: [N, K]."""
+        if gradient.dtype == self.wide:
+            return gradient.t() @ x
+        if gradient.device.type == "cuda":
+            return torch.mm(gradient.t(), x, out_dtype=self.wide)
+        return gradient.t().to(self.wide) @ x.to(self.wide)
 
     def _linear(self, x: Tensor, weight: Tensor) -> _Rows:
         """The product of x [1 or 2, rows, K] and weight [K, D], value and tangent as rows of one."""
@@ -422,8 +468,8 @@ class _Block:
             gn.parts, x, norm, residual, newest, mask, gx.parts, n.parts, None if gz is None else gz.parts, sums, shapes
         )
         if norm[1] is None:
-            return gx, n, (sums[0].sum(1).to(norm[0].dtype), None)
-        gain, bias = sums.sum(2).to(norm[0].dtype)
+            return gx, n, (sums[0].sum(1).to(self.wide), None)
+        gain, bias = sums.sum(2).to(self.wide)
         return gx, n, (gain, bias)
 
 
@@ -432,12 +478,19 @@ class _BlockFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, histories: Histories, dropout: BlockDropout | None, dual: bool, *tensors: Tensor | None
+        ctx: Any,
+        histories: Histories,
+        dropout: BlockDropout | None,
+        narrow: BlockWeights | None,
+        dual: bool,
+        *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         x = tuple(one.contiguous() for one in tensors[: 1 + dual] if one is not None)
         weights = BlockWeights(*(one if one is None else one.contiguous() for one in tensors[1 + dual :]))  # type: ignore[arg-type]
-        ctx.block = (histories, dropout, dual)
-        launches = _Block(weights, histories, dropout, dual, x[0].shape[1])
+        wide = weights.qkv.dtype
+        (weights,) = narrowed([weights], x[0].dtype) if narrow is None else (narrow,)
+        ctx.block = (histories, dropout, dual, x[0].shape[1], wide)
+        launches = _Block(weights, *ctx.block)
         outputs, saved = launches.forward(x)
         ctx.count = len(saved)
         ctx.save_for_backward(*saved, *x, *weights)
@@ -445,24 +498,31 @@ class _BlockFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        histories, dropout, dual = ctx.block
+        dual = ctx.block[2]
         tensors = ctx.saved_tensors
         saved, rest = tensors[: ctx.count], tensors[ctx.count :]
         x, weights = rest[: 1 + dual], BlockWeights(*rest[1 + dual :])
-        launches = _Block(weights, histories, dropout, dual, x[0].shape[1])
+        launches = _Block(weights, *ctx.block)
         gx, gradients = launches.backward(x, saved, tuple(one.contiguous() for one in upstream))
-        return None, None, None, *gx, *gradients
+        return None, None, None, None, *gx, *gradients
 
 
-Run = Callable[[tuple[Tensor, ...], BlockWeights, Histories, BlockDropout | None], tuple[Tensor, ...]]
+Run = Callable[
+    [tuple[Tensor, ...], BlockWeights, Histories, BlockDropout | None, BlockWeights | None], tuple[Tensor, ...]
+]
 
 
 def _run_triton(
-    x: tuple[Tensor, ...], weights: BlockWeights, histories: Histories, dropout: BlockDropout | None
+    x: tuple[Tensor, ...],
+    weights: BlockWeights,
+    histories: Histories,
+    dropout: BlockDropout | None,
+    narrow: BlockWeights | None,
 ) -> tuple[Tensor, ...]:
     if len(x[0]) == 0:
         return reference(x, weights, histories, dropout)
-    result: tuple[Tensor, ...] = cast(Any, _BlockFunction).apply(histories, dropout, len(x) == 2, *x, *weights)
+    function = cast(Any, _BlockFunction)
+    result: tuple[Tensor, ...] = function.apply(histories, dropout, narrow, len(x) == 2, *x, *weights)
     return result
 
 
