@@ -555,8 +555,9 @@ def _table_gradient(call: _Call, row_grad: Tensor) -> Tensor:
     from fave_fast.kernels import input_modulation as kernels
 
     shapes = _shapes("table_gradient", call)
-    # 56 us for 204,800 ids of 32 bits, 91 of 64
-    ids, order = call.ids.reshape(-1).to(torch.int32 if len(call.table) < 2**31 else torch.int64).sort(stable=True)
+    # As narrow as they fit: a pass over the keys for each 8 bits. 56 us for 204,800 ids of 32 bits, 91 of 64.
+    narrow = next(one for one in (torch.int16, torch.int32, torch.int64) if len(call.table) <= torch.iinfo(one).max)
+    ids, order = call.ids.reshape(-1).to(narrow).sort(stable=True)
     table_grad = torch.zeros_like(call.table, memory_format=torch.contiguous_format)
     edges = torch.empty(-(-len(ids) // shapes["chunk"]), 2, table_grad.shape[1], device=ids.device)
     if len(edges) > 0:
