@@ -23,7 +23,7 @@ from fave_fast.model import FAVE, Block, Prediction, RMSNorm
 from fave_fast.ops.attention import Tables, rotary_by_age
 from fave_fast.ops.block import BlockDropout, BlockWeights, block, block_dual, narrowed
 from fave_fast.ops.input_modulation import Drawn, Draws, Times, input_modulation, input_modulation_dual
-from fave_fast.ops.packed import Packed, own_items, pick
+from fave_fast.ops.packed import DecoderWeights, Packed, decoder_hidden, own_items, pick
 from fave_fast.profiling import ranged
 
 _EIGHT = 8  # elements of 16 bits that a matrix product wants rows to be multiples of
@@ -134,11 +134,12 @@ class Network:
         through one product too, where gathering the items' rows would need a sort.
         """
         packed, decoder, items = self.packed, self.model.history_decoder, self.model.num_items
-        with torch.autocast(source.device.type, enabled=False):  # in fp32: casts would be more than the products
-            hidden = decoder.hidden(source)
-        hidden = torch.cat((hidden, torch.ones_like(hidden[:, :1]), torch.zeros_like(hidden[:, : _EIGHT - 1])), 1)
+        first, second = decoder.first, decoder.second
+        weights = DecoderWeights(first.weight, first.bias, second.weight, second.bias)
+        with torch.autocast(source.device.type, enabled=False):
+            hidden = decoder_hidden(source, weights, _EIGHT, self.dtype, backend=self.backend)
         weight: Tensor = cast(Any, _Padded).apply(decoder.out.weight, decoder.out.bias, self.dtype)
-        outputs = F.linear(hidden.to(self.dtype), weight)
+        outputs = F.linear(hidden, weight)
         if kind == "dense":
             wanted = own_items(packed, outputs.shape[1])
             return _wide(outputs - wanted.to(outputs.dtype))[:, 1 : items + 1].square().mean()

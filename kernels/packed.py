@@ -1,10 +1,11 @@
-"""What a training step does to whole numbers: histories out of the log, and the outputs that L_src reads.
+"""What a training step does around the network: histories out of the log, and L_src's decoder but for its product.
 
 Each launch takes the place of a dozen or two of PyTorch's, which cost a step more than the work in them.
 """
 
 import triton
 import triton.language as tl
+from fave_fast.kernels.products import dot
 
 
 @triton.jit(do_not_specialize=["count", "fillers", "rows", "longest"])
@@ -62,6 +63,104 @@ def _pick(
     tl.store(errors_ptr + rows + row, unwanted, here)
     tl.store(sums_ptr + 2 * history, tl.sum(wanted * wanted + unwanted * unwanted, 0))
     tl.store(sums_ptr + 2 * history + 1, tl.sum(live.to(tl.float32) + lone.to(tl.float32), 0))
+
+
+@triton.jit
+def _tanh(x):
+    """To 3e-7 of the result, near 0 too: there by the series."""
+    square = x * x
+    series = x * (1.0 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
+    power = tl.exp(-2.0 * tl.abs(x))
+    far = (1.0 - power) / (1.0 + power)
+    return tl.where(square < 0.0625, series, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def _product(a, b, PRECISION: tl.constexpr):
+    return dot(a, b) if PRECISION == "chains" else tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def _decoder(
+    source_ptr, first_ptr, first_bias_ptr, second_ptr, second_bias_ptr, one_ptr, two_ptr, out_ptr, count,
+    D: tl.constexpr, PAD: tl.constexpr, USERS: tl.constexpr, PART: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Both hidden layers of USERS users, PART units of the first at a time."""
+    user = tl.program_id(0).to(tl.int64) * USERS + tl.arange(0, USERS)
+    live, channel = (user < count)[:, None], tl.arange(0, D)
+    line = user[:, None] * D + channel[None, :]
+    source = tl.load(source_ptr + line, live, 0.0).to(tl.float32)
+    a = tl.zeros([USERS, D], tl.float32) + tl.load(second_bias_ptr + channel)[None, :]
+    for start in range(0, D, PART):
+        unit = start + tl.arange(0, PART)
+        first = tl.load(first_ptr + unit[None, :] * D + channel[:, None])
+        second = tl.load(second_ptr + channel[None, :] * D + unit[:, None])
+        one = _tanh(_product(source, first, PRECISION) + tl.load(first_bias_ptr + unit)[None, :])
+        tl.store(one_ptr + user[:, None] * D + unit[None, :], one, live)
+        a += _product(one, second, PRECISION)
+    two = _tanh(a)
+    tl.store(two_ptr + line, two, live)
+    wide = user[:, None] * (D + PAD)
+    tl.store(out_ptr + wide + channel[None, :], two.to(out_ptr.dtype.element_ty), live)
+    rest = tl.arange(0, PAD)[None, :]
+    ones = tl.where(rest == 0, 1.0, 0.0) + tl.zeros([USERS, PAD], tl.float32)
+    tl.store(out_ptr + wide + D + rest, ones.to(out_ptr.dtype.element_ty), live)
+
+
+@triton.jit
+def _decoder_backward(
+    source_ptr, first_ptr, second_ptr, one_ptr, two_ptr, grad_ptr, source_grad_ptr, part_ptr, count,
+    D: tl.constexpr, PAD: tl.constexpr, USERS: tl.constexpr, PART: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The source's gradients, and a row of partial sums: first [D, D], second [D, D], first's bias [D], second's."""
+    user = tl.program_id(0).to(tl.int64) * USERS + tl.arange(0, USERS)
+    live, channel = (user < count)[:, None], tl.arange(0, D)
+    line = user[:, None] * D + channel[None, :]
+    source = tl.load(source_ptr + line, live, 0.0).to(tl.float32)
+    two = tl.load(two_ptr + line, live, 0.0)
+    grad = tl.load(grad_ptr + user[:, None] * (D + PAD) + channel[None, :], live, 0.0).to(tl.float32)
+    grad *= 1.0 - two * two
+    part_ptr += tl.program_id(0).to(tl.int64) * (2 * D * D + 2 * D)
+    tl.store(part_ptr + 2 * D * D + D + channel, tl.sum(grad, 0))
+    source_grad = tl.zeros([USERS, D], tl.float32)
+    for start in range(0, D, PART):
+        unit = start + tl.arange(0, PART)
+        one = tl.load(one_ptr + user[:, None] * D + unit[None, :], live, 0.0)
+        second = tl.load(second_ptr + channel[:, None] * D + unit[None, :])
+        first = tl.load(first_ptr + unit[:, None] * D + channel[None, :])
+        inner = _product(grad, second, PRECISION) * (1.0 - one * one)
+        source_grad += _product(inner, first, PRECISION)
+        tl.store(part_ptr + unit[:, None] * D + channel[None, :], _product(tl.trans(inner), source, PRECISION))
+        tl.store(part_ptr + D * D + channel[:, None] * D + unit[None, :], _product(tl.trans(grad), one, PRECISION))
+        tl.store(part_ptr + 2 * D * D + unit, tl.sum(inner, 0))
+    tl.store(source_grad_ptr + line, source_grad.to(source_grad_ptr.dtype.element_ty), live)
+
+
+def decoder(source, first, first_bias, second, second_bias, one, two, out, *, precision, shapes):
+    """Write one = tanh(source first^T + first_bias), two = tanh(one second^T + second_bias) and out.
+
+    out [B, D + P] is two, a column of ones and zeros up to P; source is [B, D], the weights are float32 [D, D], the
+    biases [D], one and two float32 [B, D]. `shapes`: users, part, num_warps.
+    """
+    count, d = source.shape
+    _decoder[(triton.cdiv(count, shapes["users"]),)](
+        source, first, first_bias, second, second_bias, one, two, out, count, D=d, PAD=out.shape[1] - d,
+        USERS=shapes["users"], PART=min(d, shapes["part"]), PRECISION=precision, num_warps=shapes["num_warps"],
+        num_stages=1,
+    )  # fmt: skip
+
+
+def decoder_backward(source, first, second, one, two, grad, source_grad, part, *, precision, shapes):
+    """From the gradients of `decoder`'s out write the source's [B, D], and partial sums of the parameters'.
+
+    part is float32 [cdiv(B, users), 2 D D + 2 D]: first, second and their biases.
+    """
+    count, d = source.shape
+    _decoder_backward[(len(part),)](
+        source, first, second, one, two, grad, source_grad, part, count, D=d, PAD=grad.shape[1] - d,
+        USERS=shapes["users"], PART=min(d, shapes["part"]), PRECISION=precision, num_warps=shapes["num_warps"],
+        num_stages=1,
+    )  # fmt: skip
 
 
 def pack_windows(items, starts, ends, offsets, ids, owners, users, *, longest):

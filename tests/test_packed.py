@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fave_fast.errors import BackendError
 from fave_fast.ops import pack_windows, pick
-from fave_fast.ops.packed import Packed
+from fave_fast.ops.packed import DecoderWeights, Packed, decoder_hidden
 from fave_fast.ops.registry import why_no_triton
 
 needs_triton = pytest.mark.skipif(why_no_triton() is not None, reason=str(why_no_triton()))
@@ -106,3 +106,41 @@ def test_more_than_the_kernels_take_goes_to_the_reference() -> None:
     with pytest.raises(BackendError, match="its kernels take up to 16384 histories of 4096 items, not 2 of 5000"):
         pack_windows(items, starts, ends, 5000, 5, 0, backend="triton")
     assert len(pack_windows(items, starts, ends, 5000, 5, 0).ids) == 5
+
+
+def decoded(backend: str, inputs: list[torch.Tensor], upstream: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
+    """The hidden layer and the gradients of E_u and of the weights."""
+    leaves = [one.detach().clone().requires_grad_() for one in inputs]
+    out = decoder_hidden(leaves[0], DecoderWeights(*leaves[1:]), 8, dtype, backend=backend)
+    return [out, *torch.autograd.grad(out, leaves, upstream.to(out.dtype))]
+
+
+@needs_triton
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("count", "d"), [(1, 16), (37, 32), (300, 64), (20, 256), (512, 128)])
+def test_decoder_hidden(device: str, count: int, d: int) -> None:
+    """Errors at most twice PyTorch's float32, both against fp64; in 16 bits those of the result's rounding."""
+    draws = torch.Generator().manual_seed(count)
+    inputs = [torch.randn(count, d, generator=draws)]
+    for scale in (d**-0.5, 0.1, d**-0.5, 0.1):
+        shape = (d, d) if scale != 0.1 else (d,)
+        inputs.append(scale * torch.randn(shape, generator=draws))
+    inputs[0][: count // 2] *= 1e-3  # where a hyperbolic tangent by exponentials alone has lost digits
+    upstream = torch.randn(count, d + 8, generator=draws).to(device)
+    inputs = [one.to(device) for one in inputs]
+    exact = decoded("reference", [one.double() for one in inputs], upstream, torch.float64)
+    theirs = decoded("reference", inputs, upstream, torch.float32)
+    ours = decoded("triton", inputs, upstream, torch.float32)
+    narrow = decoded("triton", inputs, upstream.bfloat16().float(), torch.bfloat16)
+    for mine, other, some, want in zip(ours, theirs, narrow, exact, strict=True):
+        assert mine.dtype == torch.float32
+        assert (mine - want).norm() <= 2 * (other - want).norm() + 1e-7 * want.norm()
+        assert (some - want).norm() <= 1e-2 * want.norm()
+    assert torch.equal(narrow[0][:, d:].float(), ours[0][:, d:])
+    assert ours[0][:, d:].tolist() == [[1.0] + [0.0] * 7] * count
+
+
+def test_decoder_of_other_widths_is_refused_by_name() -> None:
+    inputs = [torch.zeros(2, 24), torch.zeros(24, 24), torch.zeros(24), torch.zeros(24, 24), torch.zeros(24)]
+    with pytest.raises(BackendError, match="not 24"):
+        decoded("triton", inputs, torch.zeros(2, 32), torch.float32)

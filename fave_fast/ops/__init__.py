@@ -21,6 +21,7 @@ OPS: tuple[Op[Any], ...] = (
     _cross_entropy.OP,
     _encoder.OP,
     _input_modulation.OP,
+    _packed.DECODER_HIDDEN,
     _packed.PACK_WINDOWS,
     _packed.PICK,
     _rank_count.OP,

@@ -542,7 +542,7 @@ def _backward(call: _Call, needed: tuple[bool, ...], grad: Tensor, dgrad: Tensor
     table_grad = None if row_grad is None else _table_gradient(call, row_grad)
     norm_grads: tuple[Tensor | None, ...] = (None, None)
     if norm_part is not None and norm_needed:
-        norm_grads = _summed(call, norm_part, call.norm_weight.dtype).tensor_split(2)
+        norm_grads = summed(norm_part, call.norm_weight.dtype).tensor_split(2)
     x_grad, dx_grad = (
         part.to(like.dtype) if wanted and part is not None and like is not None else None
         for part, like, wanted in zip((shift_grad, dshift_grad), _parameters(call)[3:5], needed[3:5], strict=True)
@@ -579,18 +579,18 @@ def _times_backward(call: _Call, needed: bool, grad: Tensor, dgrad: Tensor | Non
         kernels.launch_times_backward(
             *_times_arguments(time), grad, dgrad, part, scale=time.scale, product=call.dtype, shapes=shapes,
         )  # fmt: skip
-    total = _summed(call, part, time.hidden_weight.dtype)
+    total = summed(part, time.hidden_weight.dtype)
     hidden, out, hidden_bias, out_bias = total.tensor_split((d * d, 2 * d * d, 2 * d * d + d))
     return hidden.view(d, d), hidden_bias, out.view(d, d), out_bias
 
 
-def _summed(call: _Call, part: Tensor, dtype: torch.dtype) -> Tensor:
+def summed(part: Tensor, dtype: torch.dtype) -> Tensor:
     """The sum of the rows of part [P, C] as [C], in two steps of fixed order."""
     from fave_fast.kernels import input_modulation as kernels
 
     if len(part) == 0:
         return part.new_zeros(part.shape[1], dtype=dtype)
-    shapes = _shapes("sums", call)
+    shapes = tile_shapes("input_modulation", "sums", part.device)
     while len(part) > shapes["span"]:
         fewer = torch.empty(-(-len(part) // shapes["span"]), part.shape[1], device=part.device)
         kernels.launch_sums(part, fewer, span=shapes["span"], shapes=shapes)

@@ -1,15 +1,22 @@
-"""Histories of a training step: out of the log into packed rows, and into the loss over a decoder's outputs."""
+"""Histories of a training step: out of the log into packed rows, and into the loss over a decoder's outputs.
+
+And the decoder's hidden layers: of PyTorch some ten launches forward and as many backward, 55 us and more (H200).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from fave_fast.ops.input_modulation import KERNEL_CHANNELS, summed
 from fave_fast.ops.registry import Implementation, Op, not_interpreted, triton_kernels
+from fave_fast.ops.tuning import Shapes, tile_shapes
 from fave_fast.profiling import ranged
 
 _MOST_HISTORIES = 1 << 14  # that one program adds up the lengths of
@@ -85,6 +92,42 @@ def pick(outputs: Tensor, packed: Packed, drawn: Tensor, *, backend: str = "auto
     return run(outputs.detach(), packed, drawn)
 
 
+class DecoderWeights(NamedTuple):
+    """Of D's two hidden layers."""
+
+    first: Tensor  # [D, D]
+    first_bias: Tensor  # [D]
+    second: Tensor  # [D, D]
+    second_bias: Tensor  # [D]
+
+
+def decoder_hidden(
+    source: Tensor, weights: DecoderWeights, pad: int, dtype: torch.dtype, *, backend: str = "auto"
+) -> Tensor:
+    """tanh(tanh(E_u W1^T + b1) W2^T + b2), as the outputs' product wants it; differentiable once.
+
+    Args:
+        source: E_u [B, D].
+        weights: of source's dtype.
+        pad: columns beside: one of ones, for biases, and zeros; a power of two.
+        dtype: of the result. Where it has 16 bits the triton backend multiplies in tf32.
+        backend: auto, reference or triton.
+
+    Returns:
+        [B, D + pad].
+
+    Raises:
+        BackendError: the backend cannot run here.
+    """
+    d, beyond = source.shape[1], {}
+    if d not in KERNEL_CHANNELS:
+        beyond["triton"] = f"its kernels take D of {KERNEL_CHANNELS}, not {d}"
+    elif source.dtype != torch.float32:
+        beyond["triton"] = f"its kernels take float32, not {source.dtype}"
+    run = DECODER_HIDDEN.resolve(backend, source.device, source.dtype, beyond)
+    return run(source, weights, pad, dtype)
+
+
 def _beyond(histories: int, longest: int) -> dict[str, str]:
     if histories <= _MOST_HISTORIES and longest <= _MOST_ITEMS:
         return {}
@@ -153,6 +196,62 @@ def _pick_triton(outputs: Tensor, packed: Packed, drawn: Tensor) -> Picked:
     return Picked(places, errors, squares, counted)
 
 
+def _decoder_reference(source: Tensor, weights: DecoderWeights, pad: int, dtype: torch.dtype) -> Tensor:
+    one = F.linear(source, weights.first, weights.first_bias).tanh()
+    two = F.linear(one, weights.second, weights.second_bias).tanh()
+    return torch.cat((two, torch.ones_like(two[:, :1]), two.new_zeros(len(two), pad - 1)), 1).to(dtype)
+
+
+class _Decoder(torch.autograd.Function):
+    """The kernels under autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, pad: int, dtype: torch.dtype, source: Tensor, *weights: Tensor) -> Tensor:
+        from fave_fast.kernels import packed as kernels
+
+        source, weights = source.contiguous(), tuple(one.contiguous() for one in weights)
+        one, two = torch.empty(2, *source.shape, device=source.device)
+        out = torch.empty(len(source), source.shape[1] + pad, dtype=dtype, device=source.device)
+        shapes, precision = _decoder_shapes("forward", source), _precision(dtype, source.shape[1])
+        kernels.decoder(source, *weights, one, two, out, precision=precision, shapes=shapes)
+        ctx.save_for_backward(source, weights[0], weights[2], one, two)
+        ctx.precision = precision
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        from fave_fast.kernels import packed as kernels
+
+        source, first, second, one, two = ctx.saved_tensors
+        shapes, d = _decoder_shapes("backward", source), source.shape[1]
+        source_grad = torch.empty_like(source)
+        part = torch.empty(-(-len(source) // shapes["users"]), 2 * d * d + 2 * d, device=source.device)
+        kernels.decoder_backward(
+            source, first, second, one, two, grads[0].contiguous(), source_grad, part, precision=ctx.precision,
+            shapes=shapes,
+        )  # fmt: skip
+        total = summed(part, source.dtype)
+        one_grad, two_grad, one_bias, two_bias = total.tensor_split((d * d, 2 * d * d, 2 * d * d + d))
+        return None, None, source_grad, one_grad.view(d, d), one_bias, two_grad.view(d, d), two_bias
+
+
+def _decoder_shapes(kernel: str, source: Tensor) -> Shapes:
+    return tile_shapes("decoder", kernel, source.device)
+
+
+def _precision(dtype: torch.dtype, d: int) -> str:
+    if dtype.itemsize == 2:
+        return "tf32"
+    return "tf32x3" if d <= 128 else "chains"  # as `kernels.input_modulation` has it
+
+
+def _decoder_triton(source: Tensor, weights: DecoderWeights, pad: int, dtype: torch.dtype) -> Tensor:
+    out: Tensor = cast(Any, _Decoder).apply(pad, dtype, source, *weights)
+    return out
+
+
+Decode = Callable[[Tensor, DecoderWeights, int, torch.dtype], Tensor]
 Pack = Callable[[Tensor, Tensor, Tensor, int, int, int], Packed]
 Pick = Callable[[Tensor, Packed, Tensor], Picked]
 
@@ -168,5 +267,12 @@ PICK: Op[Pick] = Op(
     (
         Implementation("triton", _pick_triton, triton_kernels, not_interpreted),
         Implementation("reference", _pick_reference),
+    ),
+)
+DECODER_HIDDEN: Op[Decode] = Op(
+    "decoder_hidden",
+    (
+        Implementation("triton", _decoder_triton, triton_kernels, not_interpreted),
+        Implementation("reference", _decoder_reference),
     ),
 )
