@@ -21,7 +21,7 @@ from fave_fast.config import ModelConfig
 from fave_fast.losses import Share
 from fave_fast.model import FAVE, Block, Prediction, RMSNorm
 from fave_fast.ops.attention import Tables, rotary_by_age
-from fave_fast.ops.block import BlockDropout, BlockWeights, block, block_dual, narrowed
+from fave_fast.ops.block import BlockDropout, BlockWeights, block, block_dual, narrowed, normed
 from fave_fast.ops.input_modulation import Drawn, Draws, Times, input_modulation, input_modulation_dual
 from fave_fast.ops.packed import DecoderWeights, Packed, decoder_hidden, own_items, pick
 from fave_fast.profiling import ranged
@@ -109,12 +109,10 @@ class Network:
     def _encode(self, e: tuple[Tensor, ...], offsets: Tensor, dtype: torch.dtype) -> tuple[Prediction, Tensor | None]:
         """Prediction, and the tangent of (E, dE), in `dtype`; `offsets` [B + F + 1] says where the histories lie."""
         h, source = self._blocks(e, offsets)
-        last = tuple(one[: self.packed.count].to(dtype) for one in h)
-        norm = self.model.final_norm
-        if len(last) == 1:
-            return Prediction(_normed(norm, last[0]), source), None
-        endpoint, tangent = dual.norm(norm, cast(dual.Pair, last))
-        return Prediction(endpoint, source), tangent
+        final = cast("RMSNorm | nn.LayerNorm", self.model.final_norm)
+        bias = final.bias if isinstance(final, nn.LayerNorm) else None
+        endpoint, *tangent = normed(h, final.weight, bias, final.eps, self.packed.count, dtype, backend=self.backend)
+        return Prediction(endpoint, source), tangent[0] if tangent else None
 
     def draw_anchor(self, rho: float, generator: torch.Generator | None) -> Tensor:
         """x_0 of eq. (14), [B, D]: `flow.draw_anchor` on packed histories."""
@@ -210,14 +208,6 @@ def with_tokens(packed: Packed) -> tuple[Tensor, Tensor]:
     offsets = packed.offsets + every[: count + 1]
     places = torch.cat((every[:rows] + packed.owners, offsets[1:] - 1))
     return offsets, torch.empty_like(every).scatter_(0, places, every)
-
-
-def _normed(module: nn.Module, x: Tensor) -> Tensor:
-    """The norm of x by PyTorch's op for it: `RMSNorm` of the model is written out for forward mode, in 18 launches."""
-    if isinstance(module, RMSNorm):
-        return F.rms_norm(x, module.weight.shape, module.weight, module.eps)
-    result: Tensor = module(x)
-    return result
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -125,6 +125,23 @@ def _norm_linear_kernel(
             _store_rows(dy_ptr, _dot(dn, w), first, row, keep, column, WIDTH)
 
 
+@triton.jit(do_not_specialize=["count"])
+def _norm_kernel(
+    x_ptr, dx_ptr, gain_ptr, bias_ptr, y_ptr, dy_ptr, count, eps,
+    D: tl.constexpr, D_BLOCK: tl.constexpr, LAYER: tl.constexpr, DUAL: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    first, row = tl.program_id(0).to(tl.int64) * BM, tl.arange(0, BM)
+    keep, channel = row < count - first, tl.arange(0, D_BLOCK)
+    x = _load_rows(x_ptr, first, row, keep, channel, D)
+    dx = x
+    if DUAL:
+        dx = _load_rows(dx_ptr, first, row, keep, channel, D)
+    n, dn = _normed(x, dx, gain_ptr, bias_ptr, channel, eps, D, LAYER, DUAL)
+    _store_rows(y_ptr, n, first, row, keep, channel, D)
+    if DUAL:
+        _store_rows(dy_ptr, dn, first, row, keep, channel, D)
+
+
 @triton.jit(do_not_specialize=["count", "stream", "threshold"])
 def _tail_kernel(
     o_ptr, do_ptr, x_ptr, dx_ptr, wo_ptr, gain_ptr, bias_ptr, w1_ptr, w2_ptr, seed_ptr,
@@ -247,8 +264,9 @@ def _norm_backward_kernel(
     gn_ptr, gdn_ptr, x_ptr, dx_ptr, gain_ptr, bias_ptr, residual_ptr, dresidual_ptr, owner_ptr, gq_ptr, gdq_ptr,
     seed_ptr, gx_ptr, gdx_ptr, n_ptr, dn_ptr, gz_ptr, gdz_ptr, sums_ptr, count, programs, stream, threshold, scale, eps,
     D: tl.constexpr, D_BLOCK: tl.constexpr, LAYER: tl.constexpr, DUAL: tl.constexpr, DROP: tl.constexpr,
-    SPARSE: tl.constexpr, BM: tl.constexpr,
+    SPARSE: tl.constexpr, INNER: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
+    """INNER: within a block, with a residual stream and products that want norm(x) again."""
     first, row = tl.program_id(0).to(tl.int64) * BM, tl.arange(0, BM)
     keep, channel = row < count - first, tl.arange(0, D_BLOCK)
     gn = _load_rows(gn_ptr, first, row, keep, channel, D).to(tl.float32)
@@ -273,14 +291,16 @@ def _norm_backward_kernel(
     if LAYER:
         n += _load_vector(bias_ptr, channel, D)
         tl.store(sums_ptr + (D + channel) * programs, tl.sum(gn, 0), mask=channel < D)
-    _store_rows(n_ptr, n, first, row, keep, channel, D)
+    if INNER:
+        _store_rows(n_ptr, n, first, row, keep, channel, D)
     to_gain = tl.sum(gn * (c * r), 0)
     a = gn * gain
     if DUAL:
         dc = _centred(_load_rows(dx_ptr, first, row, keep, channel, D), channel, D, LAYER)
         m = tl.sum(c * dc, 1)[:, None] / D
         dn = (dc - c * (r * r * m)) * r
-        _store_rows(dn_ptr, dn * gain, first, row, keep, channel, D)
+        if INNER:
+            _store_rows(dn_ptr, dn * gain, first, row, keep, channel, D)
         to_gain += tl.sum(gdn * dn, 0)
         e = gdn * gain
         along = tl.sum(e * c, 1)[:, None] / D
@@ -290,14 +310,16 @@ def _norm_backward_kernel(
         gdx = r * e - cube * along * c
         if LAYER:
             gdx = tl.where((channel < D)[None, :], gdx - tl.sum(gdx, 1)[:, None] / D, 0.0)
-        gdx += _load_rows(dresidual_ptr, owners, stored, owned, channel, D).to(tl.float32)
+        if INNER:
+            gdx += _load_rows(dresidual_ptr, owners, stored, owned, channel, D).to(tl.float32)
         _store_rows(gdx_ptr, gdx, first, row, keep, channel, D)
     else:
         gx = r * a - c * (r * r * r * tl.sum(a * c, 1)[:, None] / D)
     tl.store(sums_ptr + channel * programs, to_gain, mask=channel < D)
     if LAYER:
         gx = tl.where((channel < D)[None, :], gx - tl.sum(gx, 1)[:, None] / D, 0.0)
-    gx += _load_rows(residual_ptr, owners, stored, owned, channel, D).to(tl.float32)
+    if INNER:
+        gx += _load_rows(residual_ptr, owners, stored, owned, channel, D).to(tl.float32)
     _store_rows(gx_ptr, gx, first, row, keep, channel, D)
     if DROP:
         factor = _dropout_scale(seed_ptr, stream, first, row, channel, threshold, scale, D)
@@ -327,6 +349,19 @@ def norm_linear(x, norm, weight, y, shapes):
     _norm_linear_kernel[(triton.cdiv(count, shapes["BM"]),)](
         *_pair(x), gain, gain if bias is None else bias, weight, *_pair(y), count, eps, D=d,
         D_BLOCK=_block_of(d), WIDTH=len(weight), LAYER=bias is not None, DUAL=len(x) == 2, **shapes,
+    )  # fmt: skip
+
+
+def norm(x, weights, y, shapes):
+    """Write norms of x into y, tuples [rows, D] of the value, or of value and tangent; `weights` is `norm` elsewhere.
+
+    `shapes`: BM, num_warps.
+    """
+    count, d = y[0].shape
+    gain, bias, eps = weights
+    _norm_kernel[(triton.cdiv(count, shapes["BM"]),)](
+        *_pair(x), gain, gain if bias is None else bias, *_pair(y), count, eps, D=d, D_BLOCK=_block_of(d),
+        LAYER=bias is not None, DUAL=len(x) == 2, **shapes,
     )  # fmt: skip
 
 
@@ -378,30 +413,30 @@ def linear(x, weight, y, shapes):
 
 
 def norm_backward(gn, x, norm, residual, newest, dropout, gx, n, gz, sums, shapes):
-    """Gradients of x, given those of norm(x) and of x by the residual stream.
+    """Gradients of x, given those of norm(x) and of x by the residual stream, if there is one.
 
     Args:
         gn: tuple of the value's, or of the value's and the tangent's, [rows, D]; so are all below without a type.
         x: [rows, D].
         norm: as for `norm_linear`.
-        residual: gradients [rows, D], or with `newest` [B, D].
+        residual: None, or gradients [rows, D], or with `newest` [B, D].
         newest: None, or (owner int32 [rows], more [B, D]): row by row the history whose newest item it is, or -1; the
             gradient of norm(x) has `more` added at those rows.
         dropout: None, or that of `tail`, whose first use gx is multiplied with to give gz.
         gx: written, gradients of x.
-        n: written, norm(x).
+        n: None without a residual stream; else written, norm(x).
         gz: written where `dropout` is not None.
         sums: float32 [2, D, programs], written: each program's share of the gain's and (LayerNorm) the bias's gradient.
         shapes: BM, num_warps.
     """
-    count, d = x[0].shape
+    count, d = gn[0].shape
     gain, bias, eps = norm
     owner, more = newest or (gain, gx)
     seed, stream, threshold, scale = dropout or (gain, 0, 0, 1.0)
     programs = triton.cdiv(count, shapes["BM"])
     _norm_backward_kernel[(programs,)](
-        *_pair(gn), *_pair(x), gain, gain if bias is None else bias, *_pair(residual), owner, *_pair(more), seed,
-        *_pair(gx), *_pair(n), *_pair(gz or gx), sums, count, programs, stream, threshold, scale, eps, D=d,
+        *_pair(gn), *_pair(x), gain, gain if bias is None else bias, *_pair(residual or gx), owner, *_pair(more), seed,
+        *_pair(gx), *_pair(n or gx), *_pair(gz or gx), sums, count, programs, stream, threshold, scale, eps, D=d,
         D_BLOCK=_block_of(d), LAYER=bias is not None, DUAL=len(gn) == 2, DROP=dropout is not None,
-        SPARSE=newest is not None, **shapes,
+        SPARSE=newest is not None, INNER=residual is not None, **shapes,
     )  # fmt: skip

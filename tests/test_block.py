@@ -12,7 +12,7 @@ from torch import Tensor
 from fave_fast.config import ModelConfig
 from fave_fast.model import Block
 from fave_fast.ops.attention import Histories, rotary_by_age, rotary_tables
-from fave_fast.ops.block import BlockDropout, BlockWeights, block, block_dual, reference
+from fave_fast.ops.block import BlockDropout, BlockWeights, block, block_dual, normed, reference
 
 pytest.importorskip("triton")
 
@@ -224,6 +224,26 @@ def test_forward_mode_is_refused(backend: str) -> None:
         along(case.inputs[0])
     with pytest.raises((NotImplementedError, RuntimeError), match=r"forward-mode|disable"):
         torch.compile(along, backend="eager")(case.inputs[0])
+
+
+@pytest.mark.parametrize("dual", [False, True])
+@pytest.mark.parametrize(("layer_norm", "d", "dtype"), [(False, 32, torch.float32), (True, 24, torch.float16)])
+def test_norm_alone(layer_norm: bool, d: int, dtype: torch.dtype, dual: bool) -> None:
+    """Of the first rows, as wide as its gain; the others' gradients are zeros."""
+    case = Case([40], d, dtype=dtype, layer_norm=layer_norm, dual=dual)
+
+    def outcome(backend: str, wide: torch.dtype, narrow: torch.dtype) -> list[Tensor]:
+        inputs = [one.to(narrow).requires_grad_() for one in case.inputs]
+        named = case.weights.ffn_gain, case.weights.ffn_bias
+        gain, bias = (None if one is None else one.to(wide, copy=True).requires_grad_() for one in named)
+        outputs = normed(tuple(inputs), gain, bias, 1e-5, 37, wide, backend=backend)
+        given = [*inputs, *(one for one in (gain, bias) if one is not None)]
+        upstream = [one[:37].to(wide) for one in case.upstream]
+        return [*outputs, *torch.autograd.grad(outputs, given, upstream)]
+
+    want = outcome("reference", torch.float64, torch.float64)
+    ours, theirs = (errors(outcome(backend, torch.float32, dtype), want) for backend in ("triton", "reference"))
+    assert all(one <= 2 * two + 1e-7 for one, two in zip(ours, theirs, strict=True)), f"{ours} against {theirs}"
 
 
 def test_no_rows() -> None:

@@ -18,6 +18,7 @@ OPS: tuple[Op[Any], ...] = (
     _adam.OP,
     _attention.OP,
     _block.OP,
+    _block.NORM,
     _cross_entropy.OP,
     _encoder.OP,
     _input_modulation.OP,
