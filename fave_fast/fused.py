@@ -21,7 +21,7 @@ from fave_fast.config import ModelConfig
 from fave_fast.losses import Share
 from fave_fast.model import FAVE, Block, Prediction, RMSNorm
 from fave_fast.ops.attention import Tables, rotary_by_age
-from fave_fast.ops.block import BlockDropout, BlockWeights, block, block_dual, narrowed, normed
+from fave_fast.ops.block import BlockDropout, BlockWeights, block, block_dual, normed, together
 from fave_fast.ops.input_modulation import Drawn, Draws, Times, input_modulation, input_modulation_dual
 from fave_fast.ops.packed import DecoderWeights, Packed, decoder_hidden, own_items, pick
 from fave_fast.profiling import ranged
@@ -173,17 +173,16 @@ class Network:
         source_index = config.source_block % config.blocks
         p = self._p(config.dropout)
         source = h[0]
-        every = block_weights(self.model)
-        for index, (weights, narrow) in enumerate(zip(every, narrowed(every, self.dtype), strict=True)):
+        for index, (weights, place) in enumerate(together(block_weights(self.model), self.dtype)):
             last = index == config.blocks - 1
             dropout = BlockDropout(p, self.seed, index) if p > 0 else None
             if len(h) == 1:
                 h = (block(h[0], weights, offsets, config.heads, tables, causal=config.attention == "causal",
-                           last_only=last, dropout=dropout, narrow=narrow, backend=self.backend),)  # fmt: skip
+                           last_only=last, dropout=dropout, place=place, backend=self.backend),)  # fmt: skip
             else:
                 h = block_dual(
                     h[0], h[1], weights, offsets, config.heads, tables, causal=config.attention == "causal",
-                    last_only=last, dropout=dropout, narrow=narrow, backend=self.backend,
+                    last_only=last, dropout=dropout, place=place, backend=self.backend,
                 )  # fmt: skip
             if index == source_index:
                 source = h[0] if last else h[0].index_select(0, offsets[1:] - 1)

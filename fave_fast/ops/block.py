@@ -21,7 +21,7 @@ The gc line: dn holds c directly, in m, and in r, and d r / d c = -r^3 c / D.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -75,13 +75,80 @@ class BlockWeights(NamedTuple):
         return self._replace(qkv=qkv, attention_out=attention_out, ffn_in=ffn_in, ffn_out=ffn_out)
 
 
-def narrowed(weights: list[BlockWeights], dtype: torch.dtype) -> list[BlockWeights]:
+class _Sums:
+    """Shares of the norms' gradients that programs have written, two norms a block, by the number of programs."""
+
+    def __init__(self, places: int, parts: int) -> None:
+        self.places, self.parts = places, parts
+        self.shares: dict[int, Tensor] = {}
+        self.written: dict[int, int] = {}
+
+    def room(self, place: int, d: int, programs: int, device: torch.device) -> Tensor:
+        """Memory [1 or 2, d, programs] of a norm's gain and bias."""
+        if programs not in self.shares:
+            self.shares[programs] = torch.empty(self.places, self.parts, d, programs, device=device)
+        self.written[place] = programs
+        return self.shares[programs][place]
+
+    def totals(self) -> list[Tensor]:
+        """The gradients [d], norm by norm, in a launch for each number of programs: a launch a norm took 4 us each."""
+        sums = {programs: shares.sum(-1) for programs, shares in self.shares.items()}
+        found = [sums[self.written[place]][place].unbind(0) for place in range(self.places)]
+        return [one for parts in found for one in parts]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A block's place in a network, whose blocks narrow their weights and add up their norms' gradients together."""
+
+    index: int
+    weights: BlockWeights  # with matrices as the products want them
+    sums: _Sums
+
+
+def together(weights: list[BlockWeights], dtype: torch.dtype) -> list[tuple[BlockWeights, Place]]:
+    """The weights to give to `block`, and the places, of all the blocks of a network on rows of `dtype`.
+
+    All blocks are to be run once.
+    """
+    given = [(one.attention_gain, one.attention_bias, one.ffn_gain, one.ffn_bias) for one in weights]
+    sums = _Sums(2 * len(weights), 1 if weights[0].attention_bias is None else 2)
+    norms: Iterator[Any] = iter(
+        cast(Any, _Together).apply(sums, *(one for norm in given for one in norm if one is not None))
+    )
+    result = []
+    for index, (each, narrow) in enumerate(zip(weights, _narrowed(weights, dtype), strict=True)):
+        through: list[Any] = [None if one is None else next(norms) for one in given[index]]
+        gain, bias, ffn_gain, ffn_bias = through
+        changed = BlockWeights(gain, bias, each.qkv, each.attention_out, ffn_gain, ffn_bias, each.ffn_in, each.ffn_out)
+        result.append((changed, Place(index, narrow, sums)))
+    return result
+
+
+class _Together(torch.autograd.Function):
+    """The norms' parameters as they are; of blocks that gave no gradients the sums of what they wrote."""
+
+    @staticmethod
+    def forward(ctx: Any, sums: _Sums, *norms: Tensor) -> tuple[Tensor, ...]:
+        ctx.sums, ctx.dtype = sums, norms[0].dtype
+        ctx.set_materialize_grads(False)
+        return tuple(one.view_as(one) for one in norms)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if not ctx.sums.written:
+            return None, *grads
+        return None, *(one.to(ctx.dtype) for one in ctx.sums.totals())
+
+
+def _narrowed(weights: list[BlockWeights], dtype: torch.dtype) -> list[BlockWeights]:
     """The weights of any number of blocks with matrices in `dtype`, without gradients, in two launches.
 
     `torch._foreach_copy_` takes 64 k elements a program: 15 us for the 0.8 M of four blocks, on 13 multiprocessors.
     """
     matrices = [one.detach() for each in weights for one in each.matrices]
-    if not matrices or matrices[0].dtype == dtype:
+    if matrices[0].dtype == dtype:
         return weights
     flat = torch.cat([one.flatten() for one in matrices]).to(dtype)
     parts = torch.split(flat, [one.numel() for one in matrices])
@@ -146,7 +213,7 @@ def block(
     causal: bool = False,
     last_only: bool = False,
     dropout: BlockDropout | None = None,
-    narrow: BlockWeights | None = None,
+    place: Place | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """One block over packed histories, differentiable in reverse mode with respect to x and the weights.
@@ -160,7 +227,7 @@ def block(
         causal: whether an item attends only to itself and older ones.
         last_only: compute the newest row of each history alone.
         dropout: None outside training.
-        narrow: what `narrowed` makes of float32 weights, for the kernels; made anew by default.
+        place: of `together`, with these weights; by default the block is by itself.
         backend: auto, reference or triton.
 
     Returns:
@@ -172,7 +239,7 @@ def block(
         NotImplementedError: under forward-mode differentiation or in a `torch.func` transform.
     """
     histories = Histories(offsets, None, heads, rotary, causal, last_only)
-    (y,) = _apply("block", (x,), weights, histories, dropout, narrow, backend)
+    (y,) = _apply("block", (x,), weights, histories, dropout, place, backend)
     return y
 
 
@@ -188,7 +255,7 @@ def block_dual(
     causal: bool = False,
     last_only: bool = False,
     dropout: BlockDropout | None = None,
-    narrow: BlockWeights | None = None,
+    place: Place | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """`block` and its derivative along the tangent `dx` [total, D] of x; the dropout masks are the value's.
@@ -196,7 +263,7 @@ def block_dual(
     Both results are differentiable in reverse mode with respect to x, dx and the weights.
     """
     histories = Histories(offsets, None, heads, rotary, causal, last_only)
-    y, dy = _apply("block_dual", (x, dx), weights, histories, dropout, narrow, backend)
+    y, dy = _apply("block_dual", (x, dx), weights, histories, dropout, place, backend)
     return y, dy
 
 
@@ -206,7 +273,7 @@ def _apply(
     weights: BlockWeights,
     histories: Histories,
     dropout: BlockDropout | None,
-    narrow: BlockWeights | None,
+    place: Place | None,
     backend: str,
 ) -> tuple[Tensor, ...]:
     given = [one for one in weights if one is not None]
@@ -215,7 +282,7 @@ def _apply(
     if dropout is not None and dropout.p == 0:
         dropout = None
     run = OP.resolve(backend, x[0].device, x[0].dtype)
-    return run(x, weights, histories, dropout, narrow)
+    return run(x, weights, histories, dropout, place)
 
 
 def _check(x: tuple[Tensor, ...], weights: BlockWeights, histories: Histories) -> None:
@@ -300,7 +367,7 @@ def reference(
     weights: BlockWeights,
     histories: Histories,
     dropout: BlockDropout | None,
-    narrow: BlockWeights | None = None,
+    place: Place | None = None,
 ) -> tuple[Tensor, ...]:
     """Plain PyTorch on (x,) or (x, dx), with casts of its own: gradients go through them."""
     d = x[0].shape[1]
@@ -362,6 +429,7 @@ class _Block:
     dual: bool
     d: int
     wide: torch.dtype  # of the weights' gradients
+    place: Place | None
 
     def _mask(self) -> _Mask | None:
         if self.dropout is None:
@@ -405,8 +473,8 @@ class _Block:
 
     def backward(
         self, x: tuple[Tensor, ...], saved: tuple[Tensor, ...], upstream: tuple[Tensor, ...]
-    ) -> tuple[tuple[Tensor, ...], BlockWeights]:
-        """Gradients of x (and dx) and of the weights."""
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
+        """Gradients of x (and dx) and, in their order, of the weights."""
         w, d = self.weights, self.d
         projected, o, h = saved[:3]
         queries = saved[3] if self.histories.last else None
@@ -428,7 +496,7 @@ class _Block:
             newest_n = n.buffer.index_select(1, self.histories.newest_rows()).flatten(0, 1)
             g_qkv = torch.cat((self._product(g_queries.flatten(0, 1), newest_n), g_qkv))
         g_gain, g_bias = ffn["norm"]
-        return gx.parts, BlockWeights(*g_norm, g_qkv, g_out, g_gain, g_bias, ffn["in"], ffn["out"])
+        return gx.parts, (*g_norm, g_qkv, g_out, g_gain, g_bias, ffn["in"], ffn["out"])
 
     def _feed_forward_backward(self, h: Tensor, upstream: tuple[Tensor, ...]) -> tuple[_Rows, _Rows, dict[str, Any]]:
         """Gradients of h and of the attention's output, and of the feed-forward's weights."""
@@ -477,19 +545,25 @@ class _Block:
         newest: tuple[Tensor, tuple[Tensor, ...]] | None,
         mask: _Mask | None,
         gz: _Rows | None,
-    ) -> tuple[_Rows, _Rows, tuple[Tensor, Tensor | None]]:
-        """Gradients of x, norm(x) again, gradients of the norm's parameters."""
+    ) -> tuple[_Rows, _Rows, tuple[Tensor | None, Tensor | None]]:
+        """Gradients of x, norm(x) again, gradients of the norm's parameters unless they are added up later."""
         from fave_fast.kernels import block as kernels
 
         norm, d = self._norms()[which], self.d
         shapes = _shapes("norm_backward", self.dual, x[0])
         programs = -(-len(x[0]) // shapes["BM"])
         # The programs last: a sum over contiguous numbers takes 3 us, one over 400 rows of 256 took 15.
-        sums = torch.empty(2, d, programs, dtype=torch.float32, device=x[0].device)
+        place, device = self.place, x[0].device
+        if place is None:
+            sums = torch.empty(2, d, programs, dtype=torch.float32, device=device)
+        else:
+            sums = place.sums.room(2 * place.index + which, d, programs, device)
         gx, n = (_Rows(x[0], len(x), len(x[0]), d) for _ in range(2))
         kernels.norm_backward(
             gn.parts, x, norm, residual, newest, mask, gx.parts, n.parts, None if gz is None else gz.parts, sums, shapes
         )
+        if place is not None:
+            return gx, n, (None, None)
         if norm[1] is None:
             return gx, n, (sums[0].sum(1).to(self.wide), None)
         gain, bias = sums.sum(2).to(self.wide)
@@ -504,15 +578,15 @@ class _BlockFunction(torch.autograd.Function):
         ctx: Any,
         histories: Histories,
         dropout: BlockDropout | None,
-        narrow: BlockWeights | None,
+        place: Place | None,
         dual: bool,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         x = tuple(one.contiguous() for one in tensors[: 1 + dual] if one is not None)
         weights = BlockWeights(*(one if one is None else one.contiguous() for one in tensors[1 + dual :]))  # type: ignore[arg-type]
         wide = weights.qkv.dtype
-        (weights,) = narrowed([weights], x[0].dtype) if narrow is None else (narrow,)
-        ctx.block = (histories, dropout, dual, x[0].shape[1], wide)
+        (weights,) = _narrowed([weights], x[0].dtype) if place is None else (place.weights,)
+        ctx.block = (histories, dropout, dual, x[0].shape[1], wide, place)
         launches = _Block(weights, *ctx.block)
         outputs, saved = launches.forward(x)
         ctx.count = len(saved)
@@ -583,9 +657,7 @@ NORM: Op[Normalise] = Op(
         Implementation("reference", _norm_reference),
     ),
 )
-Run = Callable[
-    [tuple[Tensor, ...], BlockWeights, Histories, BlockDropout | None, BlockWeights | None], tuple[Tensor, ...]
-]
+Run = Callable[[tuple[Tensor, ...], BlockWeights, Histories, BlockDropout | None, Place | None], tuple[Tensor, ...]]
 
 
 def _run_triton(
@@ -593,12 +665,12 @@ def _run_triton(
     weights: BlockWeights,
     histories: Histories,
     dropout: BlockDropout | None,
-    narrow: BlockWeights | None,
+    place: Place | None,
 ) -> tuple[Tensor, ...]:
     if len(x[0]) == 0:
         return reference(x, weights, histories, dropout)
     function = cast(Any, _BlockFunction)
-    result: tuple[Tensor, ...] = function.apply(histories, dropout, narrow, len(x) == 2, *x, *weights)
+    result: tuple[Tensor, ...] = function.apply(histories, dropout, place, len(x) == 2, *x, *weights)
     return result
 
 
