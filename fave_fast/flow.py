@@ -36,7 +36,9 @@ def learned_velocity(endpoint: Tensor, x_0: Tensor) -> Tensor:
 def mode_times(count: int, scale: float, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
     """Heavy-tailed mode sampling (Esser et al. 2024): t = 1 - u - s (cos^2(pi u / 2) - 1 + u), u ~ U(0, 1); [count]."""
     u = torch.rand(count, device=device, generator=generator)
-    t = 1 - u - scale * (torch.cos(math.pi / 2 * u).square() - 1 + u)
+    # As (1 + s) (1 - u) - s cos^2: five launches, where the formula as it stands takes nine.
+    cosine = torch.cos(math.pi / 2 * u)
+    t = torch.rsub(u, 1 + scale, alpha=1 + scale).addcmul(cosine, cosine, value=-scale)
     return t.clamp(0, 1)  # rounding may step outside by an ulp
 
 

@@ -21,7 +21,7 @@ from fave_fast.config import ModelConfig
 from fave_fast.losses import Share
 from fave_fast.model import FAVE, Block, Prediction, RMSNorm
 from fave_fast.ops.attention import Tables, rotary_by_age
-from fave_fast.ops.block import BlockDropout, BlockWeights, block, block_dual, normed, together
+from fave_fast.ops.block import BlockDropout, BlockWeights, block, block_dual, last_block, normed, together
 from fave_fast.ops.input_modulation import Drawn, Draws, Times, input_modulation, input_modulation_dual
 from fave_fast.ops.packed import DecoderWeights, Packed, decoder_hidden, own_items, pick
 from fave_fast.profiling import ranged
@@ -174,18 +174,21 @@ class Network:
         p = self._p(config.dropout)
         source = h[0]
         for index, (weights, place) in enumerate(together(block_weights(self.model), self.dtype)):
-            last = index == config.blocks - 1
             dropout = BlockDropout(p, self.seed, index) if p > 0 else None
+            options: Any = {
+                "causal": config.attention == "causal", "dropout": dropout, "place": place, "backend": self.backend,
+            }  # fmt: skip
+            if index == config.blocks - 1:
+                h, newest = last_block(h, weights, offsets, config.heads, tables, **options)
+                source = newest if source_index == index - 1 else source
+                source = h[0] if source_index == index else source
+                break
             if len(h) == 1:
-                h = (block(h[0], weights, offsets, config.heads, tables, causal=config.attention == "causal",
-                           last_only=last, dropout=dropout, place=place, backend=self.backend),)  # fmt: skip
+                h = (block(h[0], weights, offsets, config.heads, tables, **options),)
             else:
-                h = block_dual(
-                    h[0], h[1], weights, offsets, config.heads, tables, causal=config.attention == "causal",
-                    last_only=last, dropout=dropout, place=place, backend=self.backend,
-                )  # fmt: skip
-            if index == source_index:
-                source = h[0] if last else h[0].index_select(0, offsets[1:] - 1)
+                h = block_dual(h[0], h[1], weights, offsets, config.heads, tables, **options)
+            if index == source_index < config.blocks - 2:
+                source = h[0].index_select(0, offsets[1:] - 1)
         return h, source[: self.packed.count].to(self.model.item_embedding.weight.dtype)
 
 

@@ -115,7 +115,7 @@ def test_rounded_rows(total: int, longest: int) -> None:
 
 
 @pytest.mark.parametrize("tangent", [False, True])
-@pytest.mark.parametrize("changes", [{}, LAYER, *OTHER])
+@pytest.mark.parametrize("changes", [{}, LAYER, {"blocks": 3, "source_block": 0}, *OTHER])
 def test_network_is_the_reference_network(changes: dict[str, Any], tangent: bool) -> None:
     model, packed = build(changes), batch()
     lam = torch.randn(len(packed.ids), D, dtype=torch.float64)

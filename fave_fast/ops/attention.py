@@ -25,6 +25,7 @@ Without tangents e = 0 leaves the usual gradients. Rotary position embedding tur
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -105,6 +106,7 @@ class Histories:
         present = ages < lengths[:, None]
         return torch.where(present, ends[:, None] - 1 - ages, 0), present
 
+    @functools.cached_property
     def newest_rows(self) -> Tensor:
         """Row int64 [B] of each history's newest item; of one without items whatever row precedes it, or row 0."""
         if self.padded_length is None:
