@@ -23,7 +23,7 @@ from fave_fast.model import FAVE, Block, Prediction, RMSNorm
 from fave_fast.ops.attention import Tables, rotary_by_age
 from fave_fast.ops.block import BlockDropout, BlockWeights, block, block_dual, last_block, normed, together
 from fave_fast.ops.input_modulation import Drawn, Draws, Times, input_modulation, input_modulation_dual
-from fave_fast.ops.packed import DecoderWeights, Packed, decoder_hidden, own_items, pick
+from fave_fast.ops.packed import DecoderWeights, Packed, decoder_hidden, own_items, padded_weights, pick, rows_of
 from fave_fast.profiling import ranged
 
 _EIGHT = 8  # elements of 16 bits that a matrix product wants rows to be multiples of
@@ -52,6 +52,10 @@ class Network:
     lam: Tensor | None = None
     tables: Tables | None = None
     share: Share | None = None
+
+    def embed(self, items: Tensor) -> Tensor:
+        """The table's rows of items int64 [B], [B, D]."""
+        return rows_of(self.model.item_embedding.weight, items, backend=self.backend)
 
     def predict(self, x_t: Tensor, t: Tensor, r: Tensor) -> Prediction:
         """f(x_t, t, r) for x_t [B, D], t and r [B]."""
@@ -136,7 +140,8 @@ class Network:
         weights = DecoderWeights(first.weight, first.bias, second.weight, second.bias)
         with torch.autocast(source.device.type, enabled=False):
             hidden = decoder_hidden(source, weights, _EIGHT, self.dtype, backend=self.backend)
-        weight: Tensor = cast(Any, _Padded).apply(decoder.out.weight, decoder.out.bias, self.dtype)
+        out = decoder.out
+        weight = padded_weights(out.weight, out.bias, _EIGHT, self.dtype, backend=self.backend)
         outputs = F.linear(hidden, weight)
         if kind == "dense":
             wanted = own_items(packed, outputs.shape[1])
@@ -239,31 +244,6 @@ class _Picked(torch.autograd.Function):
         gradient = torch.zeros(shape.numel(), dtype=dtype, device=errors.device)
         gradient.index_add_(0, places, (errors * (2 * grads[0] * weight)).to(dtype))
         return gradient.view(shape), None, None, None, None
-
-
-class _Padded(torch.autograd.Function):
-    """Weights [N + 1, D] and, as a column more, biases [N + 1], in `dtype` and with zeros up to multiples of 8.
-
-    N + 1 = 12,102 columns of 16 bits got kernels for rows of whole 4 bytes: 20 us forward, 14 and 12 backward, and the
-    biases' gradient, a sum of its own, 20 (H200, B = 512).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
-        rows, d = weight.shape
-        padded = torch.zeros(-(-rows // _EIGHT) * _EIGHT, d + _EIGHT, dtype=dtype, device=weight.device)
-        padded[:rows, :d] = weight
-        padded[:rows, d] = bias
-        ctx.rows, ctx.dtype = rows, weight.dtype
-        return padded
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = grads
-        wide = gradient[: ctx.rows]
-        d = gradient.shape[1] - _EIGHT
-        return wide[:, :d].to(ctx.dtype).contiguous(), wide[:, d].to(ctx.dtype).contiguous(), None
 
 
 def block_weights(model: FAVE) -> list[BlockWeights]:

@@ -122,6 +122,9 @@ def consistency_loss(tangent: Tensor, reduction: Reduction = "mean") -> Tensor:
 class Network(Protocol):
     """What the objectives ask of a network over one batch of histories."""
 
+    def embed(self, items: Tensor) -> Tensor:
+        """The table's rows of items int64 [B], [B, D]."""
+
     def predict(self, x_t: Tensor, t: Tensor, r: Tensor) -> Prediction:
         """f(x_t, t, r) for x_t [B, D], t and r [B]."""
 
@@ -154,8 +157,13 @@ class ReferenceNetwork:
             self._lam = self.model.draw_lambda(shape, self.history.device, self.generator).to(like.dtype)
         return self._lam
 
-    def predict(self, x_t: Tensor, t: Tensor, r: Tensor) -> Prediction:
+    def embed(self, items: Tensor) -> Tensor:
         """As `Network`, and so are the others."""
+        rows: Tensor = self.model.item_embedding(items)
+        return rows
+
+    def predict(self, x_t: Tensor, t: Tensor, r: Tensor) -> Prediction:
+        """In one pass."""
         prediction: Prediction = self.model(self.history, x_t, t, r, self._lambda(x_t))
         return prediction
 
@@ -185,7 +193,7 @@ def stage1_objective(
 
     Targets int64 [B].
     """
-    x_1 = model.item_embedding(targets)  # eq. (7)
+    x_1 = network.embed(targets)  # eq. (7)
     x_0 = _prior(config.flow.prior_stage1, network, config, x_1, generator)
     t = flow.mode_times(len(targets), config.flow.mode_scale, targets.device, generator).to(x_1.dtype)
     prediction = network.predict(flow.interpolate(x_0, x_1, t), t, torch.ones_like(t))
@@ -201,7 +209,7 @@ def stage2_objective(
     computed.
     """
     count = len(targets)
-    x_1 = model.item_embedding(targets)
+    x_1 = network.embed(targets)
     x_0 = _prior(config.flow.prior, network, config, x_1, generator)
     t, r = (part.to(x_1.dtype) for part in flow.stage2_times(count, config.flow.p_end, targets.device, generator))
     x_t = flow.interpolate(x_0, x_1, t)

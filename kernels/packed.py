@@ -136,6 +136,63 @@ def _decoder_backward(
     tl.store(source_grad_ptr + line, source_grad.to(source_grad_ptr.dtype.element_ty), live)
 
 
+@triton.jit(do_not_specialize=["count"])
+def _add_rows(ids_ptr, grad_ptr, sum_ptr, count, D: tl.constexpr, CHUNK: tl.constexpr):
+    """All rows of one id added up in their order, by the program of the first of them."""
+    own, channel = tl.program_id(0), tl.arange(0, D)
+    item = tl.load(ids_ptr + own)
+    before = 0
+    for start in range(0, own, CHUNK):
+        place = start + tl.arange(0, CHUNK)
+        before += tl.sum((tl.load(ids_ptr + place, place < own, -1) == item).to(tl.int32), 0)
+    if (before == 0) & (item != 0):
+        total = tl.zeros([CHUNK, D], tl.float32)
+        for start in range(own, count, CHUNK):
+            place = start + tl.arange(0, CHUNK)
+            same = tl.load(ids_ptr + place, place < count, -1) == item
+            total += tl.load(grad_ptr + place[:, None] * D + channel[None, :], same[:, None], 0.0)
+        tl.store(sum_ptr + item * D + channel, tl.sum(total, 0))
+
+
+@triton.jit
+def _pad(
+    weight_ptr, bias_ptr, padded_ptr, rows, D: tl.constexpr, D_BLOCK: tl.constexpr, PAD: tl.constexpr,
+    BACK: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """Rows of weights, a bias and zeros; BACK from gradients of such rows those of weights and biases."""
+    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    channel, rest = tl.arange(0, D_BLOCK), tl.arange(0, PAD)
+    real = (row < rows)[:, None] & (channel < D)[None, :]
+    narrow = row[:, None] * D + channel[None, :]
+    wide = row[:, None] * (D + PAD) + channel[None, :]
+    if BACK:
+        tl.store(weight_ptr + narrow, tl.load(padded_ptr + wide, real, 0.0).to(weight_ptr.dtype.element_ty), real)
+        bias = tl.load(padded_ptr + row * (D + PAD) + D, row < rows, 0.0)
+        tl.store(bias_ptr + row, bias.to(bias_ptr.dtype.element_ty), row < rows)
+    else:
+        there = (row < (rows + 7) // 8 * 8)[:, None]
+        weight = tl.load(weight_ptr + narrow, real, 0.0).to(padded_ptr.dtype.element_ty)
+        tl.store(padded_ptr + wide, weight, there & (channel < D)[None, :])
+        bias = tl.load(bias_ptr + row, row < rows, 0.0).to(padded_ptr.dtype.element_ty)
+        bias = tl.where((rest == 0)[None, :], bias[:, None], 0.0).to(padded_ptr.dtype.element_ty)
+        tl.store(padded_ptr + row[:, None] * (D + PAD) + D + rest[None, :], bias, there)
+
+
+def add_rows(ids, grad, total):
+    """Add the rows of grad float32 [B, D] up by ids int64 [B] into total [N + 1, D], which holds zeros; not of id 0."""
+    count, d = grad.shape
+    _add_rows[(count,)](ids, grad, total, count, D=d, CHUNK=32, num_warps=4)
+
+
+def pad(weight, bias, padded, *, back):
+    """Weights [N, D] and biases [N] into padded [N up to whole 8, D + P], zeros beside them; `back` out of it."""
+    rows, d = weight.shape
+    _pad[(triton.cdiv(len(padded), 32),)](
+        weight, bias, padded, rows, D=d, D_BLOCK=triton.next_power_of_2(d), PAD=padded.shape[1] - d, BACK=back, BM=32,
+        num_warps=4,
+    )  # fmt: skip
+
+
 def decoder(source, first, first_bias, second, second_bias, one, two, out, *, precision, shapes):
     """Write one = tanh(source first^T + first_bias), two = tanh(one second^T + second_bias) and out.
 

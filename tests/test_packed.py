@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fave_fast.errors import BackendError
 from fave_fast.ops import pack_windows, pick
-from fave_fast.ops.packed import DecoderWeights, Packed, decoder_hidden
+from fave_fast.ops.packed import DecoderWeights, Packed, decoder_hidden, padded_weights, rows_of
 from fave_fast.ops.registry import why_no_triton
 
 needs_triton = pytest.mark.skipif(why_no_triton() is not None, reason=str(why_no_triton()))
@@ -144,3 +144,36 @@ def test_decoder_of_other_widths_is_refused_by_name() -> None:
     inputs = [torch.zeros(2, 24), torch.zeros(24, 24), torch.zeros(24), torch.zeros(24, 24), torch.zeros(24)]
     with pytest.raises(BackendError, match="not 24"):
         decoded("triton", inputs, torch.zeros(2, 32), torch.float32)
+
+
+@each_backend
+@property_test
+@given(ids=st.lists(st.integers(0, 5), max_size=70))
+def test_rows_of_a_table(backend: str, ids: list[int]) -> None:
+    table = torch.randn(7, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    upstream = torch.randn(len(ids), 16, generator=torch.Generator().manual_seed(2))
+    items = torch.tensor(ids, dtype=torch.int64)
+    rows = rows_of(table, items, backend=backend)
+    assert torch.equal(rows, table[items])
+    (got,) = torch.autograd.grad(rows, table, upstream)
+    want = torch.zeros(7, 16, dtype=torch.float64).index_add_(0, items, upstream.double())
+    want[0] = 0
+    torch.testing.assert_close(got, want.float(), rtol=1e-5, atol=1e-5)
+
+
+@needs_triton
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("rows", "d"), [(1, 16), (25, 24), (12_102, 128)])
+def test_padded_weights(device: str, rows: int, d: int) -> None:
+    dtype = torch.bfloat16 if device == "cuda" else torch.float16  # the interpreter cuts bfloat16 off
+    draws = torch.Generator().manual_seed(rows)
+    given = [torch.randn(shape, generator=draws).to(device) for shape in ((rows, d), (rows,))]
+    upstream = torch.randn(-(-rows // 8) * 8, d + 8, generator=draws).to(device, dtype)
+    both = []
+    for backend in ("triton", "reference"):
+        leaves = [one.clone().requires_grad_() for one in given]
+        padded = padded_weights(*leaves, 8, dtype, backend=backend)
+        both.append([padded, *torch.autograd.grad(padded, leaves, upstream)])
+    for mine, other in zip(*both, strict=True):
+        assert mine.dtype == other.dtype
+        assert torch.equal(mine, other)

@@ -24,7 +24,9 @@ OPS: tuple[Op[Any], ...] = (
     _input_modulation.OP,
     _packed.DECODER_HIDDEN,
     _packed.PACK_WINDOWS,
+    _packed.PADDED_WEIGHTS,
     _packed.PICK,
+    _packed.ROWS_OF,
     _rank_count.OP,
     _score_topk.OP,
 )
