@@ -44,10 +44,12 @@ HEAD = 5  # int32 a row, of the kernels
 BYTES_LEAST_ITEMS = 1 << 18
 BYTES_MOST_ROWS = 16
 
-# K up to which one program a row, `finish`, makes the lists. A scan of 100,000 items and it take 23 us for K = 20, 30
-# for 50, 65 for 200 and 332 for 1,000 (H200, one row). Of the three launches in its place, predicted and not yet
-# measured: 18 us for 50, 20 for 200, 25 for 1,000.
-ONE_PROGRAM_MOST_K = 64
+# K up to which one program a row, `finish`, makes the lists; for more than 64 rows, of which each multiprocessor has
+# some anyway, twice as many. With the scan of 100,000 items it and the three launches in its place take, in us (H200,
+# 3096ed9): one row, K = 20: 18 and 20, 50: 27 and 21, 200: 60 and 21, 1,000: 246 and 33; 64 rows 20 and 24, 29 and 25,
+# 64 and 33, 326 and 91; 512 rows 59 and 63, 91 and 76, 245 and 127, 1,313 and 452. Of 12,101 items 512 rows take 32 and
+# 42 for K = 50, 51 and 56 for 100.
+ONE_PROGRAM_MOST_K = 32
 
 
 @ranged("fave/topk")
@@ -227,7 +229,7 @@ class _Plan:
         device, d = queries.device, queries.shape[1]
         kind = "32bit" if queries.dtype == torch.float32 else "16bit"
         few = "few" if batch <= 64 else "many"
-        one = k <= ONE_PROGRAM_MOST_K
+        one = k <= ONE_PROGRAM_MOST_K * (1 if batch <= 64 else 2)
         if one:
             names = {"finish": f"certify_{kind}" if in_bytes else f"finish_{kind}_{few}"}
         else:
