@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -119,15 +119,17 @@ class Catalogue:
             return None
         return self.trained.numbering(self.gone[: len(self.trained) + 1], complete=not self.names)
 
-    def ids(self, numbers: npt.NDArray[np.integer]) -> list[ItemId]:
-        """The ids of items `numbers`, flat."""
-        if not self.names:
-            return self.trained.take(numbers - 1)
+    def ids(self, numbers: npt.NDArray[np.integer]) -> list[Any]:
+        """The ids of items `numbers`, in lists of its shape."""
         known = len(self.trained)
-        return [
-            self.trained.id_at(number - 1) if number <= known else self.names[number - known - 1]
-            for number in numbers.ravel().tolist()
-        ]
+        added = numbers > known
+        if not added.any():
+            return self.trained.take(numbers - 1)
+        found = np.empty(numbers.shape, dtype=np.object_)
+        found[~added] = self.trained.take(numbers[~added] - 1)
+        found[added] = [self.names[number - known - 1] for number in numbers[added].tolist()]
+        ids: list[Any] = found.tolist()
+        return ids
 
     def with_items(self, ids: Sequence[ItemId]) -> tuple[Catalogue, Ints]:
         """The next version, which holds `ids` too, and their numbers; an id that had a number gets that one.

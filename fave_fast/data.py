@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -116,11 +116,9 @@ class IdMap:
         """The id at a position."""
         return self.texts[index] if self.numbers is None else int(self.numbers[index])
 
-    def take(self, indices: npt.NDArray[np.integer]) -> list[int | str]:
-        """The ids at `indices`, flat."""
-        if self.numbers is None:
-            return [self.texts[index] for index in indices.ravel().tolist()]
-        found: list[int | str] = self.numbers[indices.ravel()].tolist()
+    def take(self, indices: npt.NDArray[np.integer]) -> list[Any]:
+        """The ids at `indices`, as Python's own in lists of its shape."""
+        found: list[Any] = (self._texts if self.numbers is None else self.numbers)[indices].tolist()
         return found
 
     def subset(self, indices: Ints) -> IdMap:
@@ -128,6 +126,10 @@ class IdMap:
         if self.numbers is None:
             return IdMap(None, tuple(self.texts[index] for index in indices.tolist()))
         return IdMap(self.numbers[indices])
+
+    @cached_property
+    def _texts(self) -> npt.NDArray[np.object_]:
+        return np.array(self.texts, dtype=np.object_)
 
     @cached_property
     def _lookup(self) -> dict[str, int]:

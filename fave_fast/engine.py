@@ -210,14 +210,16 @@ class Recommender:
                 rows = known[start : start + batch_size]
                 batch = _rows(numbered, rows)
                 scores, items = self._best(batch, k, exclude_history, denied, range(first, first + samples))
-                width, counts = items.shape[1], repeat(items.shape[1], len(rows))
+                best, values = catalogue.ids(np.maximum(items, 1)), scores.tolist()
                 if np.count_nonzero(items[:, -1:]) < len(rows):  # a list ends early
-                    counts, items = np.count_nonzero(items, axis=1).tolist(), np.maximum(items, 1)
-                names = catalogue.ids(items)
-                lists = zip(rows.tolist(), counts, scores.tolist(), unknown[rows].tolist(), strict=True)
-                for at, (row, count, row_scores, missing) in enumerate(lists):
-                    best = names[at * width : at * width + count]
-                    results[row] = Recommendation(best, row_scores[:count], missing, False, catalogue.version)
+                    counts = np.count_nonzero(items, axis=1).tolist()
+                    best, values = (
+                        [row[:count] for row, count in zip(part, counts, strict=True)] for part in (best, values)
+                    )
+                missing, version = unknown[rows].tolist(), catalogue.version
+                answers = map(Recommendation, best, values, missing, repeat(False), repeat(version))
+                for row, answer in zip(rows.tolist(), answers, strict=True):
+                    results[row] = answer
             if len(known) < len(histories):
                 popular = self._most_popular(catalogue, k, denied)
                 for row in np.flatnonzero(~has_items).tolist():
