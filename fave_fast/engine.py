@@ -182,7 +182,7 @@ class Recommender:
 
         Args:
             histories: original item ids, oldest first; only the last L count, all of them are excluded. Arrays of whole
-                numbers are the fastest.
+                numbers and lists of ints, or of texts where the ids are texts, are the fastest.
             k: length of the lists, K.
             exclude_history: never recommend an item of the user's own history.
             deny: original ids that nobody gets; unknown ones change nothing.
