@@ -244,6 +244,8 @@ def test_what_does_not_fit_is_refused(kept: Checkpoint, batch: int, excluded: in
 @pytest.mark.parametrize("format", ["pt2", "aoti"])
 def test_bf16_on_a_gpu(kept: Checkpoint, tmp_path: Path, format: str) -> None:
     """The list's scores have at most twice the error of plain PyTorch in bf16, against float64."""
+    if format == "aoti" and torch.__version__.startswith("2.11."):
+        pytest.skip("PyTorch 2.11's loader ends by a segmentation fault, of a linear layer and a ReLU too (H200)")
     manifest = export.export(
         kept, tmp_path / "out", format=format, batches=(len(HISTORIES),), dtype="bf16", device="cuda", excluded=16
     )
