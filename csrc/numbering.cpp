@@ -23,8 +23,9 @@ Numbering::Numbering(std::optional<Ints> ids, std::optional<Ints> positions, std
       complete_(complete) {
   if (ids_.has_value() == texts_.has_value()) throw py::value_error("expected either ids or texts");
   const auto items = ids_ ? ids_->size() : static_cast<py::ssize_t>(texts_->size());
-  if (gone_.ndim() != 1 || gone_.size() != items + 1) {
-    throw py::value_error("gone must have shape [" + std::to_string(items + 1) + "], one entry for each number");
+  if (gone_.ndim() != 1 || gone_.size() != items + 1 || !gone_.data()[0]) {
+    throw py::value_error("gone must have shape [" + std::to_string(items + 1) +
+                          "], one entry for each number, and be true for 0, which is no item's");
   }
   if (positions_ && (!ids_ || items == 0 || positions_->size() != ids_->data()[items - 1] - ids_->data()[0] + 3)) {
     throw py::value_error("positions must have an entry for each number from the first id to the last, and two more");
