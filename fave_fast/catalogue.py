@@ -121,10 +121,10 @@ class Catalogue:
 
     def ids(self, numbers: npt.NDArray[np.integer]) -> list[Any]:
         """The ids of items `numbers`, in lists of its shape."""
+        if not self.names:
+            return self.trained.take(numbers - 1)
         known = len(self.trained)
         added = numbers > known
-        if not added.any():
-            return self.trained.take(numbers - 1)
         found = np.empty(numbers.shape, dtype=np.object_)
         found[~added] = self.trained.take(numbers[~added] - 1)
         found[added] = [self.names[number - known - 1] for number in numbers[added].tolist()]
