@@ -947,15 +947,14 @@ def launch_lists(
     counts = ids
     if certified is not None:
         marks, counts = certified.flags, certified.counts
+    every = {"G": cut.group, "EXCLUDE": excluded is not None, "FLAGGED": flags is not None and certified is None}
+    scored = {"D": d, "DP": padded, "CERTIFY": certified is not None}
     choice = {
-        "G": cut.group,
         "SPAN_WIDTH": cut.span_width,
         "WIDTH": cut.group_width,
         "SHIFT": width.bit_length() - 1 if width & (width - 1) == 0 else -1,
         "SPANS": cut.spans > 0,
-        "EXCLUDE": excluded is not None,
     }
-    flagged = flags is not None and certified is None
     if cut.parts == 0:
         finishing = shapes["finish"]
         r = min(finishing["R"], triton.next_power_of_2(cut.capacity * cut.group))
@@ -977,16 +976,14 @@ def launch_lists(
             groups,
             cut.spans,
             width,
-            D=d,
-            DP=padded,
             BK=min(finishing["BK"] or padded, padded),
             M=finishing["M"],
             R=r,
             BUFFER=triton.next_power_of_2(ranked + r),
             RANKED=ranked,
             DENY=deny is not None,
-            CERTIFY=certified is not None,
-            FLAGGED=flagged,
+            **every,
+            **scored,
             **choice,
             **_launch(finishing),
         )
@@ -1004,7 +1001,7 @@ def launch_lists(
         cut.spans,
         cut.tiles_of_span,
         OF_TILE=of_tile,
-        FLAGGED=flagged,
+        **every,
         **choice,
         **_launch(choosing),
     )
@@ -1019,17 +1016,13 @@ def launch_lists(
         cut.capacity,
         items,
         cut.parts,
-        D=d,
-        DP=padded,
-        G=cut.group,
         BK=min(scoring["BK"] or padded, padded),
         M=scoring["M"],
         R=scoring["R"],
         STAGES=scoring["num_stages"],
         DENY=deny is not None,
-        EXCLUDE=excluded is not None,
-        CERTIFY=certified is not None,
-        FLAGGED=flagged,
+        **every,
+        **scored,
         **_launch(scoring),
     )
     rank[(rows,)](
@@ -1045,14 +1038,10 @@ def launch_lists(
         cut.capacity,
         cut.tiles,
         OF_TILE=of_tile,
-        D=d,
-        DP=padded,
-        G=cut.group,
         C=ranked // 2,
         RANKED=ranked,
-        EXCLUDE=excluded is not None,
-        CERTIFY=certified is not None,
-        FLAGGED=flagged,
+        **every,
+        **scored,
         **_launch(ranking),
     )
 
