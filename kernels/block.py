@@ -87,6 +87,19 @@ def _normed(x, dx, gain_ptr, bias_ptr, channel, eps, D: tl.constexpr, LAYER: tl.
 
 
 @triton.jit
+def _normed_rows(
+    x_ptr, dx_ptr, gain_ptr, bias_ptr, first, row, keep, channel, eps,
+    D: tl.constexpr, LAYER: tl.constexpr, DUAL: tl.constexpr,
+):  # fmt: skip
+    """`_normed` of rows in memory."""
+    x = _load_rows(x_ptr, first, row, keep, channel, D)
+    dx = x
+    if DUAL:
+        dx = _load_rows(dx_ptr, first, row, keep, channel, D)
+    return _normed(x, dx, gain_ptr, bias_ptr, channel, eps, D, LAYER, DUAL)
+
+
+@triton.jit
 def _gelu_parts(x, EXACT: tl.constexpr):
     """Phi(x), phi(x): the normal distribution and its density."""
     if EXACT:
@@ -110,11 +123,7 @@ def _norm_linear_kernel(
 ):  # fmt: skip
     first, row = tl.program_id(0).to(tl.int64) * BM, tl.arange(0, BM)
     keep, channel = row < count - first, tl.arange(0, D_BLOCK)
-    x = _load_rows(x_ptr, first, row, keep, channel, D)
-    dx = x
-    if DUAL:
-        dx = _load_rows(dx_ptr, first, row, keep, channel, D)
-    n, dn = _normed(x, dx, gain_ptr, bias_ptr, channel, eps, D, LAYER, DUAL)
+    n, dn = _normed_rows(x_ptr, dx_ptr, gain_ptr, bias_ptr, first, row, keep, channel, eps, D, LAYER, DUAL)
     n = n.to(w_ptr.dtype.element_ty)
     dn = dn.to(w_ptr.dtype.element_ty)
     for start in range(0, WIDTH, BN):
@@ -132,11 +141,7 @@ def _norm_kernel(
 ):  # fmt: skip
     first, row = tl.program_id(0).to(tl.int64) * BM, tl.arange(0, BM)
     keep, channel = row < count - first, tl.arange(0, D_BLOCK)
-    x = _load_rows(x_ptr, first, row, keep, channel, D)
-    dx = x
-    if DUAL:
-        dx = _load_rows(dx_ptr, first, row, keep, channel, D)
-    n, dn = _normed(x, dx, gain_ptr, bias_ptr, channel, eps, D, LAYER, DUAL)
+    n, dn = _normed_rows(x_ptr, dx_ptr, gain_ptr, bias_ptr, first, row, keep, channel, eps, D, LAYER, DUAL)
     _store_rows(y_ptr, n, first, row, keep, channel, D)
     if DUAL:
         _store_rows(dy_ptr, dn, first, row, keep, channel, D)
