@@ -8,11 +8,9 @@ is the seed, age 0 being the newest position; backward passes draw them again.
 Weight gradients are sums over users: each program writes its own partial sum, and `_sums` adds those in order.
 """
 
-import os
-
 import triton
 import triton.language as tl
-from fave_fast.kernels.products import add_up, dot, reciprocal_root
+from fave_fast.kernels.products import INTERPRETED, add_up, dot_by, float32_precision, reciprocal_root
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait, libdevice
 
 # How the lambda of a row is had.
@@ -25,9 +23,6 @@ _CONSTANT = tl.constexpr(CONSTANT)
 _GIVEN = tl.constexpr(GIVEN)
 _SHARED = tl.constexpr(SHARED)
 _DRAWN = tl.constexpr(DRAWN)
-
-# The interpreter has neither the GPU's approximations nor a product of bfloat16 operands.
-_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 _TURN = tl.constexpr(6.283185307179586)
 
@@ -81,7 +76,7 @@ def _normal_pair(word, mean, spread, EXACT: tl.constexpr):
     # Bits become the mantissa of a float in [1, 2): a conversion has a sixteenth of the rate. Both are mid-steps.
     chance = 2.0 - ((word >> 9) & 0x7FFFF8 | 0x3F800004).to(tl.float32, bitcast=True)
     turn = ((word << 11) & 0x7FF800 | 0x3F800400).to(tl.float32, bitcast=True)
-    if _INTERPRETED:
+    if INTERPRETED:
         bits, cosine, sine = tl.log2(chance), tl.cos((turn - 1.5) * _TURN), tl.sin((turn - 1.5) * _TURN)
     elif EXACT:
         quarters = tl.floor(4 * turn + 0.5)  # 4 to 8 of them, two more than are to be turned
@@ -328,9 +323,9 @@ def _rows_backward(
 def _dot(a, b, PRODUCT: tl.constexpr, PRECISION: tl.constexpr):
     """A product with float32 sums, its operands rounded to PRODUCT."""
     a, b = a.to(PRODUCT), b.to(PRODUCT)
-    if _INTERPRETED:
+    if INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
-    return dot(a, b) if PRECISION == "chains" else tl.dot(a, b, input_precision=PRECISION)
+    return dot_by(a, b, PRECISION)
 
 
 @triton.jit
@@ -599,7 +594,4 @@ def _dropped(dropout):
 
 def _products(dtype, d):
     name = str(dtype).removeprefix("torch.")
-    # Three products of tensor cores are as exact as a float32 one here (tf32 alone is not), up to 128 terms: what a sum
-    # cannot hold they cut off, over 256 terms twice as much as PyTorch's float32 loses.
-    exact = "tf32x3" if d <= 128 else "chains"
-    return {"PRODUCT": getattr(tl, name), "PRECISION": exact if name == "float32" else "ieee"}
+    return {"PRODUCT": getattr(tl, name), "PRECISION": float32_precision(d) if name == "float32" else "ieee"}

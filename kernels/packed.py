@@ -5,7 +5,7 @@ Each launch takes the place of a dozen or two of PyTorch's, which cost a step mo
 
 import triton
 import triton.language as tl
-from fave_fast.kernels.products import dot
+from fave_fast.kernels.products import dot_by, float32_precision
 
 
 @triton.jit(do_not_specialize=["count", "fillers", "rows", "longest"])
@@ -76,11 +76,6 @@ def _tanh(x):
 
 
 @triton.jit
-def _product(a, b, PRECISION: tl.constexpr):
-    return dot(a, b) if PRECISION == "chains" else tl.dot(a, b, input_precision=PRECISION)
-
-
-@triton.jit
 def _decoder(
     source_ptr, first_ptr, first_bias_ptr, second_ptr, second_bias_ptr, one_ptr, two_ptr, out_ptr, count,
     D: tl.constexpr, PAD: tl.constexpr, USERS: tl.constexpr, PART: tl.constexpr, PRECISION: tl.constexpr,
@@ -95,9 +90,9 @@ def _decoder(
         unit = start + tl.arange(0, PART)
         first = tl.load(first_ptr + unit[None, :] * D + channel[:, None])
         second = tl.load(second_ptr + channel[None, :] * D + unit[:, None])
-        one = _tanh(_product(source, first, PRECISION) + tl.load(first_bias_ptr + unit)[None, :])
+        one = _tanh(dot_by(source, first, PRECISION) + tl.load(first_bias_ptr + unit)[None, :])
         tl.store(one_ptr + user[:, None] * D + unit[None, :], one, live)
-        a += _product(one, second, PRECISION)
+        a += dot_by(one, second, PRECISION)
     two = _tanh(a)
     tl.store(two_ptr + line, two, live)
     wide = user[:, None] * (D + PAD)
@@ -128,10 +123,10 @@ def _decoder_backward(
         one = tl.load(one_ptr + user[:, None] * D + unit[None, :], live, 0.0)
         second = tl.load(second_ptr + channel[:, None] * D + unit[None, :])
         first = tl.load(first_ptr + unit[:, None] * D + channel[None, :])
-        inner = _product(grad, second, PRECISION) * (1.0 - one * one)
-        source_grad += _product(inner, first, PRECISION)
-        tl.store(part_ptr + unit[:, None] * D + channel[None, :], _product(tl.trans(inner), source, PRECISION))
-        tl.store(part_ptr + D * D + channel[:, None] * D + unit[None, :], _product(tl.trans(grad), one, PRECISION))
+        inner = dot_by(grad, second, PRECISION) * (1.0 - one * one)
+        source_grad += dot_by(inner, first, PRECISION)
+        tl.store(part_ptr + unit[:, None] * D + channel[None, :], dot_by(tl.trans(inner), source, PRECISION))
+        tl.store(part_ptr + D * D + channel[:, None] * D + unit[None, :], dot_by(tl.trans(grad), one, PRECISION))
         tl.store(part_ptr + 2 * D * D + unit, tl.sum(inner, 0))
     tl.store(source_grad_ptr + line, source_grad.to(source_grad_ptr.dtype.element_ty), live)
 
@@ -193,7 +188,18 @@ def pad(weight, bias, padded, *, back):
     )  # fmt: skip
 
 
-def decoder(source, first, first_bias, second, second_bias, one, two, out, *, precision, shapes):
+def _precision(result, d):
+    """What beside a result of 16 bits is lost by tf32, its rounding hides."""
+    return "tf32" if result.element_size() == 2 else float32_precision(d)
+
+
+def _users(d, shapes):
+    return {
+        "USERS": shapes["users"], "PART": min(d, shapes["part"]), "num_warps": shapes["num_warps"], "num_stages": 1,
+    }  # fmt: skip
+
+
+def decoder(source, first, first_bias, second, second_bias, one, two, out, *, shapes):
     """Write one = tanh(source first^T + first_bias), two = tanh(one second^T + second_bias) and out.
 
     out [B, D + P] is two, a column of ones and zeros up to P; source is [B, D], the weights are float32 [D, D], the
@@ -202,12 +208,11 @@ def decoder(source, first, first_bias, second, second_bias, one, two, out, *, pr
     count, d = source.shape
     _decoder[(triton.cdiv(count, shapes["users"]),)](
         source, first, first_bias, second, second_bias, one, two, out, count, D=d, PAD=out.shape[1] - d,
-        USERS=shapes["users"], PART=min(d, shapes["part"]), PRECISION=precision, num_warps=shapes["num_warps"],
-        num_stages=1,
+        PRECISION=_precision(out, d), **_users(d, shapes),
     )  # fmt: skip
 
 
-def decoder_backward(source, first, second, one, two, grad, source_grad, part, *, precision, shapes):
+def decoder_backward(source, first, second, one, two, grad, source_grad, part, *, shapes):
     """From the gradients of `decoder`'s out write the source's [B, D], and partial sums of the parameters'.
 
     part is float32 [cdiv(B, users), 2 D D + 2 D]: first, second and their biases.
@@ -215,8 +220,7 @@ def decoder_backward(source, first, second, one, two, grad, source_grad, part, *
     count, d = source.shape
     _decoder_backward[(len(part),)](
         source, first, second, one, two, grad, source_grad, part, count, D=d, PAD=grad.shape[1] - d,
-        USERS=shapes["users"], PART=min(d, shapes["part"]), PRECISION=precision, num_warps=shapes["num_warps"],
-        num_stages=1,
+        PRECISION=_precision(grad, d), **_users(d, shapes),
     )  # fmt: skip
 
 

@@ -5,7 +5,8 @@ import os
 import triton
 import triton.language as tl
 
-_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+# The interpreter has neither inline assembly, nor the GPU's approximations, nor a product of bfloat16 operands.
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
@@ -37,6 +38,21 @@ def dot(a, b):
 
 
 @triton.jit
+def dot_by(a, b, PRECISION: tl.constexpr):
+    """Product with float32 sums: `dot` where PRECISION is "chains", else the matrix units' of that precision."""
+    return dot(a, b) if PRECISION == "chains" else tl.dot(a, b, input_precision=PRECISION)
+
+
+def float32_precision(terms):
+    """The PRECISION of float32 products that sum so many terms.
+
+    Three products of tensor cores are as exact as a float32 one here (tf32 alone is not), up to 128 terms: what a sum
+    cannot hold they cut off, over 256 terms twice as much as PyTorch's float32 loses.
+    """
+    return "tf32x3" if terms <= 128 else "chains"
+
+
+@triton.jit
 def reciprocal_root(x, EXACT: tl.constexpr):
     """1 / sqrt(x); where EXACT rounded twice: the instruction errs by up to 2^-22.9, the same in all of a row."""
     return tl.math.div_rn(1.0, tl.math.sqrt_rn(x)) if EXACT else tl.rsqrt(x)
@@ -51,7 +67,7 @@ def reciprocal(x, EXACT: tl.constexpr):
 @triton.jit
 def flushed_exp2(x):
     """2^x, and 0 below 2^-126: one instruction, where `tl.exp2` takes three more to be right there."""
-    if _INTERPRETED:
+    if INTERPRETED:
         return tl.exp2(x)
     return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
 
@@ -59,7 +75,7 @@ def flushed_exp2(x):
 @triton.jit
 def flushed_reciprocal(x):
     """1 / x to 1 ulp, and 0 beyond 2^126: one instruction, where a division takes six to be right there."""
-    if _INTERPRETED:
+    if INTERPRETED:
         return 1.0 / x
     return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
 

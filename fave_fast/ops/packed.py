@@ -242,10 +242,8 @@ class _Decoder(torch.autograd.Function):
         source, weights = source.contiguous(), tuple(one.contiguous() for one in weights)
         one, two = torch.empty(2, *source.shape, device=source.device)
         out = torch.empty(len(source), source.shape[1] + pad, dtype=dtype, device=source.device)
-        shapes, precision = _decoder_shapes("forward", source), _precision(dtype, source.shape[1])
-        kernels.decoder(source, *weights, one, two, out, precision=precision, shapes=shapes)
+        kernels.decoder(source, *weights, one, two, out, shapes=_decoder_shapes("forward", source))
         ctx.save_for_backward(source, weights[0], weights[2], one, two)
-        ctx.precision = precision
         return out
 
     @staticmethod
@@ -257,10 +255,8 @@ class _Decoder(torch.autograd.Function):
         shapes, d = _decoder_shapes("backward", source), source.shape[1]
         source_grad = torch.empty_like(source)
         part = torch.empty(-(-len(source) // shapes["users"]), 2 * d * d + 2 * d, device=source.device)
-        kernels.decoder_backward(
-            source, first, second, one, two, grads[0].contiguous(), source_grad, part, precision=ctx.precision,
-            shapes=shapes,
-        )  # fmt: skip
+        grad = grads[0].contiguous()
+        kernels.decoder_backward(source, first, second, one, two, grad, source_grad, part, shapes=shapes)
         total = summed(part, source.dtype)
         one_grad, two_grad, one_bias, two_bias = total.tensor_split((d * d, 2 * d * d, 2 * d * d + d))
         return None, None, source_grad, one_grad.view(d, d), one_bias, two_grad.view(d, d), two_bias
@@ -331,12 +327,6 @@ def _padded_triton(weight: Tensor, bias: Tensor, pad: int, dtype: torch.dtype) -
 
 def _decoder_shapes(kernel: str, source: Tensor) -> Shapes:
     return tile_shapes("decoder", kernel, source.device)
-
-
-def _precision(dtype: torch.dtype, d: int) -> str:
-    if dtype.itemsize == 2:
-        return "tf32"
-    return "tf32x3" if d <= 128 else "chains"  # as `kernels.input_modulation` has it
 
 
 def _decoder_triton(source: Tensor, weights: DecoderWeights, pad: int, dtype: torch.dtype) -> Tensor:
