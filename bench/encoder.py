@@ -24,7 +24,7 @@ LENGTH = 50
 BATCHES = (1, 64, 132, 512, 4096)
 COMPILED = (512,)
 BEAUTY = (512, 4096, 16_384)
-SMALL = (1, 2, 4, 8, 16)  # batches of the cluster kernel
+SMALL = (1, 2, 4, 8, 16, 32, 64)  # batches of the cluster kernel
 SMALL_LENGTHS = (9, 50)
 
 

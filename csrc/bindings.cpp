@@ -182,7 +182,7 @@ void bind_cluster_encoder(py::module_& m) {
       [](Address rows, Address bounds, Address table, Address input_norm, Address shift, Address scale, Address weights,
          Address norms, Address cos, Address sin, Address out, std::int32_t users, std::int32_t padded_length,
          std::int32_t longest, std::int32_t blocks, float anchor, float eps, float input_eps, bool wide_rows,
-         bool wide_bounds, bool layer_norm, bool rotary, bool causal, int tiles, bool overlap, int device,
+         bool wide_bounds, bool layer_norm, bool rotary, bool causal, int tiles, int own, bool overlap, int device,
          std::uint64_t stream) {
         const fave_fast::ClusterEncoderCall call{
             pointer<const void>(rows),   pointer<const void>(bounds), pointer<const void>(table),
@@ -193,13 +193,13 @@ void bind_cluster_encoder(py::module_& m) {
             anchor,                      eps,                         input_eps,
             wide_rows,                   wide_bounds,                 layer_norm,
             rotary,                      causal};
-        fave_fast::launch_cluster_encoder(call, tiles, overlap, device, stream);
+        fave_fast::launch_cluster_encoder(call, tiles, own, overlap, device, stream);
       },
       py::kw_only(), py::arg("rows"), py::arg("bounds"), py::arg("table"), py::arg("input_norm"), py::arg("shift"),
       py::arg("scale"), py::arg("weights"), py::arg("norms"), py::arg("cos"), py::arg("sin"), py::arg("out"),
       py::arg("users"), py::arg("padded_length"), py::arg("longest"), py::arg("blocks"), py::arg("anchor"),
       py::arg("eps"), py::arg("input_eps"), py::arg("wide_rows"), py::arg("wide_bounds"), py::arg("layer_norm"),
-      py::arg("rotary"), py::arg("causal"), py::arg("tiles"), py::arg("overlap"), py::arg("device"),
+      py::arg("rotary"), py::arg("causal"), py::arg("tiles"), py::arg("own"), py::arg("overlap"), py::arg("device"),
       py::arg("stream"),
       py::call_guard<py::gil_scoped_release>(),
       "Launches the cluster encoder on a stream; addresses of device memory, as csrc/cluster_encoder.hpp names them.\n"

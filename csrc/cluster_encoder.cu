@@ -36,17 +36,18 @@ class OnDevice {
   bool changed_ = false;
 };
 
-}  // namespace
-
-void launch_cluster_encoder(const ClusterEncoderCall& call, int tiles, bool overlap, int device, std::uint64_t stream) {
+template <int kOwn>
+void launch(const ClusterEncoderCall& call, int tiles, bool overlap, int device, std::uint64_t stream) {
+  constexpr int kBytes = sizeof(Shared<kOwn>);
+  static_assert(kBytes <= 227 << 10, "a block has no more shared memory");
   static std::atomic<bool> prepared[kDevices];
   const OnDevice here(device);
   if (device >= kDevices || !prepared[device].load(std::memory_order_acquire)) {
-    check(cudaFuncSetAttribute(encode_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared)),
+    check(cudaFuncSetAttribute(encode_kernel<kOwn>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
           "cudaFuncSetAttribute");
     if (device < kDevices) prepared[device].store(true, std::memory_order_release);
   }
-  const auto blocks = static_cast<unsigned>(2 * tiles);
+  const auto blocks = static_cast<unsigned>(2 * tiles / kOwn);
   cudaLaunchAttribute attributes[2] = {};
   attributes[0].id = cudaLaunchAttributeClusterDimension;
   attributes[0].val.clusterDim.x = blocks;
@@ -57,11 +58,18 @@ void launch_cluster_encoder(const ClusterEncoderCall& call, int tiles, bool over
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(call.users) * blocks);
   config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = sizeof(Shared);
+  config.dynamicSmemBytes = kBytes;
   config.stream = reinterpret_cast<cudaStream_t>(static_cast<std::uintptr_t>(stream));
   config.attrs = attributes;
   config.numAttrs = overlap ? 2 : 1;
-  check(cudaLaunchKernelEx(&config, encode_kernel, call), "launch");
+  check(cudaLaunchKernelEx(&config, encode_kernel<kOwn>, call), "launch");
+}
+
+}  // namespace
+
+void launch_cluster_encoder(const ClusterEncoderCall& call, int tiles, int own, bool overlap, int device,
+                            std::uint64_t stream) {
+  (own == 1 ? launch<1> : launch<kTiles>)(call, tiles, overlap, device, stream);
 }
 
 }  // namespace fave_fast

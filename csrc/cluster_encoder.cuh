@@ -38,40 +38,47 @@ constexpr int kUnits = 384;          // of 32 lanes x 16 bytes: the weights of a
 constexpr int kOutFirst = 96;        // the output projection's begin behind those of keys, queries and values
 constexpr int kFeedFirst = 128;
 constexpr int kFedFirst = 256;
+constexpr int kStride = 2 * kUnits * 32;  // from a transformer block's weights to the next one's, in lanes
 constexpr int kUnitBytes = 512;
 constexpr std::uint32_t kKeyBytes = 2048;    // of keys that a block sends to another; of values as many
 constexpr std::uint32_t kShareBytes = 4096;  // of a tile's share in bf16
 constexpr float kMasked = -1e30f;
 constexpr float kScale = 0.17677669529663687f * 1.4426950408889634f;  // 32^-0.5 log2(e)
 
-// Rows are padded so that neither ldmatrix nor the stores before it meet in a bank.
+// Of a block that owns kOwn of its history's tiles: one, or all four. Rows are padded so that neither ldmatrix nor the
+// stores before it meet in a bank.
+template <int kOwn>
 struct Shared {
-  uint4 weights[8][2][16][32];      // by warp; two phases
+  static constexpr int kSlots = kOwn == 1 ? 2 : 1;           // phases whose weights are here or on their way
+  static constexpr int kKeyBuffers = kOwn == kTiles ? 1 : 2;  // another block may send the next keys early
+  static constexpr int kParts = kOwn == kTiles ? 1 : 8;       // where each warp has one tile's keys alone
+
+  uint4 weights[8][kSlots][16][32];  // by warp
   uint4 out_weights[8][4][32];
-  uint4 keys[2][kTiles][2][4][32];  // by parity of the transformer block, tile, head: halves of keys, of values
-  uint4 attended_share[kThreads];
-  uint4 fed_share[kThreads];
-  uint4 queries[2][2][32];
-  union {
-    float partial[8][kRows][40];  // a warp's sums over the values of one tile
-    float input[kRows][132];
-  };
+  uint4 keys[kKeyBuffers][kTiles][2][4][32];  // by tile and head: halves of keys, of values
+  uint4 attended_share[kOwn][kThreads];
+  uint4 fed_share[kOwn][kThreads];
+  uint4 queries[kOwn][2][2][32];
+  float partial[kParts][kRows][40];  // a warp's sums over the values of one tile
   float2 top_and_sum[2][kTiles][kRows];
-  std::uint16_t x[kRows][136];
-  std::uint16_t attended[kRows][72];
-  std::uint16_t hidden[kRows][264];
-  float reduce[2][kRows][12];
-  std::uint64_t weights_here[8][2];
+  std::uint16_t x[kOwn * kRows][136];
+  std::uint16_t attended[kOwn * kRows][72];
+  union {
+    std::uint16_t hidden[kOwn * kRows][264];
+    float input[kOwn * kRows][132];
+  };
+  float reduce[2][kOwn * kRows][12];
+  std::uint64_t weights_here[8][kSlots];
   std::uint64_t out_weights_here[8];
   std::uint64_t keys_here[2][kTiles];
   std::uint64_t values_here[2][kTiles];
-  std::uint64_t attended_here;
-  std::uint64_t fed_here;
+  std::uint64_t attended_here[kOwn];
+  std::uint64_t fed_here[kOwn];
 };
 
 struct Place {
   int warp, lane, group, quad;  // lane = 4 group + quad: rows `group` and `group + 8` of a product
-  int tile, half, first_tile;   // first_tile: where the oldest item is
+  int half, own, first;         // own: the first of this block's tiles; first: the tile of the oldest item
 };
 
 struct History {
@@ -154,30 +161,35 @@ __device__ __forceinline__ void embed(const ClusterEncoderCall& call, const Hist
   v[3] = v[3] * rate * gain.w + bias.w + shift.w + scale.w * anchor[3];
 }
 
-// The residual of the tile, as a product leaves it: h[4 n + e] is row group + 8 (e / 2), channel
-// 16 warp + 8 n + 2 quad + e % 2.
+// The residual of the block's tiles from `begin` on, as a product leaves it: h[j][4 n + e] is row group + 8 (e / 2) of
+// tile j, channel 16 warp + 8 n + 2 quad + e % 2.
+template <int kOwn>
 __device__ __forceinline__ void input(const ClusterEncoderCall& call, const History& history, const Place& at,
-                                      Shared& s, float (&h)[8]) {
+                                      int begin, Shared<kOwn>& s, float (&h)[kOwn][8]) {
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int row = 2 * at.warp + i;
-    const int age = kFrame - 1 - at.tile * kRows - row;
+  for (int i = 0; i < 2 * kOwn; ++i) {
+    const int row = kRows * (i / 2) + 2 * at.warp + i % 2;
+    const int age = kFrame - 1 - at.own * kRows - row;
     float v[4] = {0.0f, 0.0f, 0.0f, 0.0f};
     if (history.present >> age & 1) embed(call, history, age, at.lane, v);
     *reinterpret_cast<float4*>(&s.input[row][4 * at.lane]) = {v[0], v[1], v[2], v[3]};
   }
   __syncthreads();
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int column = 16 * at.warp + 8 * (i / 2) + 2 * at.quad;
-    const float2 two = *reinterpret_cast<const float2*>(&s.input[at.group + 8 * (i % 2)][column]);
-    h[4 * (i / 2) + 2 * (i % 2)] = two.x, h[4 * (i / 2) + 2 * (i % 2) + 1] = two.y;
+  for (int j = 0; j < kOwn; ++j) {
+    if (j < begin) continue;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int column = 16 * at.warp + 8 * (i / 2) + 2 * at.quad;
+      const float2 two = *reinterpret_cast<const float2*>(&s.input[kRows * j + at.group + 8 * (i % 2)][column]);
+      h[j][4 * (i / 2) + 2 * (i % 2)] = two.x, h[j][4 * (i / 2) + 2 * (i % 2) + 1] = two.y;
+    }
   }
 }
 
-// Totals over the channels of rows `group` (low) and `group + 8` (high), for all warps in the same bits: each gives its
-// own, and takes them all behind a barrier.
-__device__ __forceinline__ void give_row_totals(float low, float high, const Place& at, float (&reduce)[kRows][12]) {
+// Totals over the channels of rows `group` (low) and `group + 8` (high) of a tile, whose part of Shared::reduce is given,
+// for all warps in the same bits: each gives its own, and takes them all behind a barrier.
+__device__ __forceinline__ void give_row_totals(float low, float high, const Place& at, float (*reduce)[12]) {
 #pragma unroll
   for (int mask = 1; mask <= 2; mask <<= 1) {
     low += __shfl_xor_sync(0xffffffffu, low, mask);
@@ -194,13 +206,12 @@ __device__ __forceinline__ float row_total(const float (&parts)[12]) {
   return ((a.x + a.y) + (a.z + a.w)) + ((b.x + b.y) + (b.z + b.w));
 }
 
-__device__ __forceinline__ void take_row_totals(float& low, float& high, const Place& at,
-                                                const float (&reduce)[kRows][12]) {
+__device__ __forceinline__ void take_row_totals(float& low, float& high, const Place& at, const float (*reduce)[12]) {
   low = row_total(reduce[at.group]);
   high = row_total(reduce[at.group + 8]);
 }
 
-__device__ __forceinline__ void row_totals(float& low, float& high, const Place& at, float (&reduce)[kRows][12]) {
+__device__ __forceinline__ void row_totals(float& low, float& high, const Place& at, float (*reduce)[12]) {
   give_row_totals(low, high, at, reduce);
   __syncthreads();
   take_row_totals(low, high, at, reduce);
@@ -224,20 +235,21 @@ __device__ __forceinline__ Gains load_gains(const ClusterEncoderCall& call, int 
   return loaded;
 }
 
-// RMSNorm or LayerNorm of the residual.
+// RMSNorm or LayerNorm of the residual of tile j.
+template <int kOwn>
 __device__ __forceinline__ void normalise(const ClusterEncoderCall& call, const Gains& gains, const float (&h)[8],
-                                          const Place& at, Shared& s, float (&y)[8]) {
+                                          const Place& at, int j, Shared<kOwn>& s, float (&y)[8]) {
 #pragma unroll
   for (int i = 0; i < 8; ++i) y[i] = h[i];
   if (call.layer_norm) {
     float low = (h[0] + h[1]) + (h[4] + h[5]), high = (h[2] + h[3]) + (h[6] + h[7]);
-    row_totals(low, high, at, s.reduce[1]);
+    row_totals(low, high, at, s.reduce[1] + kRows * j);
 #pragma unroll
     for (int i = 0; i < 8; ++i) y[i] -= (i & 2 ? high : low) * (1.0f / kChannels);
   }
   float low = (y[0] * y[0] + y[1] * y[1]) + (y[4] * y[4] + y[5] * y[5]);
   float high = (y[2] * y[2] + y[3] * y[3]) + (y[6] * y[6] + y[7] * y[7]);
-  row_totals(low, high, at, s.reduce[0]);
+  row_totals(low, high, at, s.reduce[0] + kRows * j);
   low = rsqrtf(low * (1.0f / kChannels) + call.eps);
   high = rsqrtf(high * (1.0f / kChannels) + call.eps);
 #pragma unroll
@@ -247,38 +259,44 @@ __device__ __forceinline__ void normalise(const ClusterEncoderCall& call, const 
   }
 }
 
+// Tile j normalised, for products over its channels: of an RMSNorm without its rate, which is on its way while the
+// product runs. Behind the next barrier they are there for all.
+template <int kOwn>
+__device__ __forceinline__ void give_normalised(const ClusterEncoderCall& call, const Gains& gains, const float (&h)[8],
+                                                const Place& at, int j, Shared<kOwn>& s) {
+  float y[8];
+  if (call.layer_norm) {
+    normalise(call, gains, h, at, j, s, y);
+  } else {
+    const float2 left = gains.gain[0], right = gains.gain[1];
+    y[0] = h[0] * left.x, y[1] = h[1] * left.y, y[2] = h[2] * left.x, y[3] = h[3] * left.y;
+    y[4] = h[4] * right.x, y[5] = h[5] * right.y, y[6] = h[6] * right.x, y[7] = h[7] * right.y;
+    const float low = (h[0] * h[0] + h[1] * h[1]) + (h[4] * h[4] + h[5] * h[5]);
+    const float high = (h[2] * h[2] + h[3] * h[3]) + (h[6] * h[6] + h[7] * h[7]);
+    give_row_totals(low, high, at, s.reduce[0] + kRows * j);
+  }
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+    const int column = 16 * at.warp + 8 * n + 2 * at.quad;
+    *reinterpret_cast<std::uint32_t*>(&s.x[kRows * j + at.group][column]) = pack(y[4 * n], y[4 * n + 1]);
+    *reinterpret_cast<std::uint32_t*>(&s.x[kRows * j + at.group + 8][column]) = pack(y[4 * n + 2], y[4 * n + 3]);
+  }
+}
+
 // The factors of rows `group` and `group + 8` that a product over normalised rows still lacks.
 struct Rates {
   float low, high;
 };
 
-// The normalised tile as the left operand of a product over its channels, 8 steps of 16: an RMSNorm's without its rate,
-// which is on its way while the product runs.
-__device__ __forceinline__ Rates normalised_operand(const ClusterEncoderCall& call, const Gains& gains,
-                                                    const float (&h)[8], const Place& at, Shared& s, uint4 (&a)[8]) {
-  float y[8];
+// What give_normalised left of tile j: the left operand of 8 steps of 16, and its rates.
+template <int kOwn>
+__device__ __forceinline__ Rates take_normalised(const ClusterEncoderCall& call, const Place& at, int j,
+                                                 const Shared<kOwn>& s, uint4 (&a)[8]) {
+#pragma unroll
+  for (int k = 0; k < 8; ++k) a[k] = load_matrices(&s.x[kRows * j + at.lane % 16][16 * k + at.lane / 16 * 8]);
   Rates rates{1.0f, 1.0f};
-  if (call.layer_norm) {
-    normalise(call, gains, h, at, s, y);
-  } else {
-    const float2 left = gains.gain[0], right = gains.gain[1];
-    y[0] = h[0] * left.x, y[1] = h[1] * left.y, y[2] = h[2] * left.x, y[3] = h[3] * left.y;
-    y[4] = h[4] * right.x, y[5] = h[5] * right.y, y[6] = h[6] * right.x, y[7] = h[7] * right.y;
-    rates.low = (h[0] * h[0] + h[1] * h[1]) + (h[4] * h[4] + h[5] * h[5]);
-    rates.high = (h[2] * h[2] + h[3] * h[3]) + (h[6] * h[6] + h[7] * h[7]);
-    give_row_totals(rates.low, rates.high, at, s.reduce[0]);
-  }
-#pragma unroll
-  for (int n = 0; n < 2; ++n) {
-    const int column = 16 * at.warp + 8 * n + 2 * at.quad;
-    *reinterpret_cast<std::uint32_t*>(&s.x[at.group][column]) = pack(y[4 * n], y[4 * n + 1]);
-    *reinterpret_cast<std::uint32_t*>(&s.x[at.group + 8][column]) = pack(y[4 * n + 2], y[4 * n + 3]);
-  }
-  __syncthreads();
-#pragma unroll
-  for (int k = 0; k < 8; ++k) a[k] = load_matrices(&s.x[at.lane % 16][16 * k + at.lane / 16 * 8]);
   if (!call.layer_norm) {
-    take_row_totals(rates.low, rates.high, at, s.reduce[0]);
+    take_row_totals(rates.low, rates.high, at, s.reduce[0] + kRows * j);
     rates.low = rsqrtf(rates.low * (1.0f / kChannels) + call.eps);
     rates.high = rsqrtf(rates.high * (1.0f / kChannels) + call.eps);
   }
@@ -301,6 +319,37 @@ __device__ __forceinline__ void take(uint4 (&units)[kCount], const uint4 (*here)
   for (int i = 0; i < kCount; ++i) units[i] = here[i][lane];
 }
 
+// What a warp multiplies by, phase after phase.
+enum Phase { kAttention, kFeed, kFed, kPhases };
+
+// Has this warp's weights of a phase brought, or of the next block's where `phase` is behind the last.
+template <int kOwn>
+__device__ __forceinline__ void bring_phase(const uint4* weights, int block, int phase, int feeds, int blocks,
+                                            const Place& at, Shared<kOwn>& s) {
+  if (phase >= kPhases) ++block, phase -= kPhases;
+  // A copy that is on its way must not outlive its block: what is not used is not brought.
+  if (block >= (phase == kAttention ? blocks : feeds)) return;
+  const int slot = (kPhases * block + phase) % Shared<kOwn>::kSlots;
+  const bool few = phase == kAttention && at.warp >= 4;
+  const int first = phase == kFeed  ? kFeedFirst + 16 * at.warp
+                    : phase == kFed ? kFedFirst + 16 * at.warp
+                    : few           ? 32 + 8 * at.warp
+                                    : 16 * at.warp;
+  bring(s.weights[at.warp][slot][0], weights + static_cast<std::int64_t>(block) * kStride, first, few ? 8 : 16,
+        &s.weights_here[at.warp][slot], at);
+}
+
+// Takes a phase's weights, in the attention's those of values eight, and has later ones brought in their place.
+template <int kOwn>
+__device__ __forceinline__ void take_phase(uint4 (&w)[16], const uint4* weights, int block, int phase, int feeds,
+                                           int blocks, const Place& at, Shared<kOwn>& s) {
+  constexpr int kSlots = Shared<kOwn>::kSlots;
+  const int number = kPhases * block + phase;
+  barrier_wait(&s.weights_here[at.warp][number % kSlots], number / kSlots % 2);
+  take(w, s.weights[at.warp][number % kSlots], at.lane);
+  bring_phase(weights, block, phase + kSlots, feeds, blocks, at, s);
+}
+
 // One unit holds the right operand of two steps of a product over k.
 __device__ __forceinline__ void multiply_step(float (&c)[4], uint4 a, uint4 unit, int odd) {
   multiply(c, a, odd ? unit.z : unit.x, odd ? unit.w : unit.y);
@@ -311,11 +360,11 @@ struct Turns {
   float cos[2][2], sin[2][2];  // [row][n]
 };
 
-__device__ __forceinline__ Turns load_turns(const ClusterEncoderCall& call, const Place& at) {
+__device__ __forceinline__ Turns load_turns(const ClusterEncoderCall& call, const Place& at, int tile) {
   Turns turns;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int age = kFrame - 1 - at.tile * kRows - at.group - 8 * r;
+    const int age = kFrame - 1 - tile * kRows - at.group - 8 * r;
     const int where = min(age, call.longest - 1) * 16 + 8 * (at.warp % 2) + at.quad;
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
@@ -375,33 +424,39 @@ __device__ __forceinline__ uint4 project_values(const uint4 (&a)[8], const uint4
   return {packed[0][0], packed[0][1], packed[1][0], packed[1][1]};
 }
 
-// Writes one operand of the keys or values here and to the blocks of this half that need it.
-__device__ __forceinline__ void publish(uint4 v, uint4* here, std::uint64_t* barrier, const Place& at,
+// Writes one operand of the keys or values of `tile` here and to the blocks of this half that need it.
+template <int kOwn>
+__device__ __forceinline__ void publish(uint4 v, uint4* here, std::uint64_t* barrier, const Place& at, int tile,
                                         int blocks_before, bool newest_only) {
   *here = v;
+  if (kOwn == kTiles) return;
   const std::uint32_t address = shared_address(here), counted = shared_address(barrier);
 #pragma unroll
-  for (int tile = 0; tile < kTiles; ++tile) {
-    if (tile == at.tile || tile < at.first_tile || (newest_only && tile != kTiles - 1)) continue;
-    const int rank = 2 * (tile - blocks_before) + at.half;
+  for (int other = 0; other < kTiles; ++other) {
+    if (other == tile || other < at.first || (newest_only && other != kTiles - 1)) continue;
+    const int rank = 2 * (other - blocks_before) + at.half;
     store_remote(in_block(address, rank), v, in_block(counted, rank));
   }
 }
 
-// Keys, values and queries of this half's two heads. Warps 0 to 3 have 16 channels of the keys each, then of the
-// queries, while the others' 16 channels of the values and the keys are on their way.
+// Keys, values and queries of tile j for this half's two heads. Warps 0 to 3 have 16 channels of the keys each, then of
+// the queries, while the others' 16 channels of the values and the keys are on their way.
+template <int kOwn>
 __device__ __forceinline__ void project(const Turns& turns, const uint4 (&a)[8], const uint4 (&w)[16], Rates rates,
-                                        const Place& at, Shared& s, int buffer, int blocks_before, bool newest_only) {
-  const int head = at.warp % 4 / 2, half = at.warp % 2;
-  uint4(&operands)[4][32] = s.keys[buffer][at.tile][head];
+                                        const Place& at, int j, Shared<kOwn>& s, int buffer, int blocks_before,
+                                        bool newest_only) {
+  const int head = at.warp % 4 / 2, half = at.warp % 2, tile = at.own + j;
+  uint4(&operands)[4][32] = s.keys[buffer][tile][head];
   if (at.warp < 4) {
     const uint4 key = project_turned(turns, a, w, rates);
-    publish(key, &operands[half][at.lane], &s.keys_here[buffer][at.tile], at, blocks_before, newest_only);
+    publish<kOwn>(key, &operands[half][at.lane], &s.keys_here[buffer][tile], at, tile, blocks_before, newest_only);
+    if (newest_only && tile != kTiles - 1) return;
     const uint4 query = project_turned(turns, a, w + 8, rates);
-    s.queries[head][half][at.lane] = {query.x, query.z, query.y, query.w};
+    s.queries[j][head][half][at.lane] = {query.x, query.z, query.y, query.w};
   } else {
     const uint4 value = project_values(a, w, rates, at);
-    publish(value, &operands[2 + half][at.lane], &s.values_here[buffer][at.tile], at, blocks_before, newest_only);
+    publish<kOwn>(value, &operands[2 + half][at.lane], &s.values_here[buffer][tile], at, tile, blocks_before,
+                  newest_only);
   }
 }
 
@@ -411,82 +466,102 @@ __device__ __forceinline__ void arrived(std::uint64_t* barrier, int parity, cons
   if (at.warp < 4 && at.lane == 0) barrier_expect(barrier, kKeyBytes);
 }
 
-// One head's softmax over the keys of one tile, apart from its sum, times their values.
-__device__ __forceinline__ void attend(const ClusterEncoderCall& call, std::uint64_t present, const Place& at,
-                                       Shared& s, int buffer, int parity) {
-  const int head = at.warp / 4, part = at.warp % 4;
-  const uint4(&operands)[4][32] = s.keys[buffer][part][head];
-  const uint4 q0 = s.queries[head][0][at.lane], q1 = s.queries[head][1][at.lane];
-  if (part != at.tile) arrived(&s.keys_here[buffer][part], parity, at);
+// One head's softmax of a tile's queries over the keys of one tile, apart from its sum, times their values: of rows
+// `group` and `group + 8`, channels 8 n + 2 quad and the next.
+struct Part {
+  float top[2], sum[2];
+  float c[4][4];
+};
+
+template <typename AwaitKeys, typename AwaitValues>
+__device__ __forceinline__ Part attend_part(const ClusterEncoderCall& call, std::uint64_t present, const Place& at,
+                                            int tile, int part, const uint4 (&queries)[2][32],
+                                            const uint4 (&operands)[4][32], AwaitKeys await_keys,
+                                            AwaitValues await_values) {
+  const uint4 q0 = queries[0][at.lane], q1 = queries[1][at.lane];
+  await_keys();
   const uint4 k0 = operands[0][at.lane], k1 = operands[1][at.lane];
   float p[2][4] = {};
   multiply(p[0], q0, k0.x, k0.y);
   multiply(p[1], q0, k0.z, k0.w);
   multiply(p[0], q1, k1.x, k1.y);
   multiply(p[1], q1, k1.z, k1.w);
-  float top[2] = {kMasked / 2, kMasked / 2}, sum[2] = {0.0f, 0.0f};
+  Part result = {{kMasked / 2, kMasked / 2}, {0.0f, 0.0f}, {}};
 #pragma unroll
   for (int n = 0; n < 2; ++n) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const int row = kRows * part + 8 * n + 2 * at.quad + e % 2;
-      const int query = kRows * at.tile + at.group + 8 * (e / 2);
+      const int query = kRows * tile + at.group + 8 * (e / 2);
       const bool allowed = (present >> (kFrame - 1 - row) & 1) && (!call.causal || row <= query);
       p[n][e] = allowed ? p[n][e] * kScale : kMasked;
-      top[e / 2] = fmaxf(top[e / 2], p[n][e]);
+      result.top[e / 2] = fmaxf(result.top[e / 2], p[n][e]);
     }
   }
 #pragma unroll
   for (int mask = 1; mask <= 2; mask <<= 1) {
-    top[0] = fmaxf(top[0], __shfl_xor_sync(0xffffffffu, top[0], mask));
-    top[1] = fmaxf(top[1], __shfl_xor_sync(0xffffffffu, top[1], mask));
+    result.top[0] = fmaxf(result.top[0], __shfl_xor_sync(0xffffffffu, result.top[0], mask));
+    result.top[1] = fmaxf(result.top[1], __shfl_xor_sync(0xffffffffu, result.top[1], mask));
   }
 #pragma unroll
   for (int n = 0; n < 2; ++n) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      p[n][e] = exp2_fast(p[n][e] - top[e / 2]);
-      sum[e / 2] += p[n][e];
+      p[n][e] = exp2_fast(p[n][e] - result.top[e / 2]);
+      result.sum[e / 2] += p[n][e];
     }
   }
-  if (part != at.tile) arrived(&s.values_here[buffer][part], parity, at);
+  await_values();
   const uint4 v0 = operands[2][at.lane], v1 = operands[3][at.lane];
   const uint4 a = {pack(p[0][0], p[0][1]), pack(p[0][2], p[0][3]), pack(p[1][0], p[1][1]), pack(p[1][2], p[1][3])};
-  float c[4][4] = {};
-  multiply(c[0], a, v0.x, v0.y);
-  multiply(c[1], a, v0.z, v0.w);
-  multiply(c[2], a, v1.x, v1.y);
-  multiply(c[3], a, v1.z, v1.w);
+  multiply(result.c[0], a, v0.x, v0.y);
+  multiply(result.c[1], a, v0.z, v0.w);
+  multiply(result.c[2], a, v1.x, v1.y);
+  multiply(result.c[3], a, v1.z, v1.w);
 #pragma unroll
   for (int mask = 1; mask <= 2; mask <<= 1) {
-    sum[0] += __shfl_xor_sync(0xffffffffu, sum[0], mask);
-    sum[1] += __shfl_xor_sync(0xffffffffu, sum[1], mask);
+    result.sum[0] += __shfl_xor_sync(0xffffffffu, result.sum[0], mask);
+    result.sum[1] += __shfl_xor_sync(0xffffffffu, result.sum[1], mask);
   }
+  return result;
+}
+
+// Of a block with one tile: a warp has a head and the keys of one tile.
+__device__ __forceinline__ void attend(const ClusterEncoderCall& call, std::uint64_t present, const Place& at,
+                                       Shared<1>& s, int buffer, int parity) {
+  const int head = at.warp / 4, part = at.warp % 4;
+  const auto await = [&](std::uint64_t& barrier) {
+    if (part != at.own) arrived(&barrier, parity, at);
+  };
+  const Part result = attend_part(
+      call, present, at, at.own, part, s.queries[0][head], s.keys[buffer][part][head],
+      [&] { await(s.keys_here[buffer][part]); }, [&] { await(s.values_here[buffer][part]); });
 #pragma unroll
   for (int n = 0; n < 4; ++n) {
-    *reinterpret_cast<float2*>(&s.partial[at.warp][at.group][8 * n + 2 * at.quad]) = {c[n][0], c[n][1]};
-    *reinterpret_cast<float2*>(&s.partial[at.warp][at.group + 8][8 * n + 2 * at.quad]) = {c[n][2], c[n][3]};
+    const float(&c)[4] = result.c[n];
+    *reinterpret_cast<float2*>(&s.partial[at.warp][at.group][8 * n + 2 * at.quad]) = {c[0], c[1]};
+    *reinterpret_cast<float2*>(&s.partial[at.warp][at.group + 8][8 * n + 2 * at.quad]) = {c[2], c[3]};
   }
   if (at.quad == 0) {
-    s.top_and_sum[head][part][at.group] = {top[0], sum[0]};
-    s.top_and_sum[head][part][at.group + 8] = {top[1], sum[1]};
+    s.top_and_sum[head][part][at.group] = {result.top[0], result.sum[0]};
+    s.top_and_sum[head][part][at.group + 8] = {result.top[1], result.sum[1]};
   }
 }
 
 // The parts of `attend` as one: four channels of a row a thread.
-__device__ __forceinline__ void combine(const Place& at, Shared& s) {
+__device__ __forceinline__ void combine(const Place& at, Shared<1>& s) {
   const int thread = 32 * at.warp + at.lane;
   const int row = thread / 16, head = thread % 16 / 8, channel = thread % 8 * 4;
   float top = kMasked;
 #pragma unroll
   for (int part = 0; part < kTiles; ++part) {
-    if (part >= at.first_tile) top = fmaxf(top, s.top_and_sum[head][part][row].x);
+    if (part >= at.first) top = fmaxf(top, s.top_and_sum[head][part][row].x);
   }
   float sum = 0.0f;
   float4 o = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
   for (int part = 0; part < kTiles; ++part) {
-    if (part < at.first_tile) continue;
+    if (part < at.first) continue;
     const float2 here = s.top_and_sum[head][part][row];
     const float4 v = *reinterpret_cast<const float4*>(&s.partial[4 * head + part][row][channel]);
     const float weight = exp2_fast(here.x - top);
@@ -498,20 +573,63 @@ __device__ __forceinline__ void combine(const Place& at, Shared& s) {
                                                                       pack(o.z * rate, o.w * rate)};
 }
 
-// Sends this half's share c of the tile to the other half.
-__device__ __forceinline__ void send_share(const float (&c)[8], uint4* there, std::uint64_t* barrier, int partner) {
-  const uint4 share = {pack(c[0], c[1]), pack(c[2], c[3]), pack(c[4], c[5]), pack(c[6], c[7])};
-  store_remote(in_block(shared_address(there), partner), share, in_block(shared_address(barrier), partner));
+// Of a block with all tiles: a warp has a head and a tile's queries, and does what `attend` and `combine` do to the bit.
+__device__ __forceinline__ void attend_all(const ClusterEncoderCall& call, std::uint64_t present, const Place& at,
+                                           int begin, Shared<kTiles>& s) {
+  const int head = at.warp / 4, tile = at.warp % 4;
+  if (tile < begin) return;
+  Part parts[kTiles];
+  float top[2] = {kMasked, kMasked};
+#pragma unroll
+  for (int part = 0; part < kTiles; ++part) {
+    if (part < at.first) continue;
+    parts[part] = attend_part(
+        call, present, at, tile, part, s.queries[tile][head], s.keys[0][part][head], [] {}, [] {});
+    top[0] = fmaxf(top[0], parts[part].top[0]), top[1] = fmaxf(top[1], parts[part].top[1]);
+  }
+  float sum[2] = {0.0f, 0.0f}, o[4][4] = {};
+#pragma unroll
+  for (int part = 0; part < kTiles; ++part) {
+    if (part < at.first) continue;
+    const float weight[2] = {exp2_fast(parts[part].top[0] - top[0]), exp2_fast(parts[part].top[1] - top[1])};
+    sum[0] += parts[part].sum[0] * weight[0], sum[1] += parts[part].sum[1] * weight[1];
+#pragma unroll
+    for (int i = 0; i < 16; ++i) o[i / 4][i % 4] += parts[part].c[i / 4][i % 4] * weight[i % 4 / 2];
+  }
+  const float low = 1.0f / fmaxf(sum[0], 0.5f), high = 1.0f / fmaxf(sum[1], 0.5f);
+#pragma unroll
+  for (int n = 0; n < 4; ++n) {
+    const int row = kRows * tile + at.group, column = 32 * head + 8 * n + 2 * at.quad;
+    *reinterpret_cast<std::uint32_t*>(&s.attended[row][column]) = pack(o[n][0] * low, o[n][1] * low);
+    *reinterpret_cast<std::uint32_t*>(&s.attended[row + 8][column]) = pack(o[n][2] * high, o[n][3] * high);
+  }
 }
 
-// h += both shares; the other's is rounded, so the two residual streams of a tile differ by that.
-__device__ __forceinline__ void add_shares(float (&h)[8], const float (&mine)[8], uint4 other) {
-  const std::uint32_t b[4] = {other.x, other.y, other.z, other.w};
+// Adds the share that the other half sends to h, which has this one's; it was rounded, so the two residual streams of a
+// tile differ by that.
+__device__ __forceinline__ void receive_share(float (&h)[8], const uint4& there, std::uint64_t* barrier, int parity,
+                                              bool again) {
+  barrier_wait(barrier, parity);
+  if (again && threadIdx.x == 0) barrier_expect(barrier, kShareBytes);
+  const std::uint32_t b[4] = {there.x, there.y, there.z, there.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    h[2 * i] += mine[2 * i] + low_half(b[i]);
-    h[2 * i + 1] += mine[2 * i + 1] + high_half(b[i]);
+    h[2 * i] += low_half(b[i]);
+    h[2 * i + 1] += high_half(b[i]);
   }
+}
+
+// Adds this half's share of a tile, the sum of two chains, to h, and sends it to the other half.
+__device__ __forceinline__ void share(float (&h)[8], const float (&even)[2][4], const float (&odd)[2][4], uint4* there,
+                                      std::uint64_t* barrier, int partner) {
+  float c[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    c[i] = even[i / 4][i % 4] + odd[i / 4][i % 4];
+    h[i] += c[i];
+  }
+  const uint4 packed = {pack(c[0], c[1]), pack(c[2], c[3]), pack(c[4], c[5]), pack(c[6], c[7])};
+  store_remote(in_block(shared_address(there), partner), packed, in_block(shared_address(barrier), partner));
 }
 
 // gelu(4 y) / 2: _half_gelu of kernels/encoder.py.
@@ -528,40 +646,38 @@ __device__ __forceinline__ void store_newest(const ClusterEncoderCall& call, con
   for (int n = 0; n < 2; ++n) row[8 * at.warp + 4 * n + at.quad] = pack(y[4 * n + 2], y[4 * n + 3]);
 }
 
+template <int kOwn>
 __device__ __forceinline__ void encode_history(const ClusterEncoderCall& call) {
-  Shared& s = *reinterpret_cast<Shared*>(shared_memory());
-  const int rank = cluster_rank(), blocks_before = kTiles - cluster_size() / 2;
+  using Memory = Shared<kOwn>;
+  Memory& s = *reinterpret_cast<Memory*>(shared_memory());
+  const int rank = cluster_rank(), blocks_before = kTiles / kOwn - cluster_size() / 2;
   const int user = blockIdx.x / cluster_size(), thread = threadIdx.x;
-  Place at{thread / 32, thread % 32, thread % 32 / 4, thread % 4, blocks_before + rank / 2, rank % 2, 0};
+  Place at{thread / 32, thread % 32, thread % 32 / 4, thread % 4, rank % 2, (blocks_before + rank / 2) * kOwn, 0};
   const History history = find(call, user, at.lane);
-  at.first_tile = max(history.present == 0 ? kTiles : __clzll(history.present) / kRows, blocks_before);
-  if (at.tile < at.first_tile) {
+  at.first = max(history.present == 0 ? kTiles : __clzll(history.present) / kRows, blocks_before * kOwn);
+  const bool newest = at.own + kOwn == kTiles;
+  if (at.own + kOwn <= at.first) {
     cluster_arrive();
-    if (history.present == 0 && at.tile == kTiles - 1) {
+    if (history.present == 0 && newest) {
       const float zeros[8] = {};
       store_newest(call, zeros, user, at);
     }
     return;
   }
+  const int begin = kOwn == 1 ? 0 : max(at.first - at.own, 0);  // the first of this block's tiles that has items
+  // The last transformer block answers for the newest item alone: other tiles only give it their keys and values.
+  const int blocks = call.blocks, feeds = newest ? blocks : blocks - 1;
   const uint4* weights = static_cast<const uint4*>(call.weights) + static_cast<std::int64_t>(at.half) * kUnits * 32;
-  constexpr int kStride = 2 * kUnits * 32;  // to the next transformer block
-  const int attention_first = at.warp < 4 ? 16 * at.warp : 32 + 8 * at.warp, attention_count = at.warp < 4 ? 16 : 8;
-  uint4(&slots)[2][16][32] = s.weights[at.warp];
-  std::uint64_t* slots_here = s.weights_here[at.warp];
   if (at.lane == 0) {
-    barrier_init(&slots_here[0]);
-    barrier_init(&slots_here[1]);
+    for (std::uint64_t& barrier : s.weights_here[at.warp]) barrier_init(&barrier);
     barrier_init(&s.out_weights_here[at.warp]);
     barrier_init_fence();
   }
-  bring(slots[0][0], weights, attention_first, attention_count, &slots_here[0], at);
-  // The last transformer block answers for the newest item alone: the other tiles only send it their keys and values.
-  // (A copy that is on its way must not outlive its block: what is not used is not brought.)
-  const int feeds = at.tile == kTiles - 1 ? call.blocks : call.blocks - 1;
-  if (feeds > 0) {
-    bring(slots[1][0], weights, kFeedFirst + 16 * at.warp, 16, &slots_here[1], at);
-    bring(s.out_weights[at.warp][0], weights, kOutFirst + 4 * at.warp, 4, &s.out_weights_here[at.warp], at);
-  }
+#pragma unroll
+  for (int phase = 0; phase < Memory::kSlots; ++phase) bring_phase(weights, 0, phase, feeds, blocks, at, s);
+  const int out_first = kOutFirst + 4 * at.warp;
+  uint4* out_weights = s.out_weights[at.warp][0];
+  if (feeds > 0) bring(out_weights, weights, out_first, 4, &s.out_weights_here[at.warp], at);
   if (thread == 0) {
     for (int tile = 0; tile < kTiles; ++tile) {
       for (int buffer = 0; buffer < 2; ++buffer) {
@@ -569,8 +685,10 @@ __device__ __forceinline__ void encode_history(const ClusterEncoderCall& call) {
         barrier_init(&s.values_here[buffer][tile]);
       }
     }
-    barrier_init(&s.attended_here);
-    barrier_init(&s.fed_here);
+    for (int j = 0; j < kOwn; ++j) {
+      barrier_init(&s.attended_here[j]);
+      barrier_init(&s.fed_here[j]);
+    }
     barrier_init_fence();
     for (int tile = 0; tile < kTiles; ++tile) {
       for (int buffer = 0; buffer < 2; ++buffer) {
@@ -578,109 +696,127 @@ __device__ __forceinline__ void encode_history(const ClusterEncoderCall& call) {
         barrier_expect(&s.values_here[buffer][tile], kKeyBytes);
       }
     }
-    barrier_expect(&s.attended_here, kShareBytes);
-    barrier_expect(&s.fed_here, kShareBytes);
+    for (int j = 0; j < kOwn; ++j) {
+      barrier_expect(&s.attended_here[j], kShareBytes);
+      barrier_expect(&s.fed_here[j], kShareBytes);
+    }
   }
   __syncwarp();
   cluster_arrive();
-  const Turns turns = load_turns(call, at);
+  Turns turns;
+  if (kOwn == 1) turns = load_turns(call, at, at.own);
   Gains gains = load_gains(call, 0, at);
-  float h[8];
-  float mine[8];  // this half's last share
-  input(call, history, at, s, h);
+  float h[kOwn][8];
+  input(call, history, at, begin, s, h);
   cluster_wait();
 
-  for (int block = 0; block < call.blocks; ++block, weights += kStride) {
-    const bool last = block == call.blocks - 1;
-    const int buffer = block % 2, phase = 3 * block;  // phases alternate between the slots
-    uint4 w[16], a[8];
-    barrier_wait(&slots_here[buffer], phase / 2 % 2);
-    take(w, slots[buffer], at.lane);  // of values eight
-    if (block < feeds) bring(slots[buffer][0], weights, kFedFirst + 16 * at.warp, 16, &slots_here[buffer], at);
-    if (block > 0) {
-      barrier_wait(&s.fed_here, 1 - buffer);
-      if (thread == 0) barrier_expect(&s.fed_here, kShareBytes);
-      add_shares(h, mine, s.fed_share[thread]);
+  for (int block = 0; block < blocks; ++block) {
+    const bool last = block == blocks - 1;
+    const int parity = block % 2, buffer = block % Memory::kKeyBuffers;
+    const int fed_from = last ? kOwn - 1 : begin;
+    uint4 w[16];
+    take_phase(w, weights, block, kAttention, feeds, blocks, at, s);
+#pragma unroll
+    for (int j = 0; j < kOwn; ++j) {
+      if (j < begin) continue;
+      if (block > 0) receive_share(h[j], s.fed_share[j][thread], &s.fed_here[j], 1 - parity, true);
+      give_normalised(call, gains, h[j], at, j, s);
     }
-    Rates rates = normalised_operand(call, gains, h, at, s, a);
-    project(turns, a, w, rates, at, s, buffer, blocks_before, last);
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < kOwn; ++j) {
+      if (j < begin) continue;
+      uint4 a[8];
+      if (kOwn > 1) turns = load_turns(call, at, at.own + j);
+      const Rates rates = take_normalised(call, at, j, s, a);
+      project(turns, a, w, rates, at, j, s, buffer, blocks_before, last);
+    }
     if (block == feeds) return;
     gains = load_gains(call, 2 * block + 1, at);
     __syncthreads();
-    if (at.warp % 4 >= at.first_tile) attend(call, history.present, at, s, buffer, block / 2 % 2);
-    __syncthreads();
-    combine(at, s);
+    if constexpr (kOwn == 1) {
+      if (at.warp % 4 >= at.first) attend(call, history.present, at, s, buffer, block / 2 % 2);
+      __syncthreads();
+      combine(at, s);
+    } else {
+      attend_all(call, history.present, at, fed_from, s);
+    }
     uint4 w_out[4];
-    barrier_wait(&s.out_weights_here[at.warp], buffer);
+    barrier_wait(&s.out_weights_here[at.warp], parity);
     take(w_out, s.out_weights[at.warp], at.lane);
-    __syncthreads();
-    float even[2][4] = {}, odd[2][4] = {};
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const uint4 o = load_matrices(&s.attended[at.lane % 16][16 * k + at.lane / 16 * 8]);
-#pragma unroll
-      for (int n = 0; n < 2; ++n) multiply_step(k % 2 ? odd[n] : even[n], o, w_out[2 * n + k / 2], k % 2);
-    }
-#pragma unroll
-    for (int i = 0; i < 8; ++i) mine[i] = even[i / 4][i % 4] + odd[i / 4][i % 4];
-    send_share(mine, &s.attended_share[thread], &s.attended_here, rank ^ 1);
-    barrier_wait(&slots_here[1 - buffer], (phase + 1) / 2 % 2);
-    take(w, slots[1 - buffer], at.lane);
-    if (!last) {
-      bring(slots[1 - buffer][0], weights + kStride, attention_first, attention_count, &slots_here[1 - buffer], at);
-    }
     if (block + 1 < feeds) {
-      bring(s.out_weights[at.warp][0], weights + kStride, kOutFirst + 4 * at.warp, 4, &s.out_weights_here[at.warp], at);
+      bring(out_weights, weights + (block + 1) * kStride, out_first, 4, &s.out_weights_here[at.warp], at);
     }
-    barrier_wait(&s.attended_here, buffer);
-    if (thread == 0) barrier_expect(&s.attended_here, kShareBytes);
-    add_shares(h, mine, s.attended_share[thread]);
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < kOwn; ++j) {
+      if (j < fed_from) continue;
+      float even[2][4] = {}, odd[2][4] = {};
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const uint4 o = load_matrices(&s.attended[kRows * j + at.lane % 16][16 * k + at.lane / 16 * 8]);
+#pragma unroll
+        for (int n = 0; n < 2; ++n) multiply_step(k % 2 ? odd[n] : even[n], o, w_out[2 * n + k / 2], k % 2);
+      }
+      share(h[j], even, odd, &s.attended_share[j][thread], &s.attended_here[j], rank ^ 1);
+    }
 
-    rates = normalised_operand(call, gains, h, at, s, a);
+    take_phase(w, weights, block, kFeed, feeds, blocks, at, s);
+#pragma unroll
+    for (int j = 0; j < kOwn; ++j) {
+      if (j < fed_from) continue;
+      receive_share(h[j], s.attended_share[j][thread], &s.attended_here[j], parity, true);
+      give_normalised(call, gains, h[j], at, j, s);
+    }
+    __syncthreads();
     gains = load_gains(call, 2 * block + 2, at);
-    float f[4][4] = {};
 #pragma unroll
-    for (int k = 0; k < 8; ++k) {
+    for (int j = 0; j < kOwn; ++j) {
+      if (j < fed_from) continue;
+      uint4 a[8];
+      const Rates rates = take_normalised(call, at, j, s, a);
+      float f[4][4] = {};
 #pragma unroll
-      for (int n = 0; n < 4; ++n) multiply_step(f[n], a[k], w[4 * n + k / 2], k % 2);
-    }
-    barrier_wait(&slots_here[buffer], (phase + 2) / 2 % 2);
-    take(w, slots[buffer], at.lane);
-    if (block + 1 < feeds) {
-      bring(slots[buffer][0], weights + kStride, kFeedFirst + 16 * at.warp, 16, &slots_here[buffer], at);
-    }
+      for (int k = 0; k < 8; ++k) {
 #pragma unroll
-    for (int n = 0; n < 4; ++n) {
-      const int column = 32 * at.warp + 8 * n + 2 * at.quad;
-      *reinterpret_cast<std::uint32_t*>(&s.hidden[at.group][column]) =
-          pack(half_gelu(f[n][0] * rates.low), half_gelu(f[n][1] * rates.low));
-      *reinterpret_cast<std::uint32_t*>(&s.hidden[at.group + 8][column]) =
-          pack(half_gelu(f[n][2] * rates.high), half_gelu(f[n][3] * rates.high));
+        for (int n = 0; n < 4; ++n) multiply_step(f[n], a[k], w[4 * n + k / 2], k % 2);
+      }
+      if (j == kOwn - 1) take_phase(w, weights, block, kFed, feeds, blocks, at, s);
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        const int row = kRows * j + at.group, column = 32 * at.warp + 8 * n + 2 * at.quad;
+        *reinterpret_cast<std::uint32_t*>(&s.hidden[row][column]) =
+            pack(half_gelu(f[n][0] * rates.low), half_gelu(f[n][1] * rates.low));
+        *reinterpret_cast<std::uint32_t*>(&s.hidden[row + 8][column]) =
+            pack(half_gelu(f[n][2] * rates.high), half_gelu(f[n][3] * rates.high));
+      }
     }
     __syncthreads();
 #pragma unroll
-    for (int i = 0; i < 8; ++i) even[i / 4][i % 4] = odd[i / 4][i % 4] = 0.0f;
+    for (int j = 0; j < kOwn; ++j) {
+      if (j < fed_from) continue;
+      float even[2][4] = {}, odd[2][4] = {};
 #pragma unroll
-    for (int k = 0; k < 16; ++k) {
-      const uint4 x = load_matrices(&s.hidden[at.lane % 16][16 * k + at.lane / 16 * 8]);
+      for (int k = 0; k < 16; ++k) {
+        const uint4 x = load_matrices(&s.hidden[kRows * j + at.lane % 16][16 * k + at.lane / 16 * 8]);
 #pragma unroll
-      for (int n = 0; n < 2; ++n) multiply_step(k % 2 ? odd[n] : even[n], x, w[8 * n + k / 2], k % 2);
+        for (int n = 0; n < 2; ++n) multiply_step(k % 2 ? odd[n] : even[n], x, w[8 * n + k / 2], k % 2);
+      }
+      share(h[j], even, odd, &s.fed_share[j][thread], &s.fed_here[j], rank ^ 1);
     }
-#pragma unroll
-    for (int i = 0; i < 8; ++i) mine[i] = even[i / 4][i % 4] + odd[i / 4][i % 4];
-    send_share(mine, &s.fed_share[thread], &s.fed_here, rank ^ 1);
   }
-  barrier_wait(&s.fed_here, (call.blocks - 1) % 2);
-  add_shares(h, mine, s.fed_share[thread]);
+  constexpr int kNewest = kOwn - 1;
+  receive_share(h[kNewest], s.fed_share[kNewest][thread], &s.fed_here[kNewest], (blocks - 1) % 2, false);
   float y[8];
-  normalise(call, gains, h, at, s, y);
+  normalise(call, gains, h[kNewest], at, kNewest, s, y);
   store_newest(call, y, user, at);
 }
 
+template <int kOwn>
 __global__ void __launch_bounds__(kThreads, 1) encode_kernel(const __grid_constant__ ClusterEncoderCall call) {
   next_may_start();
   await_previous();
-  encode_history(call);
+  encode_history<kOwn>(call);
 }
 
 }  // namespace

@@ -32,8 +32,10 @@ struct ClusterEncoderCall {
 };
 
 // Launches on `stream` (cudaStream_t) of `device` and returns. No history has more than 16 * tiles items; `tiles` is 1,
-// 2 or 4. With `overlap` the launch before it, which is a kernel's, need not have ended. Throws std::runtime_error with
+// 2 or 4. A cluster has 2 tiles / own blocks; `own`, the tiles of a block, is 1, or 4 with 4 tiles, to the same bits.
+// With `overlap` the launch before it, which is a kernel's, need not have ended. Throws std::runtime_error with
 // the runtime's error.
-void launch_cluster_encoder(const ClusterEncoderCall& call, int tiles, bool overlap, int device, std::uint64_t stream);
+void launch_cluster_encoder(const ClusterEncoderCall& call, int tiles, int own, bool overlap, int device,
+                            std::uint64_t stream);
 
 }  // namespace fave_fast

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _ITEMS_EACH, _MORE_ITEMS = 64, 1024
-SMALL_BATCH = 16  # histories; up to here the cluster kernel answers sooner than one program a history
+SMALL_BATCH = 64  # histories; up to here the cluster kernel answers sooner than one program a history
 
 
 Ints = npt.NDArray[np.int64]

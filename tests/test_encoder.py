@@ -375,7 +375,9 @@ def emulated(emulator: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Emulated
     """Backend cpp is the emulation; call it with how far apart the threads that take turns are."""
     strides = [1]
 
-    def launch(arguments: dict[str, int | float | bool], tiles: int, device: torch.device, overlap: bool) -> None:
+    def launch(
+        arguments: dict[str, int | float | bool], tiles: int, own: int, device: torch.device, overlap: bool
+    ) -> None:
         kinds = {float: ctypes.c_float, bool: ctypes.c_bool}
         numbers = ("users", "padded_length", "longest", "blocks")
 
@@ -387,7 +389,9 @@ def emulated(emulator: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Emulated
 
         assert ctypes.sizeof(Call) == emulator.call_bytes()
         call = Call(*arguments.values())
-        assert emulator.emulate(ctypes.byref(call), tiles, ctypes.c_uint(strides[0])) == 0, "the threads wait for ever"
+        assert emulator.emulate(ctypes.byref(call), tiles, own, ctypes.c_uint(strides[0])) == 0, (
+            "the threads wait for ever"
+        )
 
     def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
         return None if dtype == torch.bfloat16 else "the oracle's dtype"
@@ -412,20 +416,30 @@ def emulated(emulator: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Emulated
     ],
 )
 def test_the_cluster_kernel_emulated(
-    model: dict[str, Any], flow: dict[str, Any], lengths: Sequence[int], emulated: Emulated
+    model: dict[str, Any],
+    flow: dict[str, Any],
+    lengths: Sequence[int],
+    emulated: Emulated,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = ModelConfig(**{"delta": 0.3, "source_block": -1, **model})
     flows = FlowConfig(**{"rho": 0.5, "lambda_at_inference": "sample", **flow})
-    check(Case(config, lengths, torch.bfloat16, flows), backend="cpp")
+    case = Case(config, lengths, torch.bfloat16, flows)
+    check(case, backend="cpp")
+    spread = case.run("cpp")[0]
+    monkeypatch.setattr(encoder_cluster, "AT_ONCE", 0)
+    assert torch.equal(case.run("cpp")[0], spread), "two blocks with all tiles differ from two for each"
 
 
 @pytest.mark.skipif(GPU, reason="the kernel itself is tested")
-def test_the_emulated_threads_may_run_in_any_order(emulated: Emulated) -> None:
+def test_the_emulated_threads_may_run_in_any_order(emulated: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(ModelConfig(blocks=2, delta=0.3), [40], torch.bfloat16)
     expected = encode_ids(case.weights, case.path, case.ids, case.offsets, backend="cpp")
     for stride in (2047, 771):
         emulated(stride)
-        assert torch.equal(encode_ids(case.weights, case.path, case.padded(case.ids, 50), backend="cpp"), expected)
+        for at_once in (encoder_cluster.AT_ONCE, 0):
+            monkeypatch.setattr(encoder_cluster, "AT_ONCE", at_once)
+            assert torch.equal(encode_ids(case.weights, case.path, case.padded(case.ids, 50), backend="cpp"), expected)
 
 
 @pytest.mark.skipif(GPU, reason="the kernel itself is tested")
@@ -473,14 +487,19 @@ def test_every_length(dtype: torch.dtype) -> None:
 
 
 CLUSTER: list[tuple[dict[str, Any], dict[str, Any], Sequence[int]]] = [
-    *(({}, {}, [length] * 16) for length in (50, 49, 48, 33, 17, 16, 9, 1)),  # few users' errors would scatter
+    *(({}, {}, [length] * 15) for length in (50, 49, 48, 33, 17, 16, 9, 1)),  # few users' errors would scatter
+    *(({}, {}, [length] * 64) for length in (50, 33, 16, 1)),
     ({}, {}, list(range(51))),
     ({"max_length": 64}, {}, list(range(65))),
     ({"max_length": 16}, {}, list(range(17))),
     ({"max_length": 32}, {}, list(range(33))),
     ({"blocks": 1}, {}, [50, 3, 20] * 6),
     ({"blocks": 7}, {"anchor_at_inference": "last"}, [50, 3, 20] * 6),
-    ({"norm": "layer", "attention": "causal"}, {"prior": "gaussian"}, list(range(51))),
+    *(
+        ({"norm": "layer", "attention": "causal"}, {"prior": "gaussian"}, lengths)
+        for lengths in ([50, 9, 33] * 5, list(range(51)))
+    ),
+    ({"position": "none"}, {}, [50, 3, 20] * 5),
     ({"position": "none"}, {}, [50, 3, 20] * 6),
 ]
 
@@ -537,6 +556,24 @@ def test_a_history_has_the_same_bits_anywhere(monkeypatch: pytest.MonkeyPatch) -
             assert torch.equal(part, together[0, user : user + size])
     shapes(monkeypatch, M=128, num_warps=8)
     assert torch.equal(together, torch.stack(case.run()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", [cpp])
+def test_the_cluster_kernel_has_the_same_bits_in_a_batch_of_any_size(backend: str) -> None:
+    """Up to fifteen histories of 50 places have eight blocks each; of more, and of many short ones, all have two."""
+    lengths = np.random.default_rng(3).integers(0, 51, 513).tolist()
+    case = Case(BASE, lengths, torch.bfloat16)
+    together = torch.stack(case.run(backend))
+    for _ in range(20):
+        assert torch.equal(together, torch.stack(case.run(backend)))
+    ids = case.padded(case.ids, 50)
+    for size in (1, 8, 15, 16, 60, 64, 67, 132):
+        part = encode_ids(case.weights, case.path, ids[7 : 7 + size], backend=backend)
+        assert torch.equal(part, together[0, 7 : 7 + size])
+        short = encode_ids(case.weights, case.path, ids[7 : 7 + size, -16:], backend=backend)
+        fits = [i for i in range(size) if lengths[7 + i] <= 16]
+        assert torch.equal(short[fits], together[0, 7 : 7 + size][fits])
 
 
 @pytest.mark.gpu

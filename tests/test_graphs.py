@@ -118,7 +118,7 @@ def test_a_list_is_the_same_in_any_batch(warm: Recommender) -> None:
 
 
 def test_small_batches_by_the_fastest_kernel_agree_within_rounding() -> None:
-    """By default one to eight histories may take another kernel than more do; its scores differ by its rounding."""
+    """By default few histories may take another kernel than many do; its scores differ by its rounding."""
     fast, fixed = recommender(), recommender("triton")
     fast.warmup()
     some = histories(SMALL_BATCH)

@@ -104,14 +104,14 @@ def test_what_is_captured_by_default(lengths: list[int], expected: list[tuple[in
 
 
 def test_the_rest_of_a_large_request_keeps_its_encoder() -> None:
-    assert parts_of(of_lengths([50] * 514).offsets, BATCHES, two_encoders) == [(512, 0, 512), (32, 512, 514)]
+    assert parts_of(of_lengths([50] * 514).offsets, BATCHES, two_encoders) == [(512, 0, 512), (128, 512, 514)]
     assert parts_of(of_lengths([50] * 514).offsets, (1, 8), two_encoders) is None
 
 
 def test_a_small_request_that_is_cut_keeps_its_encoder() -> None:
     """Together these are for the small batches' encoder, whose graphs hold none of them."""
-    assert parts_of(of_lengths([5000] * 8).offsets, BATCHES, two_encoders) is None
-    assert parts_of(of_lengths([5000] * 8).offsets, BATCHES, one_encoder) == [(512, 0, 6), (256, 6, 8)]
+    assert parts_of(of_lengths([6000] * 8).offsets, BATCHES, two_encoders) is None
+    assert parts_of(of_lengths([6000] * 8).offsets, BATCHES, one_encoder) == [(512, 0, 5), (512, 5, 8)]
 
 
 class Echo(CapturedStep):

@@ -6,19 +6,21 @@ using namespace emulation;
 
 const fave_fast::ClusterEncoderCall* call;
 
+template <int kOwn>
 void run() {
-  fave_fast::encode_history(*call);
+  fave_fast::encode_history<kOwn>(*call);
   current->done = true;
   yield();
 }
 
 // One history; false where its threads wait for one another for ever. Shared memory is all ones (NaN) before.
+template <int kOwn>
 bool encode(int user, int size, unsigned stride) {
   static std::vector<Thread> threads;
   const unsigned count = size * kThreads;
   blocks.assign(size, Block{});
   for (Block& block : blocks) {
-    block.memory.assign(sizeof(fave_fast::Shared), 0xff);
+    block.memory.assign(sizeof(fave_fast::Shared<kOwn>), 0xff);
     block.meeting.size = kThreads;
     block.warps.assign(kThreads / 32, Warp{});
     for (Warp& warp : block.warps) warp.meeting.size = 32;
@@ -33,7 +35,7 @@ bool encode(int user, int size, unsigned stride) {
     thread.context.uc_stack.ss_sp = thread.stack.data();
     thread.context.uc_stack.ss_size = thread.stack.size();
     thread.context.uc_link = nullptr;
-    makecontext(&thread.context, run, 0);
+    makecontext(&thread.context, run<kOwn>, 0);
   }
   for (int round = 0; round < 100000; ++round) {
     bool all_done = true;
@@ -53,10 +55,10 @@ bool encode(int user, int size, unsigned stride) {
 
 // The launch of csrc/cluster_encoder.cu; threads take turns `stride` (an odd number) apart. Returns 0, or 1 where it
 // hangs.
-extern "C" int emulate(const fave_fast::ClusterEncoderCall* given, int tiles, unsigned stride) {
+extern "C" int emulate(const fave_fast::ClusterEncoderCall* given, int tiles, int own, unsigned stride) {
   call = given;
   for (int user = 0; user < given->users; ++user) {
-    if (!encode(user, 2 * tiles, stride)) return 1;
+    if (!(own == 1 ? encode<1> : encode<4>)(user, 2 * tiles / own, stride)) return 1;
   }
   return 0;
 }
