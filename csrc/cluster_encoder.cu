@@ -36,14 +36,14 @@ class OnDevice {
   bool changed_ = false;
 };
 
-template <int kOwn>
+template <int kOwn, bool kLayerNorm>
 void launch(const ClusterEncoderCall& call, int tiles, bool overlap, int device, std::uint64_t stream) {
   constexpr int kBytes = sizeof(Shared<kOwn>);
   static_assert(kBytes <= 227 << 10, "a block has no more shared memory");
   static std::atomic<bool> prepared[kDevices];
   const OnDevice here(device);
   if (device >= kDevices || !prepared[device].load(std::memory_order_acquire)) {
-    check(cudaFuncSetAttribute(encode_kernel<kOwn>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
+    check(cudaFuncSetAttribute(encode_kernel<kOwn, kLayerNorm>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
           "cudaFuncSetAttribute");
     if (device < kDevices) prepared[device].store(true, std::memory_order_release);
   }
@@ -62,14 +62,16 @@ void launch(const ClusterEncoderCall& call, int tiles, bool overlap, int device,
   config.stream = reinterpret_cast<cudaStream_t>(static_cast<std::uintptr_t>(stream));
   config.attrs = attributes;
   config.numAttrs = overlap ? 2 : 1;
-  check(cudaLaunchKernelEx(&config, encode_kernel<kOwn>, call), "launch");
+  check(cudaLaunchKernelEx(&config, encode_kernel<kOwn, kLayerNorm>, call), "launch");
 }
 
 }  // namespace
 
 void launch_cluster_encoder(const ClusterEncoderCall& call, int tiles, int own, bool overlap, int device,
                             std::uint64_t stream) {
-  (own == 1 ? launch<1> : launch<kTiles>)(call, tiles, overlap, device, stream);
+  const auto run = call.layer_norm ? own == 1 ? launch<1, true> : launch<kTiles, true>
+                                   : own == 1 ? launch<1, false> : launch<kTiles, false>;
+  run(call, tiles, overlap, device, stream);
 }
 
 }  // namespace fave_fast

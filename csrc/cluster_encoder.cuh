@@ -49,6 +49,7 @@ constexpr float kScale = 0.17677669529663687f * 1.4426950408889634f;  // 32^-0.5
 // stores before it meet in a bank.
 template <int kOwn>
 struct Shared {
+  static constexpr int kPair = kOwn == 1 ? 1 : 2;            // tiles side by side: what one waits for, the other hides
   static constexpr int kSlots = kOwn == 1 ? 2 : 1;           // phases whose weights are here or on their way
   static constexpr int kKeyBuffers = kOwn == kTiles ? 1 : 2;  // another block may send the next keys early
   static constexpr int kParts = kOwn == kTiles ? 1 : 8;       // where each warp has one tile's keys alone
@@ -72,13 +73,13 @@ struct Shared {
   std::uint64_t out_weights_here[8];
   std::uint64_t keys_here[2][kTiles];
   std::uint64_t values_here[2][kTiles];
-  std::uint64_t attended_here[kOwn];
-  std::uint64_t fed_here[kOwn];
+  std::uint64_t attended_here;
+  std::uint64_t fed_here;
 };
 
 struct Place {
   int warp, lane, group, quad;  // lane = 4 group + quad: rows `group` and `group + 8` of a product
-  int half, own, first;         // own: the first of this block's tiles; first: the tile of the oldest item
+  int half, own, first;  // own: the first of this block's tiles; first: the tile of the oldest item, or one before it
 };
 
 struct History {
@@ -123,42 +124,65 @@ __device__ __forceinline__ void bf16_row(const void* table, std::int64_t row, in
   v[0] = low_half(two.x), v[1] = high_half(two.x), v[2] = low_half(two.y), v[3] = high_half(two.y);
 }
 
-// E of eq. (9) of one row, four channels a lane: LayerNorm(e) + shift[age] (+ scale[age] times the anchor's embedding).
-__device__ __forceinline__ void embed(const ClusterEncoderCall& call, const History& history, int age, int lane,
-                                      float (&v)[4]) {
-  const std::int64_t source = history.end - 1 - age;
-  if (call.table == nullptr) {
-    if (call.wide_rows) {
-      const float4 row = __ldg(static_cast<const float4*>(call.rows) + source * (kChannels / 4) + lane);
-      v[0] = row.x, v[1] = row.y, v[2] = row.z, v[3] = row.w;
-    } else {
-      bf16_row(call.rows, source, lane, v);
-    }
-    return;
-  }
-  bf16_row(call.table, whole_number(call.rows, call.wide_rows, source), lane, v);
-  float anchor[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-  if (call.scale != nullptr) {
-    const int items = __popcll(history.present);
-    const int oldest_first = min(static_cast<int>(call.anchor * static_cast<float>(items)), items - 1);
-    const std::int64_t which = history.end - items + oldest_first;
-    bf16_row(call.table, whole_number(call.rows, call.wide_rows, which), lane, anchor);
-  }
-  const int known = min(age, call.longest - 1) * (kChannels / 4) + lane;
-  const float4 shift = __ldg(reinterpret_cast<const float4*>(call.shift) + known);
-  const float4 gain = __ldg(reinterpret_cast<const float4*>(call.input_norm) + lane);
-  const float4 bias = __ldg(reinterpret_cast<const float4*>(call.input_norm) + kChannels / 4 + lane);
-  float4 scale = {0.0f, 0.0f, 0.0f, 0.0f};
-  if (call.scale != nullptr) scale = __ldg(reinterpret_cast<const float4*>(call.scale) + known);
-  const float mean = warp_total(v[0] + v[1] + v[2] + v[3]) * (1.0f / kChannels);
+// E of eq. (9) of rows of the ages given, four channels a lane: LayerNorm(e) + shift[age] (+ scale[age] times the
+// anchor's embedding), zeros where no item is. Rows go side by side: a row's loads wait for one another.
+template <int kCount>
+__device__ __forceinline__ void embed(const ClusterEncoderCall& call, const History& history, const int (&ages)[kCount],
+                                      int lane, float (&v)[kCount][4]) {
+  std::int64_t source[kCount];
 #pragma unroll
-  for (float& one : v) one -= mean;
-  const float square = warp_total(v[0] * v[0] + v[1] * v[1] + v[2] * v[2] + v[3] * v[3]) * (1.0f / kChannels);
-  const float rate = rsqrtf(square + call.input_eps);
-  v[0] = v[0] * rate * gain.x + bias.x + shift.x + scale.x * anchor[0];
-  v[1] = v[1] * rate * gain.y + bias.y + shift.y + scale.y * anchor[1];
-  v[2] = v[2] * rate * gain.z + bias.z + shift.z + scale.z * anchor[2];
-  v[3] = v[3] * rate * gain.w + bias.w + shift.w + scale.w * anchor[3];
+  for (int i = 0; i < kCount; ++i) source[i] = history.end - 1 - (history.present >> ages[i] & 1 ? ages[i] : 0);
+  if (call.table == nullptr) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (call.wide_rows) {
+        const float4 row = __ldg(static_cast<const float4*>(call.rows) + source[i] * (kChannels / 4) + lane);
+        v[i][0] = row.x, v[i][1] = row.y, v[i][2] = row.z, v[i][3] = row.w;
+      } else {
+        bf16_row(call.rows, source[i], lane, v[i]);
+      }
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) source[i] = whole_number(call.rows, call.wide_rows, source[i]);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) bf16_row(call.table, source[i], lane, v[i]);
+    const float4 gain = __ldg(reinterpret_cast<const float4*>(call.input_norm) + lane);
+    const float4 bias = __ldg(reinterpret_cast<const float4*>(call.input_norm) + kChannels / 4 + lane);
+    float4 shift[kCount], scale[kCount];
+    float anchor[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    if (call.scale != nullptr) {
+      const int items = __popcll(history.present);
+      const int oldest_first = min(static_cast<int>(call.anchor * static_cast<float>(items)), items - 1);
+      const std::int64_t which = history.end - items + oldest_first;
+      bf16_row(call.table, whole_number(call.rows, call.wide_rows, which), lane, anchor);
+    }
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const int known = min(ages[i], call.longest - 1) * (kChannels / 4) + lane;
+      shift[i] = __ldg(reinterpret_cast<const float4*>(call.shift) + known);
+      scale[i] = {0.0f, 0.0f, 0.0f, 0.0f};
+      if (call.scale != nullptr) scale[i] = __ldg(reinterpret_cast<const float4*>(call.scale) + known);
+    }
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const float mean = warp_total(v[i][0] + v[i][1] + v[i][2] + v[i][3]) * (1.0f / kChannels);
+#pragma unroll
+      for (float& one : v[i]) one -= mean;
+      const float square =
+          warp_total(v[i][0] * v[i][0] + v[i][1] * v[i][1] + v[i][2] * v[i][2] + v[i][3] * v[i][3]) * (1.0f / kChannels);
+      const float rate = rsqrtf(square + call.input_eps);
+      v[i][0] = v[i][0] * rate * gain.x + bias.x + shift[i].x + scale[i].x * anchor[0];
+      v[i][1] = v[i][1] * rate * gain.y + bias.y + shift[i].y + scale[i].y * anchor[1];
+      v[i][2] = v[i][2] * rate * gain.z + bias.z + shift[i].z + scale[i].z * anchor[2];
+      v[i][3] = v[i][3] * rate * gain.w + bias.w + shift[i].w + scale[i].w * anchor[3];
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+#pragma unroll
+    for (float& one : v[i]) one = history.present >> ages[i] & 1 ? one : 0.0f;
+  }
 }
 
 // The residual of the block's tiles from `begin` on, as a product leaves it: h[j][4 n + e] is row group + 8 (e / 2) of
@@ -166,13 +190,22 @@ __device__ __forceinline__ void embed(const ClusterEncoderCall& call, const Hist
 template <int kOwn>
 __device__ __forceinline__ void input(const ClusterEncoderCall& call, const History& history, const Place& at,
                                       int begin, Shared<kOwn>& s, float (&h)[kOwn][8]) {
+  constexpr int kTogether = 2 * Shared<kOwn>::kPair;
 #pragma unroll
-  for (int i = 0; i < 2 * kOwn; ++i) {
-    const int row = kRows * (i / 2) + 2 * at.warp + i % 2;
-    const int age = kFrame - 1 - at.own * kRows - row;
-    float v[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    if (history.present >> age & 1) embed(call, history, age, at.lane, v);
-    *reinterpret_cast<float4*>(&s.input[row][4 * at.lane]) = {v[0], v[1], v[2], v[3]};
+  for (int first = 0; first < 2 * kOwn; first += kTogether) {
+    if (first / 2 < begin) continue;
+    int rows[kTogether], ages[kTogether];
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      rows[i] = kRows * ((first + i) / 2) + 2 * at.warp + i % 2;
+      ages[i] = kFrame - 1 - at.own * kRows - rows[i];
+    }
+    float v[kTogether][4];
+    embed(call, history, ages, at.lane, v);
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      *reinterpret_cast<float4*>(&s.input[rows[i]][4 * at.lane]) = {v[i][0], v[i][1], v[i][2], v[i][3]};
+    }
   }
   __syncthreads();
 #pragma unroll
@@ -223,6 +256,7 @@ struct Gains {
 };
 
 // Loaded a phase before they are used.
+template <bool kLayerNorm>
 __device__ __forceinline__ Gains load_gains(const ClusterEncoderCall& call, int norm, const Place& at) {
   const float2* gains = reinterpret_cast<const float2*>(call.norms + static_cast<std::int64_t>(norm) * 2 * kChannels);
   Gains loaded;
@@ -230,18 +264,18 @@ __device__ __forceinline__ Gains load_gains(const ClusterEncoderCall& call, int 
   for (int n = 0; n < 2; ++n) {
     loaded.gain[n] = __ldg(gains + 8 * at.warp + 4 * n + at.quad);
     loaded.bias[n] = {0.0f, 0.0f};
-    if (call.layer_norm) loaded.bias[n] = __ldg(gains + kChannels / 2 + 8 * at.warp + 4 * n + at.quad);
+    if (kLayerNorm) loaded.bias[n] = __ldg(gains + kChannels / 2 + 8 * at.warp + 4 * n + at.quad);
   }
   return loaded;
 }
 
 // RMSNorm or LayerNorm of the residual of tile j.
-template <int kOwn>
+template <bool kLayerNorm, int kOwn>
 __device__ __forceinline__ void normalise(const ClusterEncoderCall& call, const Gains& gains, const float (&h)[8],
                                           const Place& at, int j, Shared<kOwn>& s, float (&y)[8]) {
 #pragma unroll
   for (int i = 0; i < 8; ++i) y[i] = h[i];
-  if (call.layer_norm) {
+  if (kLayerNorm) {
     float low = (h[0] + h[1]) + (h[4] + h[5]), high = (h[2] + h[3]) + (h[6] + h[7]);
     row_totals(low, high, at, s.reduce[1] + kRows * j);
 #pragma unroll
@@ -261,12 +295,12 @@ __device__ __forceinline__ void normalise(const ClusterEncoderCall& call, const 
 
 // Tile j normalised, for products over its channels: of an RMSNorm without its rate, which is on its way while the
 // product runs. Behind the next barrier they are there for all.
-template <int kOwn>
+template <bool kLayerNorm, int kOwn>
 __device__ __forceinline__ void give_normalised(const ClusterEncoderCall& call, const Gains& gains, const float (&h)[8],
                                                 const Place& at, int j, Shared<kOwn>& s) {
   float y[8];
-  if (call.layer_norm) {
-    normalise(call, gains, h, at, j, s, y);
+  if (kLayerNorm) {
+    normalise<kLayerNorm>(call, gains, h, at, j, s, y);
   } else {
     const float2 left = gains.gain[0], right = gains.gain[1];
     y[0] = h[0] * left.x, y[1] = h[1] * left.y, y[2] = h[2] * left.x, y[3] = h[3] * left.y;
@@ -289,13 +323,13 @@ struct Rates {
 };
 
 // What give_normalised left of tile j: the left operand of 8 steps of 16, and its rates.
-template <int kOwn>
+template <bool kLayerNorm, int kOwn>
 __device__ __forceinline__ Rates take_normalised(const ClusterEncoderCall& call, const Place& at, int j,
                                                  const Shared<kOwn>& s, uint4 (&a)[8]) {
 #pragma unroll
   for (int k = 0; k < 8; ++k) a[k] = load_matrices(&s.x[kRows * j + at.lane % 16][16 * k + at.lane / 16 * 8]);
   Rates rates{1.0f, 1.0f};
-  if (!call.layer_norm) {
+  if (!kLayerNorm) {
     take_row_totals(rates.low, rates.high, at, s.reduce[0] + kRows * j);
     rates.low = rsqrtf(rates.low * (1.0f / kChannels) + call.eps);
     rates.high = rsqrtf(rates.high * (1.0f / kChannels) + call.eps);
@@ -375,53 +409,70 @@ __device__ __forceinline__ Turns load_turns(const ClusterEncoderCall& call, cons
   return turns;
 }
 
-// Keys or queries: 16 channels of a head for rows `group` and `group + 8`, as the operand of their product (a right one
-// holds the columns in this order, a left one has the middle two exchanged).
-__device__ __forceinline__ uint4 project_turned(const Turns& turns, const uint4 (&a)[8], const uint4* w, Rates rates) {
-  float even[2][4] = {}, odd[2][4] = {};
+// Keys or queries: 16 channels of a head for rows `group` and `group + 8` of each tile, as the operand of their product
+// (a right one holds the columns in this order, a left one has the middle two exchanged).
+template <int kPair>
+__device__ __forceinline__ void project_turned(const Turns (&turns)[kPair], const uint4 (&a)[kPair][8], const uint4* w,
+                                               const Rates (&rates)[kPair], uint4 (&result)[kPair]) {
+  float even[kPair][2][4] = {}, odd[kPair][2][4] = {};
 #pragma unroll
   for (int k = 0; k < 8; ++k) {
 #pragma unroll
-    for (int n = 0; n < 2; ++n) multiply_step(k % 2 ? odd[n] : even[n], a[k], w[4 * n + k / 2], k % 2);
-  }
-  std::uint32_t packed[2][2];
+    for (int n = 0; n < 2; ++n) {
 #pragma unroll
-  for (int n = 0; n < 2; ++n) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float rate = r == 0 ? rates.low : rates.high, cos = turns.cos[r][n], sin = turns.sin[r][n];
-      const float first = (even[n][2 * r] + odd[n][2 * r]) * rate;
-      const float second = (even[n][2 * r + 1] + odd[n][2 * r + 1]) * rate;
-      packed[r][n] = pack(first * cos - second * sin, first * sin + second * cos);
+      for (int t = 0; t < kPair; ++t) multiply_step(k % 2 ? odd[t][n] : even[t][n], a[t][k], w[4 * n + k / 2], k % 2);
     }
   }
-  return {packed[0][0], packed[0][1], packed[1][0], packed[1][1]};
+#pragma unroll
+  for (int t = 0; t < kPair; ++t) {
+    std::uint32_t packed[2][2];
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float rate = r == 0 ? rates[t].low : rates[t].high, cos = turns[t].cos[r][n], sin = turns[t].sin[r][n];
+        const float first = (even[t][n][2 * r] + odd[t][n][2 * r]) * rate;
+        const float second = (even[t][n][2 * r + 1] + odd[t][n][2 * r + 1]) * rate;
+        packed[r][n] = pack(first * cos - second * sin, first * sin + second * cos);
+      }
+    }
+    result[t] = {packed[0][0], packed[0][1], packed[1][0], packed[1][1]};
+  }
 }
 
-// 16 channels of the values, transposed: their product's result is an operand of the next product as it stands.
-__device__ __forceinline__ uint4 project_values(const uint4 (&a)[8], const uint4* w, Rates rates, const Place& at) {
-  float even[2][4] = {}, odd[2][4] = {};
+// 16 channels of the values of each tile, transposed: their product's result is an operand of the next product as it
+// stands.
+template <int kPair>
+__device__ __forceinline__ void project_values(const uint4 (&a)[kPair][8], const uint4* w, const Rates (&rates)[kPair],
+                                               const Place& at, uint4 (&result)[kPair]) {
+  float even[kPair][2][4] = {}, odd[kPair][2][4] = {};
 #pragma unroll
   for (int k = 0; k < 8; ++k) {
-    multiply(k % 2 ? odd[0] : even[0], w[k], a[k].x, a[k].z);
-    multiply(k % 2 ? odd[1] : even[1], w[k], a[k].y, a[k].w);
-  }
-  float rate[4];  // of rows 2 quad, 2 quad + 1, and 8 behind them
 #pragma unroll
-  for (int e = 0; e < 2; ++e) {
-    rate[e] = __shfl_sync(0xffffffffu, rates.low, 4 * (2 * at.quad + e));
-    rate[2 + e] = __shfl_sync(0xffffffffu, rates.high, 4 * (2 * at.quad + e));
-  }
-  std::uint32_t packed[2][2];
-#pragma unroll
-  for (int n = 0; n < 2; ++n) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      packed[r][n] = pack((even[n][2 * r] + odd[n][2 * r]) * rate[2 * n],
-                          (even[n][2 * r + 1] + odd[n][2 * r + 1]) * rate[2 * n + 1]);
+    for (int t = 0; t < kPair; ++t) {
+      multiply(k % 2 ? odd[t][0] : even[t][0], w[k], a[t][k].x, a[t][k].z);
+      multiply(k % 2 ? odd[t][1] : even[t][1], w[k], a[t][k].y, a[t][k].w);
     }
   }
-  return {packed[0][0], packed[0][1], packed[1][0], packed[1][1]};
+#pragma unroll
+  for (int t = 0; t < kPair; ++t) {
+    float rate[4];  // of rows 2 quad, 2 quad + 1, and 8 behind them
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      rate[e] = __shfl_sync(0xffffffffu, rates[t].low, 4 * (2 * at.quad + e));
+      rate[2 + e] = __shfl_sync(0xffffffffu, rates[t].high, 4 * (2 * at.quad + e));
+    }
+    std::uint32_t packed[2][2];
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        packed[r][n] = pack((even[t][n][2 * r] + odd[t][n][2 * r]) * rate[2 * n],
+                            (even[t][n][2 * r + 1] + odd[t][n][2 * r + 1]) * rate[2 * n + 1]);
+      }
+    }
+    result[t] = {packed[0][0], packed[0][1], packed[1][0], packed[1][1]};
+  }
 }
 
 // Writes one operand of the keys or values of `tile` here and to the blocks of this half that need it.
@@ -439,24 +490,34 @@ __device__ __forceinline__ void publish(uint4 v, uint4* here, std::uint64_t* bar
   }
 }
 
-// Keys, values and queries of tile j for this half's two heads. Warps 0 to 3 have 16 channels of the keys each, then of
-// the queries, while the others' 16 channels of the values and the keys are on their way.
-template <int kOwn>
-__device__ __forceinline__ void project(const Turns& turns, const uint4 (&a)[8], const uint4 (&w)[16], Rates rates,
-                                        const Place& at, int j, Shared<kOwn>& s, int buffer, int blocks_before,
-                                        bool newest_only) {
+// Keys, values and queries of tiles j and, of a pair, j + 1 for this half's two heads. Warps 0 to 3 have 16 channels of
+// the keys each, then of the queries, while the others' 16 channels of the values and the keys are on their way.
+template <int kOwn, int kPair>
+__device__ __forceinline__ void project(const Turns (&turns)[kPair], const uint4 (&a)[kPair][8], const uint4 (&w)[16],
+                                        const Rates (&rates)[kPair], const Place& at, int j, Shared<kOwn>& s, int buffer,
+                                        int blocks_before, bool newest_only) {
   const int head = at.warp % 4 / 2, half = at.warp % 2, tile = at.own + j;
-  uint4(&operands)[4][32] = s.keys[buffer][tile][head];
+  uint4 result[kPair];
   if (at.warp < 4) {
-    const uint4 key = project_turned(turns, a, w, rates);
-    publish<kOwn>(key, &operands[half][at.lane], &s.keys_here[buffer][tile], at, tile, blocks_before, newest_only);
-    if (newest_only && tile != kTiles - 1) return;
-    const uint4 query = project_turned(turns, a, w + 8, rates);
-    s.queries[j][head][half][at.lane] = {query.x, query.z, query.y, query.w};
+    project_turned(turns, a, w, rates, result);
+#pragma unroll
+    for (int t = 0; t < kPair; ++t) {
+      publish<kOwn>(result[t], &s.keys[buffer][tile + t][head][half][at.lane], &s.keys_here[buffer][tile + t], at,
+                    tile + t, blocks_before, newest_only);
+    }
+    if (newest_only && tile + kPair != kTiles) return;
+    project_turned(turns, a, w + 8, rates, result);
+#pragma unroll
+    for (int t = 0; t < kPair; ++t) {
+      s.queries[j + t][head][half][at.lane] = {result[t].x, result[t].z, result[t].y, result[t].w};
+    }
   } else {
-    const uint4 value = project_values(a, w, rates, at);
-    publish<kOwn>(value, &operands[2 + half][at.lane], &s.values_here[buffer][tile], at, tile, blocks_before,
-                  newest_only);
+    project_values(a, w, rates, at, result);
+#pragma unroll
+    for (int t = 0; t < kPair; ++t) {
+      publish<kOwn>(result[t], &s.keys[buffer][tile + t][head][2 + half][at.lane], &s.values_here[buffer][tile + t], at,
+                    tile + t, blocks_before, newest_only);
+    }
   }
 }
 
@@ -466,27 +527,22 @@ __device__ __forceinline__ void arrived(std::uint64_t* barrier, int parity, cons
   if (at.warp < 4 && at.lane == 0) barrier_expect(barrier, kKeyBytes);
 }
 
-// One head's softmax of a tile's queries over the keys of one tile, apart from its sum, times their values: of rows
-// `group` and `group + 8`, channels 8 n + 2 quad and the next.
+// One head's softmax of a tile's queries over the keys of one tile, apart from its sum: p as the left operand of a
+// product, top and sum of rows `group` and `group + 8`.
 struct Part {
+  uint4 p;
   float top[2], sum[2];
-  float c[4][4];
 };
 
-template <typename AwaitKeys, typename AwaitValues>
-__device__ __forceinline__ Part attend_part(const ClusterEncoderCall& call, std::uint64_t present, const Place& at,
-                                            int tile, int part, const uint4 (&queries)[2][32],
-                                            const uint4 (&operands)[4][32], AwaitKeys await_keys,
-                                            AwaitValues await_values) {
-  const uint4 q0 = queries[0][at.lane], q1 = queries[1][at.lane];
-  await_keys();
-  const uint4 k0 = operands[0][at.lane], k1 = operands[1][at.lane];
+__device__ __forceinline__ Part weigh(const ClusterEncoderCall& call, std::uint64_t present, const Place& at, int tile,
+                                      int part, const uint4 (&queries)[2][32], const uint4 (&operands)[4][32]) {
+  const uint4 q0 = queries[0][at.lane], q1 = queries[1][at.lane], k0 = operands[0][at.lane], k1 = operands[1][at.lane];
   float p[2][4] = {};
   multiply(p[0], q0, k0.x, k0.y);
   multiply(p[1], q0, k0.z, k0.w);
   multiply(p[0], q1, k1.x, k1.y);
   multiply(p[1], q1, k1.z, k1.w);
-  Part result = {{kMasked / 2, kMasked / 2}, {0.0f, 0.0f}, {}};
+  float top[2] = {kMasked / 2, kMasked / 2}, sum[2] = {0.0f, 0.0f};
 #pragma unroll
   for (int n = 0; n < 2; ++n) {
 #pragma unroll
@@ -495,56 +551,60 @@ __device__ __forceinline__ Part attend_part(const ClusterEncoderCall& call, std:
       const int query = kRows * tile + at.group + 8 * (e / 2);
       const bool allowed = (present >> (kFrame - 1 - row) & 1) && (!call.causal || row <= query);
       p[n][e] = allowed ? p[n][e] * kScale : kMasked;
-      result.top[e / 2] = fmaxf(result.top[e / 2], p[n][e]);
+      top[e / 2] = fmaxf(top[e / 2], p[n][e]);
     }
   }
 #pragma unroll
   for (int mask = 1; mask <= 2; mask <<= 1) {
-    result.top[0] = fmaxf(result.top[0], __shfl_xor_sync(0xffffffffu, result.top[0], mask));
-    result.top[1] = fmaxf(result.top[1], __shfl_xor_sync(0xffffffffu, result.top[1], mask));
+    top[0] = fmaxf(top[0], __shfl_xor_sync(0xffffffffu, top[0], mask));
+    top[1] = fmaxf(top[1], __shfl_xor_sync(0xffffffffu, top[1], mask));
   }
 #pragma unroll
   for (int n = 0; n < 2; ++n) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      p[n][e] = exp2_fast(p[n][e] - result.top[e / 2]);
-      result.sum[e / 2] += p[n][e];
+      p[n][e] = exp2_fast(p[n][e] - top[e / 2]);
+      sum[e / 2] += p[n][e];
     }
   }
-  await_values();
-  const uint4 v0 = operands[2][at.lane], v1 = operands[3][at.lane];
-  const uint4 a = {pack(p[0][0], p[0][1]), pack(p[0][2], p[0][3]), pack(p[1][0], p[1][1]), pack(p[1][2], p[1][3])};
-  multiply(result.c[0], a, v0.x, v0.y);
-  multiply(result.c[1], a, v0.z, v0.w);
-  multiply(result.c[2], a, v1.x, v1.y);
-  multiply(result.c[3], a, v1.z, v1.w);
 #pragma unroll
   for (int mask = 1; mask <= 2; mask <<= 1) {
-    result.sum[0] += __shfl_xor_sync(0xffffffffu, result.sum[0], mask);
-    result.sum[1] += __shfl_xor_sync(0xffffffffu, result.sum[1], mask);
+    sum[0] += __shfl_xor_sync(0xffffffffu, sum[0], mask);
+    sum[1] += __shfl_xor_sync(0xffffffffu, sum[1], mask);
   }
-  return result;
+  return {{pack(p[0][0], p[0][1]), pack(p[0][2], p[0][3]), pack(p[1][0], p[1][1]), pack(p[1][2], p[1][3])},
+          {top[0], top[1]},
+          {sum[0], sum[1]}};
+}
+
+// p times the values: rows `group` and `group + 8`, channels 8 n + 2 quad and the next.
+__device__ __forceinline__ void weighted_values(float (&c)[4][4], uint4 p, const uint4 (&operands)[4][32],
+                                                const Place& at) {
+  const uint4 v0 = operands[2][at.lane], v1 = operands[3][at.lane];
+  multiply(c[0], p, v0.x, v0.y);
+  multiply(c[1], p, v0.z, v0.w);
+  multiply(c[2], p, v1.x, v1.y);
+  multiply(c[3], p, v1.z, v1.w);
 }
 
 // Of a block with one tile: a warp has a head and the keys of one tile.
 __device__ __forceinline__ void attend(const ClusterEncoderCall& call, std::uint64_t present, const Place& at,
                                        Shared<1>& s, int buffer, int parity) {
   const int head = at.warp / 4, part = at.warp % 4;
-  const auto await = [&](std::uint64_t& barrier) {
-    if (part != at.own) arrived(&barrier, parity, at);
-  };
-  const Part result = attend_part(
-      call, present, at, at.own, part, s.queries[0][head], s.keys[buffer][part][head],
-      [&] { await(s.keys_here[buffer][part]); }, [&] { await(s.values_here[buffer][part]); });
+  if (part != at.own) arrived(&s.keys_here[buffer][part], parity, at);
+  const uint4(&operands)[4][32] = s.keys[buffer][part][head];
+  const Part weights = weigh(call, present, at, at.own, part, s.queries[0][head], operands);
+  if (part != at.own) arrived(&s.values_here[buffer][part], parity, at);
+  float c[4][4] = {};
+  weighted_values(c, weights.p, operands, at);
 #pragma unroll
   for (int n = 0; n < 4; ++n) {
-    const float(&c)[4] = result.c[n];
-    *reinterpret_cast<float2*>(&s.partial[at.warp][at.group][8 * n + 2 * at.quad]) = {c[0], c[1]};
-    *reinterpret_cast<float2*>(&s.partial[at.warp][at.group + 8][8 * n + 2 * at.quad]) = {c[2], c[3]};
+    *reinterpret_cast<float2*>(&s.partial[at.warp][at.group][8 * n + 2 * at.quad]) = {c[n][0], c[n][1]};
+    *reinterpret_cast<float2*>(&s.partial[at.warp][at.group + 8][8 * n + 2 * at.quad]) = {c[n][2], c[n][3]};
   }
   if (at.quad == 0) {
-    s.top_and_sum[head][part][at.group] = {result.top[0], result.sum[0]};
-    s.top_and_sum[head][part][at.group + 8] = {result.top[1], result.sum[1]};
+    s.top_and_sum[head][part][at.group] = {weights.top[0], weights.sum[0]};
+    s.top_and_sum[head][part][at.group + 8] = {weights.top[1], weights.sum[1]};
   }
 }
 
@@ -581,20 +641,27 @@ __device__ __forceinline__ void attend_all(const ClusterEncoderCall& call, std::
   Part parts[kTiles];
   float top[2] = {kMasked, kMasked};
 #pragma unroll
-  for (int part = 0; part < kTiles; ++part) {
-    if (part < at.first) continue;
-    parts[part] = attend_part(
-        call, present, at, tile, part, s.queries[tile][head], s.keys[0][part][head], [] {}, [] {});
-    top[0] = fmaxf(top[0], parts[part].top[0]), top[1] = fmaxf(top[1], parts[part].top[1]);
+  for (int pair = 0; pair < kTiles; pair += 2) {
+    if (pair < at.first) continue;
+#pragma unroll
+    for (int part = pair; part < pair + 2; ++part) {
+      parts[part] = weigh(call, present, at, tile, part, s.queries[tile][head], s.keys[0][part][head]);
+      top[0] = fmaxf(top[0], parts[part].top[0]), top[1] = fmaxf(top[1], parts[part].top[1]);
+    }
   }
   float sum[2] = {0.0f, 0.0f}, o[4][4] = {};
 #pragma unroll
-  for (int part = 0; part < kTiles; ++part) {
-    if (part < at.first) continue;
-    const float weight[2] = {exp2_fast(parts[part].top[0] - top[0]), exp2_fast(parts[part].top[1] - top[1])};
-    sum[0] += parts[part].sum[0] * weight[0], sum[1] += parts[part].sum[1] * weight[1];
+  for (int pair = 0; pair < kTiles; pair += 2) {
+    if (pair < at.first) continue;
 #pragma unroll
-    for (int i = 0; i < 16; ++i) o[i / 4][i % 4] += parts[part].c[i / 4][i % 4] * weight[i % 4 / 2];
+    for (int part = pair; part < pair + 2; ++part) {
+      float c[4][4] = {};
+      weighted_values(c, parts[part].p, s.keys[0][part][head], at);
+      const float weight[2] = {exp2_fast(parts[part].top[0] - top[0]), exp2_fast(parts[part].top[1] - top[1])};
+      sum[0] += parts[part].sum[0] * weight[0], sum[1] += parts[part].sum[1] * weight[1];
+#pragma unroll
+      for (int i = 0; i < 16; ++i) o[i / 4][i % 4] += c[i / 4][i % 4] * weight[i % 4 / 2];
+    }
   }
   const float low = 1.0f / fmaxf(sum[0], 0.5f), high = 1.0f / fmaxf(sum[1], 0.5f);
 #pragma unroll
@@ -605,13 +672,10 @@ __device__ __forceinline__ void attend_all(const ClusterEncoderCall& call, std::
   }
 }
 
-// Adds the share that the other half sends to h, which has this one's; it was rounded, so the two residual streams of a
-// tile differ by that.
-__device__ __forceinline__ void receive_share(float (&h)[8], const uint4& there, std::uint64_t* barrier, int parity,
-                                              bool again) {
-  barrier_wait(barrier, parity);
-  if (again && threadIdx.x == 0) barrier_expect(barrier, kShareBytes);
-  const std::uint32_t b[4] = {there.x, there.y, there.z, there.w};
+// Adds what the other half has sent of a tile to h, which has this half's; it was rounded, so the two residual streams
+// of a tile differ by that.
+__device__ __forceinline__ void add_share(float (&h)[8], uint4 sent) {
+  const std::uint32_t b[4] = {sent.x, sent.y, sent.z, sent.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     h[2 * i] += low_half(b[i]);
@@ -632,6 +696,33 @@ __device__ __forceinline__ void share(float (&h)[8], const float (&even)[2][4], 
   store_remote(in_block(shared_address(there), partner), packed, in_block(shared_address(barrier), partner));
 }
 
+// This half's share of tiles j and, of a pair, j + 1: the product of rows that lie in shared memory, kSteps steps of 16.
+template <int kPair, int kSteps, int kWidth, int kOwn>
+__device__ __forceinline__ void share_product(float (&h)[kOwn][8], const std::uint16_t (*rows)[kWidth], const uint4* w,
+                                              const Place& at, int j, uint4 (*there)[kThreads], std::uint64_t* barrier,
+                                              int partner) {
+  float even[kPair][2][4] = {}, odd[kPair][2][4] = {};
+#pragma unroll
+  for (int k = 0; k < kSteps; ++k) {
+    uint4 x[kPair];
+#pragma unroll
+    for (int t = 0; t < kPair; ++t) {
+      x[t] = load_matrices(&rows[kRows * (j + t) + at.lane % 16][16 * k + at.lane / 16 * 8]);
+    }
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+#pragma unroll
+      for (int t = 0; t < kPair; ++t) {
+        multiply_step(k % 2 ? odd[t][n] : even[t][n], x[t], w[kSteps / 2 * n + k / 2], k % 2);
+      }
+    }
+  }
+#pragma unroll
+  for (int t = 0; t < kPair; ++t) {
+    share(h[j + t], even[t], odd[t], &there[j + t][32 * at.warp + at.lane], barrier, partner);
+  }
+}
+
 // gelu(4 y) / 2: _half_gelu of kernels/encoder.py.
 __device__ __forceinline__ float half_gelu(float y) {
   const float square = __saturatef(y * y);
@@ -646,15 +737,17 @@ __device__ __forceinline__ void store_newest(const ClusterEncoderCall& call, con
   for (int n = 0; n < 2; ++n) row[8 * at.warp + 4 * n + at.quad] = pack(y[4 * n + 2], y[4 * n + 3]);
 }
 
-template <int kOwn>
+template <int kOwn, bool kLayerNorm>
 __device__ __forceinline__ void encode_history(const ClusterEncoderCall& call) {
   using Memory = Shared<kOwn>;
+  constexpr int kPair = Memory::kPair;
   Memory& s = *reinterpret_cast<Memory*>(shared_memory());
   const int rank = cluster_rank(), blocks_before = kTiles / kOwn - cluster_size() / 2;
   const int user = blockIdx.x / cluster_size(), thread = threadIdx.x;
   Place at{thread / 32, thread % 32, thread % 32 / 4, thread % 4, rank % 2, (blocks_before + rank / 2) * kOwn, 0};
   const History history = find(call, user, at.lane);
-  at.first = max(history.present == 0 ? kTiles : __clzll(history.present) / kRows, blocks_before * kOwn);
+  const int oldest = history.present == 0 ? kTiles : __clzll(history.present) / kRows;
+  at.first = max(oldest / kPair * kPair, blocks_before * kOwn);
   const bool newest = at.own + kOwn == kTiles;
   if (at.own + kOwn <= at.first) {
     cluster_arrive();
@@ -664,9 +757,13 @@ __device__ __forceinline__ void encode_history(const ClusterEncoderCall& call) {
     }
     return;
   }
-  const int begin = kOwn == 1 ? 0 : max(at.first - at.own, 0);  // the first of this block's tiles that has items
+  const int begin = kOwn == 1 ? 0 : at.first;  // the first of this block's tiles that count
   // The last transformer block answers for the newest item alone: other tiles only give it their keys and values.
   const int blocks = call.blocks, feeds = newest ? blocks : blocks - 1;
+  const auto answered = [&](int block) { return block == blocks - 1 ? kOwn - kPair : begin; };  // from which tile on
+  const auto expect_shares = [&](std::uint64_t* barrier, int block) {
+    barrier_expect(barrier, (kOwn - answered(block)) * kShareBytes);
+  };
   const uint4* weights = static_cast<const uint4*>(call.weights) + static_cast<std::int64_t>(at.half) * kUnits * 32;
   if (at.lane == 0) {
     for (std::uint64_t& barrier : s.weights_here[at.warp]) barrier_init(&barrier);
@@ -685,10 +782,8 @@ __device__ __forceinline__ void encode_history(const ClusterEncoderCall& call) {
         barrier_init(&s.values_here[buffer][tile]);
       }
     }
-    for (int j = 0; j < kOwn; ++j) {
-      barrier_init(&s.attended_here[j]);
-      barrier_init(&s.fed_here[j]);
-    }
+    barrier_init(&s.attended_here);
+    barrier_init(&s.fed_here);
     barrier_init_fence();
     for (int tile = 0; tile < kTiles; ++tile) {
       for (int buffer = 0; buffer < 2; ++buffer) {
@@ -696,127 +791,136 @@ __device__ __forceinline__ void encode_history(const ClusterEncoderCall& call) {
         barrier_expect(&s.values_here[buffer][tile], kKeyBytes);
       }
     }
-    for (int j = 0; j < kOwn; ++j) {
-      barrier_expect(&s.attended_here[j], kShareBytes);
-      barrier_expect(&s.fed_here[j], kShareBytes);
-    }
+    expect_shares(&s.attended_here, 0);
+    expect_shares(&s.fed_here, 0);
   }
   __syncwarp();
   cluster_arrive();
-  Turns turns;
-  if (kOwn == 1) turns = load_turns(call, at, at.own);
-  Gains gains = load_gains(call, 0, at);
+  Turns turns[kPair];
+  if (kOwn == 1) turns[0] = load_turns(call, at, at.own);
+  Gains gains = load_gains<kLayerNorm>(call, 0, at);
   float h[kOwn][8];
   input(call, history, at, begin, s, h);
   cluster_wait();
 
   for (int block = 0; block < blocks; ++block) {
     const bool last = block == blocks - 1;
-    const int parity = block % 2, buffer = block % Memory::kKeyBuffers;
-    const int fed_from = last ? kOwn - 1 : begin;
+    const int parity = block % 2, buffer = block % Memory::kKeyBuffers, from = answered(block);
     uint4 w[16];
     take_phase(w, weights, block, kAttention, feeds, blocks, at, s);
+    if (block > 0) {
+      barrier_wait(&s.fed_here, 1 - parity);
+      if (thread == 0) expect_shares(&s.fed_here, block);
+    }
 #pragma unroll
-    for (int j = 0; j < kOwn; ++j) {
+    for (int j = 0; j < kOwn; j += kPair) {
       if (j < begin) continue;
-      if (block > 0) receive_share(h[j], s.fed_share[j][thread], &s.fed_here[j], 1 - parity, true);
-      give_normalised(call, gains, h[j], at, j, s);
+#pragma unroll
+      for (int t = 0; t < kPair; ++t) {
+        if (block > 0) add_share(h[j + t], s.fed_share[j + t][thread]);
+        give_normalised<kLayerNorm>(call, gains, h[j + t], at, j + t, s);
+      }
     }
     __syncthreads();
 #pragma unroll
-    for (int j = 0; j < kOwn; ++j) {
+    for (int j = 0; j < kOwn; j += kPair) {
       if (j < begin) continue;
-      uint4 a[8];
-      if (kOwn > 1) turns = load_turns(call, at, at.own + j);
-      const Rates rates = take_normalised(call, at, j, s, a);
+      uint4 a[kPair][8];
+      Rates rates[kPair];
+#pragma unroll
+      for (int t = 0; t < kPair; ++t) {
+        if (kOwn > 1) turns[t] = load_turns(call, at, at.own + j + t);
+        rates[t] = take_normalised<kLayerNorm>(call, at, j + t, s, a[t]);
+      }
       project(turns, a, w, rates, at, j, s, buffer, blocks_before, last);
     }
     if (block == feeds) return;
-    gains = load_gains(call, 2 * block + 1, at);
+    gains = load_gains<kLayerNorm>(call, 2 * block + 1, at);
     __syncthreads();
     if constexpr (kOwn == 1) {
       if (at.warp % 4 >= at.first) attend(call, history.present, at, s, buffer, block / 2 % 2);
       __syncthreads();
       combine(at, s);
     } else {
-      attend_all(call, history.present, at, fed_from, s);
+      attend_all(call, history.present, at, from, s);
     }
     uint4 w_out[4];
     barrier_wait(&s.out_weights_here[at.warp], parity);
     take(w_out, s.out_weights[at.warp], at.lane);
     if (block + 1 < feeds) {
-      bring(out_weights, weights + (block + 1) * kStride, out_first, 4, &s.out_weights_here[at.warp], at);
+      bring(out_weights, weights + static_cast<std::int64_t>(block + 1) * kStride, out_first, 4,
+            &s.out_weights_here[at.warp], at);
     }
     __syncthreads();
 #pragma unroll
-    for (int j = 0; j < kOwn; ++j) {
-      if (j < fed_from) continue;
-      float even[2][4] = {}, odd[2][4] = {};
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const uint4 o = load_matrices(&s.attended[kRows * j + at.lane % 16][16 * k + at.lane / 16 * 8]);
-#pragma unroll
-        for (int n = 0; n < 2; ++n) multiply_step(k % 2 ? odd[n] : even[n], o, w_out[2 * n + k / 2], k % 2);
-      }
-      share(h[j], even, odd, &s.attended_share[j][thread], &s.attended_here[j], rank ^ 1);
+    for (int j = 0; j < kOwn; j += kPair) {
+      if (j < from) continue;
+      share_product<kPair, 4>(h, s.attended, w_out, at, j, s.attended_share, &s.attended_here, rank ^ 1);
     }
 
     take_phase(w, weights, block, kFeed, feeds, blocks, at, s);
+    barrier_wait(&s.attended_here, parity);
+    if (thread == 0 && !last) expect_shares(&s.attended_here, block + 1);
 #pragma unroll
-    for (int j = 0; j < kOwn; ++j) {
-      if (j < fed_from) continue;
-      receive_share(h[j], s.attended_share[j][thread], &s.attended_here[j], parity, true);
-      give_normalised(call, gains, h[j], at, j, s);
+    for (int j = 0; j < kOwn; j += kPair) {
+      if (j < from) continue;
+#pragma unroll
+      for (int t = 0; t < kPair; ++t) {
+        add_share(h[j + t], s.attended_share[j + t][thread]);
+        give_normalised<kLayerNorm>(call, gains, h[j + t], at, j + t, s);
+      }
     }
     __syncthreads();
-    gains = load_gains(call, 2 * block + 2, at);
+    gains = load_gains<kLayerNorm>(call, 2 * block + 2, at);
 #pragma unroll
-    for (int j = 0; j < kOwn; ++j) {
-      if (j < fed_from) continue;
-      uint4 a[8];
-      const Rates rates = take_normalised(call, at, j, s, a);
-      float f[4][4] = {};
+    for (int j = 0; j < kOwn; j += kPair) {
+      if (j < from) continue;
+      uint4 a[kPair][8];
+      Rates rates[kPair];
+#pragma unroll
+      for (int t = 0; t < kPair; ++t) rates[t] = take_normalised<kLayerNorm>(call, at, j + t, s, a[t]);
+      float f[kPair][4][4] = {};
 #pragma unroll
       for (int k = 0; k < 8; ++k) {
 #pragma unroll
-        for (int n = 0; n < 4; ++n) multiply_step(f[n], a[k], w[4 * n + k / 2], k % 2);
-      }
-      if (j == kOwn - 1) take_phase(w, weights, block, kFed, feeds, blocks, at, s);
+        for (int n = 0; n < 4; ++n) {
 #pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        const int row = kRows * j + at.group, column = 32 * at.warp + 8 * n + 2 * at.quad;
-        *reinterpret_cast<std::uint32_t*>(&s.hidden[row][column]) =
-            pack(half_gelu(f[n][0] * rates.low), half_gelu(f[n][1] * rates.low));
-        *reinterpret_cast<std::uint32_t*>(&s.hidden[row + 8][column]) =
-            pack(half_gelu(f[n][2] * rates.high), half_gelu(f[n][3] * rates.high));
+          for (int t = 0; t < kPair; ++t) multiply_step(f[t][n], a[t][k], w[4 * n + k / 2], k % 2);
+        }
+      }
+      if (j == kOwn - kPair) take_phase(w, weights, block, kFed, feeds, blocks, at, s);
+#pragma unroll
+      for (int t = 0; t < kPair; ++t) {
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+          const int row = kRows * (j + t) + at.group, column = 32 * at.warp + 8 * n + 2 * at.quad;
+          *reinterpret_cast<std::uint32_t*>(&s.hidden[row][column]) =
+              pack(half_gelu(f[t][n][0] * rates[t].low), half_gelu(f[t][n][1] * rates[t].low));
+          *reinterpret_cast<std::uint32_t*>(&s.hidden[row + 8][column]) =
+              pack(half_gelu(f[t][n][2] * rates[t].high), half_gelu(f[t][n][3] * rates[t].high));
+        }
       }
     }
     __syncthreads();
 #pragma unroll
-    for (int j = 0; j < kOwn; ++j) {
-      if (j < fed_from) continue;
-      float even[2][4] = {}, odd[2][4] = {};
-#pragma unroll
-      for (int k = 0; k < 16; ++k) {
-        const uint4 x = load_matrices(&s.hidden[kRows * j + at.lane % 16][16 * k + at.lane / 16 * 8]);
-#pragma unroll
-        for (int n = 0; n < 2; ++n) multiply_step(k % 2 ? odd[n] : even[n], x, w[8 * n + k / 2], k % 2);
-      }
-      share(h[j], even, odd, &s.fed_share[j][thread], &s.fed_here[j], rank ^ 1);
+    for (int j = 0; j < kOwn; j += kPair) {
+      if (j < from) continue;
+      share_product<kPair, 16>(h, s.hidden, w, at, j, s.fed_share, &s.fed_here, rank ^ 1);
     }
   }
   constexpr int kNewest = kOwn - 1;
-  receive_share(h[kNewest], s.fed_share[kNewest][thread], &s.fed_here[kNewest], (blocks - 1) % 2, false);
+  barrier_wait(&s.fed_here, (blocks - 1) % 2);
+  add_share(h[kNewest], s.fed_share[kNewest][thread]);
   float y[8];
-  normalise(call, gains, h[kNewest], at, kNewest, s, y);
+  normalise<kLayerNorm>(call, gains, h[kNewest], at, kNewest, s, y);
   store_newest(call, y, user, at);
 }
 
-template <int kOwn>
+template <int kOwn, bool kLayerNorm>
 __global__ void __launch_bounds__(kThreads, 1) encode_kernel(const __grid_constant__ ClusterEncoderCall call) {
   next_may_start();
   await_previous();
-  encode_history<kOwn>(call);
+  encode_history<kOwn, kLayerNorm>(call);
 }
 
 }  // namespace

@@ -8,7 +8,7 @@ const fave_fast::ClusterEncoderCall* call;
 
 template <int kOwn>
 void run() {
-  fave_fast::encode_history<kOwn>(*call);
+  call->layer_norm ? fave_fast::encode_history<kOwn, true>(*call) : fave_fast::encode_history<kOwn, false>(*call);
   current->done = true;
   yield();
 }
