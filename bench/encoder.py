@@ -24,7 +24,7 @@ LENGTH = 50
 BATCHES = (1, 64, 132, 512, 4096)
 COMPILED = (512,)
 BEAUTY = (512, 4096, 16_384)
-SMALL = (1, 2, 4, 8, 16, 32, 64)  # batches of the cluster kernel
+SMALL = (1, 8, 16, 32, 64)  # batches of the kernels for Hopper
 SMALL_LENGTHS = (9, 50)
 
 
@@ -96,16 +96,16 @@ class Bench:
                 yield self.row(case, "compile reduce-overhead", lambda: compiled(grid, present), lengths, graph=False)
 
     def small(self, batch: int, length: int) -> Iterator[Row]:
-        """The cluster kernel beside Triton's, from ids, with a cold L2 cache and with the last run's."""
+        """The kernels for Hopper beside Triton's, from ids, with a cold L2 cache and with the last run's."""
         if encoder_cluster.why_not(torch.device("cuda"), torch.bfloat16) is not None:
             return
         lengths = torch.full((batch,), length, device="cuda")
         offsets, case = offsets_of(lengths), f"B {batch}, L {length}"
         e = torch.randn(batch * length, self.model.config.d, device="cuda").bfloat16()
-        self.check(e, offsets, encode(self.weights, e, offsets, backend="cpp"))
         ids = torch.randint(1, ITEMS + 1, (batch * length,), device="cuda")
         out = torch.empty(batch, e.shape[1], dtype=e.dtype, device="cuda")
-        for backend, name in (("cpp", "cluster"), ("triton", "triton")):
+        for backend, name in (("cpp", "cluster"), ("pair", "pair"), ("triton", "triton")):
+            self.check(e, offsets, encode(self.weights, e, offsets, backend=backend))
             call = partial(encode_ids, self.weights, self.path, ids, offsets, out=out, backend=backend)
             yield self.row(case, f"{name}, ids", call, lengths)
             yield self.row(case, f"{name}, ids, warm L2", call, lengths, cold=False)

@@ -7,8 +7,8 @@
 #include <string>
 #include <utility>
 
-#include "cluster_encoder.hpp"
 #include "encoder.hpp"
+#include "gpu_encoders.hpp"
 #include "isa.hpp"
 #include "numbering.hpp"
 #include "rank_count.hpp"
@@ -175,40 +175,55 @@ void bind_numbering(py::module_& m) {
 #ifdef FAVE_FAST_HAS_CUDA
 constexpr bool kHasCuda = true;
 
-void bind_cluster_encoder(py::module_& m) {
+void bind_gpu_encoders(py::module_& m) {
+  using fave_fast::EncoderCall;
   using Address = std::uint64_t;
-  m.def(
-      "encode_cluster",
-      [](Address rows, Address bounds, Address table, Address input_norm, Address shift, Address scale, Address weights,
-         Address norms, Address cos, Address sin, Address out, std::int32_t users, std::int32_t padded_length,
-         std::int32_t longest, std::int32_t blocks, float anchor, float eps, float input_eps, bool wide_rows,
-         bool wide_bounds, bool layer_norm, bool rotary, bool causal, int tiles, int own, bool overlap, int device,
-         std::uint64_t stream) {
-        const fave_fast::ClusterEncoderCall call{
-            pointer<const void>(rows),   pointer<const void>(bounds), pointer<const void>(table),
-            pointer<const float>(input_norm), pointer<const float>(shift), pointer<const float>(scale),
-            pointer<const void>(weights), pointer<const float>(norms), pointer<const float>(cos),
-            pointer<const float>(sin),   pointer<void>(out),                users,
-            padded_length,               longest,                     blocks,
-            anchor,                      eps,                         input_eps,
-            wide_rows,                   wide_bounds,                 layer_norm,
-            rotary,                      causal};
-        fave_fast::launch_cluster_encoder(call, tiles, own, overlap, device, stream);
-      },
-      py::kw_only(), py::arg("rows"), py::arg("bounds"), py::arg("table"), py::arg("input_norm"), py::arg("shift"),
-      py::arg("scale"), py::arg("weights"), py::arg("norms"), py::arg("cos"), py::arg("sin"), py::arg("out"),
-      py::arg("users"), py::arg("padded_length"), py::arg("longest"), py::arg("blocks"), py::arg("anchor"),
-      py::arg("eps"), py::arg("input_eps"), py::arg("wide_rows"), py::arg("wide_bounds"), py::arg("layer_norm"),
-      py::arg("rotary"), py::arg("causal"), py::arg("tiles"), py::arg("own"), py::arg("overlap"), py::arg("device"),
-      py::arg("stream"),
-      py::call_guard<py::gil_scoped_release>(),
-      "Launches the cluster encoder on a stream; addresses of device memory, as csrc/cluster_encoder.hpp names them.\n"
-      "Nothing is checked. Releases the GIL. Raises RuntimeError with the name of CUDA's error.");
+  py::class_<EncoderCall>(m, "EncoderCall", "What csrc/gpu_encoders.hpp says; addresses of device memory.")
+      .def(py::init([](Address rows, Address bounds, Address table, Address input_norm, Address shift, Address scale,
+                       Address weights, Address norms, Address cos, Address sin, Address out, std::int32_t users,
+                       std::int32_t padded_length, std::int32_t longest, std::int32_t blocks, float anchor, float eps,
+                       float input_eps, bool wide_rows, bool wide_bounds, bool layer_norm, bool rotary, bool causal) {
+             return EncoderCall{pointer<const void>(rows),
+                                pointer<const void>(bounds),
+                                pointer<const void>(table),
+                                pointer<const float>(input_norm),
+                                pointer<const float>(shift),
+                                pointer<const float>(scale),
+                                pointer<const void>(weights),
+                                pointer<const float>(norms),
+                                pointer<const float>(cos),
+                                pointer<const float>(sin),
+                                pointer<void>(out),
+                                users,
+                                padded_length,
+                                longest,
+                                blocks,
+                                anchor,
+                                eps,
+                                input_eps,
+                                wide_rows,
+                                wide_bounds,
+                                layer_norm,
+                                rotary,
+                                causal};
+           }),
+           py::kw_only(), py::arg("rows"), py::arg("bounds"), py::arg("table"), py::arg("input_norm"), py::arg("shift"),
+           py::arg("scale"), py::arg("weights"), py::arg("norms"), py::arg("cos"), py::arg("sin"), py::arg("out"),
+           py::arg("users"), py::arg("padded_length"), py::arg("longest"), py::arg("blocks"), py::arg("anchor"),
+           py::arg("eps"), py::arg("input_eps"), py::arg("wide_rows"), py::arg("wide_bounds"), py::arg("layer_norm"),
+           py::arg("rotary"), py::arg("causal"));
+  m.def("encode_cluster", &fave_fast::launch_cluster_encoder, py::arg("call"), py::kw_only(), py::arg("tiles"),
+        py::arg("overlap"), py::arg("device"), py::arg("stream"), py::call_guard<py::gil_scoped_release>(),
+        "Launches the encoder of clusters of 2 * tiles blocks on a stream. Nothing is checked. Releases the GIL. Raises\n"
+        "RuntimeError with the name of CUDA's error.");
+  m.def("encode_pair", &fave_fast::launch_pair_encoder, py::arg("call"), py::kw_only(), py::arg("overlap"),
+        py::arg("device"), py::arg("stream"), py::call_guard<py::gil_scoped_release>(),
+        "The same of the encoder of two blocks a history.");
 }
 #else
 constexpr bool kHasCuda = false;
 
-void bind_cluster_encoder(py::module_&) {}
+void bind_gpu_encoders(py::module_&) {}
 #endif
 using Halves = py::array_t<std::uint16_t>;  // the bits of bfloat16
 
@@ -454,7 +469,7 @@ PYBIND11_MODULE(_C, m) {
         "Raises TypeError for a wrong dtype and ValueError for a wrong shape or stride.");
   bind_numbering(m);
   bind_submit(m);
-  bind_cluster_encoder(m);
+  bind_gpu_encoders(m);
   m.def("instruction_sets", &fave_fast::instruction_sets,
         "Names of the instruction sets that can run here, the fastest first. `isa` of what follows is one of them, or\n"
         "empty for the first.");

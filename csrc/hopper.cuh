@@ -8,7 +8,7 @@
 namespace fave_fast {
 
 __device__ __forceinline__ unsigned char* shared_memory() {
-  extern __shared__ __align__(128) unsigned char memory[];
+  extern __shared__ __align__(1024) unsigned char memory[];
   return memory;
 }
 
@@ -110,6 +110,118 @@ __device__ __forceinline__ void multiply(float (&c)[4], uint4 a, std::uint32_t b
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
 }
+
+// Of a warpgroup, four warps that call it together: bytes at its panels, and the products over them. A panel is rows of 64
+// channels in bf16, 128 bytes, at a multiple of 1,024; of row r, the 16 bytes c lie at c ^ r % 8, so that neither the
+// tensor cores nor a warp's stores meet in a bank.
+constexpr std::uint32_t kPanelRow = 128;
+
+__device__ __forceinline__ std::uint32_t in_panel(int row, int channel) {
+  return row * kPanelRow + ((channel / 8 ^ row % 8) * 16 + channel % 8 * 2);
+}
+
+// What is behind it in program order and reads shared memory by the tensor cores or the copy engine sees this thread's
+// stores, once a barrier has told its threads.
+__device__ __forceinline__ void stores_before_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Waits for the other threads of this warpgroup, the first (0) or the second of a block.
+__device__ __forceinline__ void warpgroup_sync(int which) {
+  if (which == 0) {
+    asm volatile("bar.sync 1, 128;" ::: "memory");
+  } else {
+    asm volatile("bar.sync 2, 128;" ::: "memory");
+  }
+}
+
+// Four 8 x 8 matrices of 16 bits, of which a lane has the pair (row lane / 4, columns 2 (lane % 4) and the next), are
+// written transposed: lane i gives the address of what becomes row i % 8 of matrix i / 8.
+__device__ __forceinline__ void store_transposed(std::uint32_t row, uint4 v) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(v.x), "r"(v.y),
+               "r"(v.z), "r"(v.w)
+               : "memory");
+}
+
+// Sixteen channels of a panel's rows as an operand; `address` is that of the first row's first of them.
+__device__ __forceinline__ std::uint64_t operand(std::uint32_t address) {
+  constexpr std::uint64_t kStrideOf8Rows = 8 * kPanelRow >> 4, kSwizzled = std::uint64_t{1} << 62;
+  return (address >> 4 & 0x3fff) | std::uint64_t{1} << 16 | kStrideOf8Rows << 32 | kSwizzled;
+}
+
+// Products of a warpgroup are begun between these two; their operands and results are not to be touched before the second
+// has returned.
+__device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+__device__ __forceinline__ void end_products() {
+  asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory");
+}
+
+#define FAVE_FAST_8(c, i)                                                                                      \
+  "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), "+f"(c[i + 5]), "+f"(c[i + 6]), \
+      "+f"(c[i + 7])
+
+// c = a b^T (+ c with `add`) for 16 channels of a [64, 16], rows of the warpgroup's or, as uint4, 16 of each warp's in
+// the layout of mma.m16n8k16, and of b [N, 16]. c[4 j + e] is row 16 warp + lane / 4 + 8 (e / 2), column
+// 8 j + 2 (lane % 4) + e % 2.
+__device__ __forceinline__ void product(float (&c)[32], std::uint64_t a, std::uint64_t b, bool add) {
+  asm volatile(
+      "{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+      "%32, %33, add, 1, 1, 0, 0;\n}"
+      : FAVE_FAST_8(c, 0), FAVE_FAST_8(c, 8), FAVE_FAST_8(c, 16), FAVE_FAST_8(c, 24)
+      : "l"(a), "l"(b), "r"(static_cast<int>(add)));
+}
+
+__device__ __forceinline__ void product(float (&c)[48], std::uint64_t a, std::uint64_t b, bool add) {
+  asm volatile(
+      "{\n.reg .pred add;\nsetp.ne.b32 add, %50, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47}, "
+      "%48, %49, add, 1, 1, 0, 0;\n}"
+      : FAVE_FAST_8(c, 0), FAVE_FAST_8(c, 8), FAVE_FAST_8(c, 16), FAVE_FAST_8(c, 24),
+        FAVE_FAST_8(c, 32), FAVE_FAST_8(c, 40)
+      : "l"(a), "l"(b), "r"(static_cast<int>(add)));
+}
+
+__device__ __forceinline__ void product(float (&c)[64], std::uint64_t a, std::uint64_t b, bool add) {
+  asm volatile(
+      "{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+      "%64, %65, add, 1, 1, 0, 0;\n}"
+      : FAVE_FAST_8(c, 0), FAVE_FAST_8(c, 8), FAVE_FAST_8(c, 16), FAVE_FAST_8(c, 24),
+        FAVE_FAST_8(c, 32), FAVE_FAST_8(c, 40), FAVE_FAST_8(c, 48), FAVE_FAST_8(c, 56)
+      : "l"(a), "l"(b), "r"(static_cast<int>(add)));
+}
+
+__device__ __forceinline__ void product(float (&c)[16], uint4 a, std::uint64_t b, bool add) {
+  asm volatile(
+      "{\n.reg .pred add;\nsetp.ne.b32 add, %21, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+      "{%16, %17, %18, %19}, %20, add, 1, 1, 0;\n}"
+      : FAVE_FAST_8(c, 0), FAVE_FAST_8(c, 8)
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b), "r"(static_cast<int>(add)));
+}
+
+__device__ __forceinline__ void product(float (&c)[32], uint4 a, std::uint64_t b, bool add) {
+  asm volatile(
+      "{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+      "{%32, %33, %34, %35}, %36, add, 1, 1, 0;\n}"
+      : FAVE_FAST_8(c, 0), FAVE_FAST_8(c, 8), FAVE_FAST_8(c, 16), FAVE_FAST_8(c, 24)
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b), "r"(static_cast<int>(add)));
+}
+
+#undef FAVE_FAST_8
 
 // Two floats as bf16, the first in the low half.
 __device__ __forceinline__ std::uint32_t pack(float low, float high) {

@@ -55,36 +55,37 @@ class Request:
     ) -> None: ...
     def run(self, ids: NDArray[np.int32], offsets: _Ints, exclude: bool) -> tuple[_Floats, _Ints]: ...
 
-def encode_cluster(
-    *,
-    rows: int,
-    bounds: int,
-    table: int,
-    input_norm: int,
-    shift: int,
-    scale: int,
-    weights: int,
-    norms: int,
-    cos: int,
-    sin: int,
-    out: int,
-    users: int,
-    padded_length: int,
-    longest: int,
-    blocks: int,
-    anchor: float,
-    eps: float,
-    input_eps: float,
-    wide_rows: bool,
-    wide_bounds: bool,
-    layer_norm: bool,
-    rotary: bool,
-    causal: bool,
-    tiles: int,
-    overlap: bool,
-    device: int,
-    stream: int,
-) -> None: ...
+class EncoderCall:
+    def __init__(
+        self,
+        *,
+        rows: int,
+        bounds: int,
+        table: int,
+        input_norm: int,
+        shift: int,
+        scale: int,
+        weights: int,
+        norms: int,
+        cos: int,
+        sin: int,
+        out: int,
+        users: int,
+        padded_length: int,
+        longest: int,
+        blocks: int,
+        anchor: float,
+        eps: float,
+        input_eps: float,
+        wide_rows: bool,
+        wide_bounds: bool,
+        layer_norm: bool,
+        rotary: bool,
+        causal: bool,
+    ) -> None: ...
+
+def encode_cluster(call: EncoderCall, *, tiles: int, overlap: bool, device: int, stream: int) -> None: ...
+def encode_pair(call: EncoderCall, *, overlap: bool, device: int, stream: int) -> None: ...
 def instruction_sets() -> list[str]: ...
 
 class Encoder:

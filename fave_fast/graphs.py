@@ -39,7 +39,9 @@ if TYPE_CHECKING:
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _ITEMS_EACH, _MORE_ITEMS = 64, 1024
-SMALL_BATCH = 64  # histories; up to here the cluster kernel answers sooner than one program a history
+# Backends of the encoder that answer batches of up to so many histories sooner than one program a history does: eight
+# blocks a history, then two. Graphs hold both numbers, so that a request and its graph agree.
+SMALL_BATCHES = ((8, "cpp"), (64, "pair"))
 
 
 Ints = npt.NDArray[np.int64]
@@ -158,14 +160,16 @@ class Step:
         return NativeStep.of(self.weights, self.path, self.backend) if self.table_bytes is None else None
 
     def encoder_backend(self, users: int) -> str:
-        """`backend`; where that is auto, the cluster kernel for small batches on a GPU that has it.
+        """`backend`; where that is auto, those of SMALL_BATCHES on a GPU that has them.
 
-        Each kernel gives a history the same bits in any batch, but the two differ in the last ones: who wants them
-        equal between batches of any size names `triton`.
+        Each kernel gives a history the same bits in any batch, but they differ in the last ones: who wants them equal
+        between batches of any size names `triton`.
         """
-        free = self.backend == "auto" and not os.environ.get("FAVE_FAST_BACKEND")
-        small = self.table.device.type == "cuda" and users <= SMALL_BATCH
-        return "cpp" if free and small and "cpp" in self._encoders else self.backend
+        if self.backend == "auto" and not os.environ.get("FAVE_FAST_BACKEND") and self.table.device.type == "cuda":
+            for most, backend in SMALL_BATCHES:
+                if users <= most and backend in self._encoders:
+                    return backend
+        return self.backend
 
     @cached_property
     def _encoders(self) -> frozenset[str]:

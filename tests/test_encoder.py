@@ -22,7 +22,7 @@ from fave_fast.errors import BackendError
 from fave_fast.flow import InferenceNoise
 from fave_fast.model import FAVE
 from fave_fast.ops import encoder as ops
-from fave_fast.ops import encoder_cluster
+from fave_fast.ops import encoder_cluster, encoder_pair
 from fave_fast.ops.encoder import EncoderWeights, InputPath, Plan, encode, encode_ids
 from fave_fast.ops.registry import Implementation, Op, why_no_extension, why_no_triton
 from fave_fast.ops.tuning import tile_shapes
@@ -352,32 +352,35 @@ def test_what_the_cluster_kernel_does_not_take_is_named() -> None:
 
 
 Emulated = Callable[[int], None]
+HOPPER = {"cpp": "cluster_encoder", "pair": "pair_encoder"}  # csrc's kernels, by backend
 
 
 @pytest.fixture(scope="session")
-def emulator(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The cluster kernel's source with its instructions done on the CPU."""
+def emulators(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ctypes.CDLL]:
+    """The kernels' sources with their instructions done on the CPU, by backend."""
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
     folder = tmp_path_factory.mktemp("emulation")
-    sources = [*(ROOT / "csrc").glob("cluster_encoder.*pp"), *(ROOT / "csrc").glob("cluster_encoder.cuh")]
-    for source in [*sources, *(ROOT / "tests" / "emulation").iterdir()]:
+    for source in [*(ROOT / "csrc").glob("*encoder*"), *(ROOT / "tests" / "emulation").iterdir()]:
         shutil.copy(source, folder)  # its hopper.cuh takes the place of that in csrc
-    library = folder / "emulation.so"
-    command = ["g++", "-std=c++17", "-O2", "-shared", "-fPIC", "-o", library, folder / "emulate.cpp"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return ctypes.CDLL(str(library))
+    result = {}
+    for backend, kernel in HOPPER.items():
+        library = folder / f"{kernel}.so"
+        command = ["g++", "-std=c++17", "-O2", "-shared", "-fPIC", f'-DKERNEL="{kernel}.cuh"']
+        done = subprocess.run(
+            [*command, "-o", library, folder / "emulate.cpp"], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        result[backend] = ctypes.CDLL(str(library))
+    return result
 
 
 @pytest.fixture
-def emulated(emulator: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Emulated:
-    """Backend cpp is the emulation; call it with how far apart the threads that take turns are."""
+def emulated(emulators: dict[str, ctypes.CDLL], monkeypatch: pytest.MonkeyPatch) -> Emulated:
+    """Backends cpp and pair are emulations; call it with how far apart the threads that take turns are."""
     strides = [1]
 
-    def launch(
-        arguments: dict[str, int | float | bool], tiles: int, own: int, device: torch.device, overlap: bool
-    ) -> None:
+    def launch(backend: str, arguments: dict[str, int | float | bool], blocks: int) -> None:
         kinds = {float: ctypes.c_float, bool: ctypes.c_bool}
         numbers = ("users", "padded_length", "longest", "blocks")
 
@@ -387,18 +390,21 @@ def emulated(emulator: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Emulated
                 for name, value in arguments.items()
             ]
 
+        emulator = emulators[backend]
         assert ctypes.sizeof(Call) == emulator.call_bytes()
         call = Call(*arguments.values())
-        assert emulator.emulate(ctypes.byref(call), tiles, own, ctypes.c_uint(strides[0])) == 0, (
-            "the threads wait for ever"
-        )
+        assert emulator.emulate(ctypes.byref(call), blocks, ctypes.c_uint(strides[0])) == 0, "the threads wait for ever"
 
     def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
         return None if dtype == torch.bfloat16 else "the oracle's dtype"
 
-    cpp, reference = Implementation("cpp", encoder_cluster.run, why_not), ops.OP.implementations[-1]
-    monkeypatch.setattr(encoder_cluster, "launch", launch)
-    monkeypatch.setattr(ops, "OP", Op("encoder", (cpp, reference)))
+    cpp, pair = (
+        Implementation(backend, module.run, why_not)
+        for backend, module in (("cpp", encoder_cluster), ("pair", encoder_pair))
+    )
+    monkeypatch.setattr(encoder_cluster, "launch", lambda call, tiles, *_: launch("cpp", call, 2 * tiles))
+    monkeypatch.setattr(encoder_pair, "launch", lambda call, *_: launch("pair", call, 2))
+    monkeypatch.setattr(ops, "OP", Op("encoder", (cpp, pair, ops.OP.implementations[-1])))
 
     def take_turns(stride: int) -> None:
         strides[0] = stride
@@ -407,6 +413,7 @@ def emulated(emulator: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Emulated
 
 
 @pytest.mark.skipif(GPU, reason="the kernel itself is tested")
+@pytest.mark.parametrize("backend", HOPPER)
 @pytest.mark.parametrize(
     ("model", "flow", "lengths"),
     [
@@ -415,45 +422,40 @@ def emulated(emulator: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Emulated
         ({"blocks": 1, "max_length": 20, "position": "none"}, {"anchor_at_inference": "last"}, [20, 16]),
     ],
 )
-def test_the_cluster_kernel_emulated(
-    model: dict[str, Any],
-    flow: dict[str, Any],
-    lengths: Sequence[int],
-    emulated: Emulated,
-    monkeypatch: pytest.MonkeyPatch,
+def test_hoppers_kernels_emulated(
+    model: dict[str, Any], flow: dict[str, Any], lengths: Sequence[int], backend: str, emulated: Emulated
 ) -> None:
     config = ModelConfig(**{"delta": 0.3, "source_block": -1, **model})
     flows = FlowConfig(**{"rho": 0.5, "lambda_at_inference": "sample", **flow})
-    case = Case(config, lengths, torch.bfloat16, flows)
-    check(case, backend="cpp")
-    spread = case.run("cpp")[0]
-    monkeypatch.setattr(encoder_cluster, "AT_ONCE", 0)
-    assert torch.equal(case.run("cpp")[0], spread), "two blocks with all tiles differ from two for each"
+    check(Case(config, lengths, torch.bfloat16, flows), backend=backend)
 
 
 @pytest.mark.skipif(GPU, reason="the kernel itself is tested")
-def test_the_emulated_threads_may_run_in_any_order(emulated: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("backend", HOPPER)
+def test_the_emulated_threads_may_run_in_any_order(backend: str, emulated: Emulated) -> None:
     case = Case(ModelConfig(blocks=2, delta=0.3), [40], torch.bfloat16)
-    expected = encode_ids(case.weights, case.path, case.ids, case.offsets, backend="cpp")
-    for stride in (2047, 771):
+    expected = encode_ids(case.weights, case.path, case.ids, case.offsets, backend=backend)
+    for stride in (511, 255, 771) if backend == "pair" else (2047, 771):
         emulated(stride)
-        for at_once in (encoder_cluster.AT_ONCE, 0):
-            monkeypatch.setattr(encoder_cluster, "AT_ONCE", at_once)
-            assert torch.equal(encode_ids(case.weights, case.path, case.padded(case.ids, 50), backend="cpp"), expected)
+        assert torch.equal(encode_ids(case.weights, case.path, case.padded(case.ids, 50), backend=backend), expected)
 
 
 @pytest.mark.skipif(GPU, reason="the kernel itself is tested")
-def test_of_a_long_history_the_emulated_kernel_takes_the_newest_items(emulated: Emulated) -> None:
+@pytest.mark.parametrize("backend", HOPPER)
+def test_of_a_long_history_the_emulated_kernel_takes_the_newest_items(backend: str, emulated: Emulated) -> None:
     case = Case(ModelConfig(blocks=1, source_block=-1, delta=0.3, max_length=20), [20], torch.bfloat16)
-    expected = case.run("cpp")[0]
+    expected = case.run(backend)[0]
     ids = torch.cat((torch.ones(15, dtype=torch.long), case.ids))
-    assert torch.equal(encode_ids(case.weights, case.path, ids, torch.tensor([0, 35]), backend="cpp"), expected)
+    assert torch.equal(encode_ids(case.weights, case.path, ids, torch.tensor([0, 35]), backend=backend), expected)
 
 
 # What follows needs the GPU: its sizes, its rounding, its graphs.
 
-CPP_REFUSED = ops.OP.refusals(torch.device(DEVICE), torch.bfloat16)["cpp"]
-cpp = pytest.param("cpp", marks=pytest.mark.skipif(CPP_REFUSED is not None, reason=str(CPP_REFUSED)))
+REFUSED = ops.OP.refusals(torch.device(DEVICE), torch.bfloat16)
+hoppers = [
+    pytest.param(backend, marks=pytest.mark.skipif(REFUSED[backend] is not None, reason=str(REFUSED[backend])))
+    for backend in HOPPER
+]
 
 FULL: list[tuple[dict[str, Any], torch.dtype, int]] = [
     *(({}, torch.bfloat16, batch) for batch in (1, 2, 3, 63, 132, 513)),
@@ -486,36 +488,32 @@ def test_every_length(dtype: torch.dtype) -> None:
     check(Case(BASE, list(range(1, 51)), dtype))
 
 
-CLUSTER: list[tuple[dict[str, Any], dict[str, Any], Sequence[int]]] = [
-    *(({}, {}, [length] * 15) for length in (50, 49, 48, 33, 17, 16, 9, 1)),  # few users' errors would scatter
-    *(({}, {}, [length] * 64) for length in (50, 33, 16, 1)),
+HOPPER_CASES: list[tuple[dict[str, Any], dict[str, Any], Sequence[int]]] = [
+    *(({}, {}, [length] * 16) for length in (50, 49, 48, 33, 17, 16, 9, 1)),  # few users' errors would scatter
+    ({}, {}, [50] * 513),
     ({}, {}, list(range(51))),
     ({"max_length": 64}, {}, list(range(65))),
     ({"max_length": 16}, {}, list(range(17))),
     ({"max_length": 32}, {}, list(range(33))),
     ({"blocks": 1}, {}, [50, 3, 20] * 6),
     ({"blocks": 7}, {"anchor_at_inference": "last"}, [50, 3, 20] * 6),
-    *(
-        ({"norm": "layer", "attention": "causal"}, {"prior": "gaussian"}, lengths)
-        for lengths in ([50, 9, 33] * 5, list(range(51)))
-    ),
-    ({"position": "none"}, {}, [50, 3, 20] * 5),
+    ({"norm": "layer", "attention": "causal"}, {"prior": "gaussian"}, list(range(51))),
     ({"position": "none"}, {}, [50, 3, 20] * 6),
 ]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", [cpp])
-@pytest.mark.parametrize(("model", "flow", "lengths"), CLUSTER)
-def test_the_cluster_kernel(model: dict[str, Any], flow: dict[str, Any], lengths: Sequence[int], backend: str) -> None:
+@pytest.mark.parametrize("backend", hoppers)
+@pytest.mark.parametrize(("model", "flow", "lengths"), HOPPER_CASES)
+def test_hoppers_kernels(model: dict[str, Any], flow: dict[str, Any], lengths: Sequence[int], backend: str) -> None:
     config = ModelConfig(**{"delta": 0.3, "source_block": -1, **model})
     flows = FlowConfig(**{"rho": 0.5, "lambda_at_inference": "sample", **flow})
     check(Case(config, lengths, torch.bfloat16, flows), backend=backend)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", [cpp])
-def test_the_cluster_kernel_has_the_same_bits_anywhere(backend: str) -> None:
+@pytest.mark.parametrize("backend", hoppers)
+def test_hoppers_kernels_have_the_same_bits_anywhere(backend: str) -> None:
     lengths = [50, 0, 9, 16, 17, 33, 48, 1, 49, 32, 2, 50, 5, 8, 40, 24]
     case = Case(BASE, lengths, torch.bfloat16)
     together = torch.stack(case.run(backend))
@@ -528,7 +526,7 @@ def test_the_cluster_kernel_has_the_same_bits_anywhere(backend: str) -> None:
     assert torch.equal(encode(case.weights, e, sizes.int(), backend=backend), together[1])
     assert torch.equal(encode(case.weights, e.float(), sizes, backend=backend), together[1])
     assert torch.equal(encode(case.weights, case.e, case.offsets.int(), backend=backend), together[1])
-    for user, length in enumerate(lengths):  # alone, and in a smaller cluster where the grid is shorter
+    for user, length in enumerate(lengths):  # alone, and in a cluster of fewer blocks where the grid is shorter
         first, end = int(case.offsets[user]), int(case.offsets[user + 1])
         alone = torch.tensor([0, length], device=DEVICE)
         assert torch.equal(encode(case.weights, case.e[first:end], alone, backend=backend)[0], together[1, user])
@@ -559,25 +557,7 @@ def test_a_history_has_the_same_bits_anywhere(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", [cpp])
-def test_the_cluster_kernel_has_the_same_bits_in_a_batch_of_any_size(backend: str) -> None:
-    """Up to fifteen histories of 50 places have eight blocks each; of more, and of many short ones, all have two."""
-    lengths = np.random.default_rng(3).integers(0, 51, 513).tolist()
-    case = Case(BASE, lengths, torch.bfloat16)
-    together = torch.stack(case.run(backend))
-    for _ in range(20):
-        assert torch.equal(together, torch.stack(case.run(backend)))
-    ids = case.padded(case.ids, 50)
-    for size in (1, 8, 15, 16, 60, 64, 67, 132):
-        part = encode_ids(case.weights, case.path, ids[7 : 7 + size], backend=backend)
-        assert torch.equal(part, together[0, 7 : 7 + size])
-        short = encode_ids(case.weights, case.path, ids[7 : 7 + size, -16:], backend=backend)
-        fits = [i for i in range(size) if lengths[7 + i] <= 16]
-        assert torch.equal(short[fits], together[0, 7 : 7 + size][fits])
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["triton", cpp])
+@pytest.mark.parametrize("backend", ["triton", *hoppers])
 def test_a_graph_replays_without_allocating(backend: str) -> None:
     case = Case(BASE, [50, 3, 17, 1, 29], torch.bfloat16)
     expected = case.run(backend)[0].clone()

@@ -16,7 +16,7 @@ from fave_fast.checkpoint import Checkpoint
 from fave_fast.config import Config, FlowConfig, ModelConfig
 from fave_fast.data import IdMap
 from fave_fast.engine import Recommender
-from fave_fast.graphs import BATCHES, SMALL_BATCH, Histories, Step, items_held
+from fave_fast.graphs import BATCHES, SMALL_BATCHES, Histories, Step, items_held
 from fave_fast.model import FAVE
 
 pytestmark = pytest.mark.gpu
@@ -117,16 +117,18 @@ def test_a_list_is_the_same_in_any_batch(warm: Recommender) -> None:
     np.testing.assert_array_equal(again[1], items)
 
 
-def test_small_batches_by_the_fastest_kernel_agree_within_rounding() -> None:
+@pytest.mark.parametrize("batch", [most for most, _ in SMALL_BATCHES])
+def test_small_batches_by_the_fastest_kernel_agree_within_rounding(batch: int) -> None:
     """By default few histories may take another kernel than many do; its scores differ by its rounding."""
     fast, fixed = recommender(), recommender("triton")
     fast.warmup()
-    some = histories(SMALL_BATCH)
+    some = histories(batch)
     scores, items = fast.best_items(*some)
-    for user in range(SMALL_BATCH):
-        alone = fast.best_items(*one(some, user))
-        np.testing.assert_array_equal(alone[0][0], scores[user])
-        np.testing.assert_array_equal(alone[1][0], items[user])
+    assert fast.batches == {"captured": 1}
+    half = batch // 2 + 1  # by the same kernel
+    again = fast.best_items(some.ids[: some.offsets[half]], some.offsets[: half + 1])
+    np.testing.assert_array_equal(again[0], scores[:half])
+    np.testing.assert_array_equal(again[1], items[:half])
     # Endpoints are rounded to bf16 (2^-9 of their size each way) and differ by the networks' own rounding, some eight
     # times that (tests/test_encoder.py bounds it); a score is an inner product of them.
     want = fixed.best_items(*some)[0]

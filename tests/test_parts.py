@@ -14,7 +14,7 @@ from fave_fast import checkpoint as checkpoints
 from fave_fast.engine import Recommender
 from fave_fast.graphs import (
     BATCHES,
-    SMALL_BATCH,
+    SMALL_BATCHES,
     CapturedStep,
     Floats,
     Histories,
@@ -36,9 +36,9 @@ def one_encoder(users: int) -> str:
     return "triton"
 
 
-def two_encoders(users: int) -> str:
+def three_encoders(users: int) -> str:
     """As `auto` has on Hopper."""
-    return "cpp" if users <= SMALL_BATCH else "triton"
+    return next((backend for most, backend in SMALL_BATCHES if users <= most), "triton")
 
 
 def holds(batch: int, lengths: Sequence[int]) -> bool:
@@ -104,14 +104,14 @@ def test_what_is_captured_by_default(lengths: list[int], expected: list[tuple[in
 
 
 def test_the_rest_of_a_large_request_keeps_its_encoder() -> None:
-    assert parts_of(of_lengths([50] * 514).offsets, BATCHES, two_encoders) == [(512, 0, 512), (128, 512, 514)]
-    assert parts_of(of_lengths([50] * 514).offsets, (1, 8), two_encoders) is None
+    assert parts_of(of_lengths([50] * 514).offsets, BATCHES, three_encoders) == [(512, 0, 512), (128, 512, 514)]
+    assert parts_of(of_lengths([50] * 514).offsets, (1, 8), three_encoders) is None
 
 
 def test_a_small_request_that_is_cut_keeps_its_encoder() -> None:
     """Together these are for the small batches' encoder, whose graphs hold none of them."""
-    assert parts_of(of_lengths([6000] * 8).offsets, BATCHES, two_encoders) is None
-    assert parts_of(of_lengths([6000] * 8).offsets, BATCHES, one_encoder) == [(512, 0, 5), (512, 5, 8)]
+    assert parts_of(of_lengths([5000] * 8).offsets, BATCHES, three_encoders) is None
+    assert parts_of(of_lengths([5000] * 8).offsets, BATCHES, one_encoder) == [(512, 0, 6), (256, 6, 8)]
 
 
 class Echo(CapturedStep):

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fave_fast.ops import encoder_cluster, encoder_cpu, native
+from fave_fast.ops import encoder_cluster, encoder_cpu, encoder_pair, native
 from fave_fast.ops.attention import rotary_by_age
 from fave_fast.ops.registry import Implementation, Op, interpreting, not_interpreted, triton_kernels
 from fave_fast.ops.tuning import launches_overlap, tile_shapes
@@ -54,6 +54,7 @@ class EncoderWeights:
         sin: likewise.
         fragments: the matrices again, as the cpp backend reads them on a GPU (`encoder_cluster.fragments`); None where
             it does not take the model.
+        portions: and as the pair backend reads them (`encoder_pair.portions`); None likewise.
         native: the weights once more, as the cpp backend reads them on a CPU; None where it cannot run.
     """
 
@@ -63,6 +64,7 @@ class EncoderWeights:
     cos: Tensor
     sin: Tensor
     fragments: Tensor | None
+    portions: Tensor | None
     native: encoder_cpu.NativeWeights | None
 
     @classmethod
@@ -73,7 +75,10 @@ class EncoderWeights:
         device = model.item_embedding.weight.device
         cos, sin = rotary_by_age(config.max_length, config.d // config.heads, device)
         native_weights = encoder_cpu.NativeWeights.pack(model)
-        return cls(model, _matrices(model), _norms(model), cos, sin, _fragments(model), native_weights)
+        fragments = portions = None
+        if model.item_embedding.weight.dtype == torch.bfloat16 and encoder_cluster.beyond(model) is None:
+            fragments, portions = encoder_cluster.fragments(model), encoder_pair.portions(model)
+        return cls(model, _matrices(model), _norms(model), cos, sin, fragments, portions, native_weights)
 
     @cached_property
     def beyond(self) -> dict[str, str]:
@@ -87,6 +92,8 @@ class EncoderWeights:
         self.norms.copy_(_norms(self.model))
         if self.fragments is not None:
             self.fragments.copy_(encoder_cluster.fragments(self.model))
+        if self.portions is not None:
+            self.portions.copy_(encoder_pair.portions(self.model))
         if self.native is not None:
             self.native.refresh(self.model)
 
@@ -239,7 +246,8 @@ def encode(
         plan: for the triton backend: which histories share a program; by default neighbours do, in slots for the
             model's longest history.
         out: [B, D] in the weights' dtype, contiguous: where the result goes, and what is returned.
-        backend: auto, reference, triton or cpp: on a CPU in float32 and bfloat16, on a GPU `encoder_cluster`.
+        backend: auto, reference, triton, cpp (on a CPU in float32 and bfloat16, on a GPU `encoder_cluster`) or pair
+            (`encoder_pair`).
 
     Returns:
         [B, D] in the weights' dtype.
@@ -379,8 +387,9 @@ def _beyond_kernels(model: FAVE) -> dict[str, str]:
     on_gpu = model.item_embedding.weight.device.type == "cuda"
     if config.conditioning != "add":
         reason = f"its kernel adds x_t as eq. (9) does, and the model has conditioning {config.conditioning!r}"
-        return {"triton": reason, "cpp": reason}
-    reasons = {"triton": reason, "cpp": encoder_cluster.beyond(model) if on_gpu else None}
+        return {"triton": reason, "cpp": reason, "pair": reason}
+    for_hopper = encoder_cluster.beyond(model)
+    reasons = {"triton": reason, "cpp": for_hopper if on_gpu else None, "pair": for_hopper}
     return {backend: why for backend, why in reasons.items() if why is not None}
 
 
@@ -497,13 +506,6 @@ def _matrices(model: FAVE) -> Tensor:
     return torch.cat(parts).contiguous()
 
 
-def _fragments(model: FAVE) -> Tensor | None:
-    dtype = model.item_embedding.weight.dtype
-    return (
-        encoder_cluster.fragments(model) if dtype == torch.bfloat16 and encoder_cluster.beyond(model) is None else None
-    )
-
-
 def _norms(model: FAVE) -> Tensor:
     found: list[Any] = []
     blocks: Any = model.blocks
@@ -546,6 +548,7 @@ OP: Op[Callable[[_Call], None]] = Op(
     (
         Implementation("triton", _run_triton, triton_kernels, not_interpreted),
         Implementation("cpp", _run_cpp, _why_not_cpp, _why_not_auto_cpp),
+        Implementation("pair", encoder_pair.run, encoder_pair.why_not, encoder_pair.why_not_auto),
         Implementation("reference", _run_reference),
     ),
 )

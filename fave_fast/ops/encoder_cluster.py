@@ -1,8 +1,7 @@
 """The encoder for small batches on Hopper GPUs: one launch of csrc/cluster_encoder, a cluster of blocks a history.
 
 Histories of up to 16, 32 or 64 items (the grid's length where ids are padded, else the model's longest) take a cluster
-of 2, 4 or 8 blocks, two for each tile of 16 rows. Where so many do not run at once, two blocks share all four tiles. A
-history's bits do not depend on it.
+of 2, 4 or 8 blocks; a history's bits do not depend on which. Of 8 blocks, an H200 runs 15 clusters at once.
 
 Its weights are stored as the operands of the tensor cores' products hold them (mma.m16n8k16): 32 lanes of 16 bytes make
 a unit, which a warp loads at once. A transformer block has 384 units for each of two halves; half t has the heads 2 t
@@ -29,8 +28,6 @@ HIDDEN = 512
 MAX_ITEMS = 64
 UNITS = 384  # of a half and a transformer block
 TILE = 16  # rows
-TILES = 4
-AT_ONCE = 120  # blocks of clusters of 8 that an H200 runs at once, 15 clusters; of clusters of 2, 132
 
 
 def beyond(model: FAVE) -> str | None:
@@ -114,19 +111,16 @@ def fragments(model: FAVE) -> Tensor:
 
 def run(call: _Call) -> None:
     """One launch on the current stream; nothing is allocated."""
+    assert call.weights.fragments is not None
     longest = call.weights.model.config.max_length if call.padded_length is None else call.padded_length
-    tiles = 1 if longest <= TILE else 2 if longest <= 2 * TILE else TILES
-    own = 1
-    if 2 * tiles * len(call.out) > AT_ONCE:
-        tiles = own = TILES
-    launch(arguments(call), tiles, own, call.out.device, call.overlap)
+    tiles = 1 if longest <= TILE else 2 if longest <= 2 * TILE else 4
+    launch(arguments(call, call.weights.fragments), tiles, call.out.device, call.overlap)
 
 
-def arguments(call: _Call) -> dict[str, int | float | bool]:
-    """The fields of csrc/cluster_encoder.hpp, in their order."""
+def arguments(call: _Call, packed: Tensor) -> dict[str, int | float | bool]:
+    """The fields of EncoderCall (csrc/gpu_encoders.hpp), in their order; `packed` has the blocks' weights."""
     weights, path = call.weights, call.path
     model, config = weights.model, weights.model.config
-    assert weights.fragments is not None
     final_norm: Any = model.final_norm
     return {
         "rows": call.rows.data_ptr(),
@@ -135,7 +129,7 @@ def arguments(call: _Call) -> dict[str, int | float | bool]:
         "input_norm": 0 if path is None else path.norm.data_ptr(),
         "shift": 0 if path is None else path.shift.data_ptr(),
         "scale": 0 if path is None or path.scale is None else path.scale.data_ptr(),
-        "weights": weights.fragments.data_ptr(),
+        "weights": packed.data_ptr(),
         "norms": weights.norms.data_ptr(),
         "cos": weights.cos.data_ptr(),
         "sin": weights.sin.data_ptr(),
@@ -155,11 +149,9 @@ def arguments(call: _Call) -> dict[str, int | float | bool]:
     }
 
 
-def launch(arguments: dict[str, int | float | bool], tiles: int, own: int, device: torch.device, overlap: bool) -> None:
-    """Launch on the current stream of `device` clusters of 2 * `tiles` / `own` blocks, `own` tiles of 16 rows in each.
-
-    `overlap` as in `encode_ids`.
-    """
+def launch(arguments: dict[str, int | float | bool], tiles: int, device: torch.device, overlap: bool) -> None:
+    """Launch on the current stream of `device` clusters that hold 16 * `tiles` rows; `overlap` as in `encode_ids`."""
     stream = torch.cuda.current_stream(device).cuda_stream
     extension = importlib.import_module("fave_fast._C")
-    extension.encode_cluster(**arguments, tiles=tiles, own=own, overlap=overlap, device=device.index, stream=stream)
+    call = extension.EncoderCall(**arguments)
+    extension.encode_cluster(call, tiles=tiles, overlap=overlap, device=device.index, stream=stream)

@@ -1,27 +1,26 @@
-#include "cluster_encoder.cuh"
+#include KERNEL
 
 namespace {
 
 using namespace emulation;
 
-const fave_fast::ClusterEncoderCall* call;
+const fave_fast::EncoderCall* call;
 
-template <int kOwn>
 void run() {
-  call->layer_norm ? fave_fast::encode_history<kOwn, true>(*call) : fave_fast::encode_history<kOwn, false>(*call);
+  call->layer_norm ? fave_fast::encode_history<true>(*call) : fave_fast::encode_history<false>(*call);
   current->done = true;
   yield();
 }
 
 // One history; false where its threads wait for one another for ever. Shared memory is all ones (NaN) before.
-template <int kOwn>
 bool encode(int user, int size, unsigned stride) {
   static std::vector<Thread> threads;
   const unsigned count = size * kThreads;
   blocks.assign(size, Block{});
   for (Block& block : blocks) {
-    block.memory.assign(sizeof(fave_fast::Shared<kOwn>), 0xff);
+    block.bytes.assign(sizeof(fave_fast::Shared) + kAligned, 0xff);
     block.meeting.size = kThreads;
+    for (Meeting& meeting : block.warpgroups) meeting.size = kThreads / 2;
     block.warps.assign(kThreads / 32, Warp{});
     for (Warp& warp : block.warps) warp.meeting.size = 32;
   }
@@ -35,7 +34,7 @@ bool encode(int user, int size, unsigned stride) {
     thread.context.uc_stack.ss_sp = thread.stack.data();
     thread.context.uc_stack.ss_size = thread.stack.size();
     thread.context.uc_link = nullptr;
-    makecontext(&thread.context, run<kOwn>, 0);
+    makecontext(&thread.context, run, 0);
   }
   for (int round = 0; round < 100000; ++round) {
     bool all_done = true;
@@ -53,14 +52,14 @@ bool encode(int user, int size, unsigned stride) {
 
 }  // namespace
 
-// The launch of csrc/cluster_encoder.cu; threads take turns `stride` (an odd number) apart. Returns 0, or 1 where it
+// A launch of clusters of `blocks`; threads take turns `stride` (an odd number) apart. Returns 0, or 1 where it
 // hangs.
-extern "C" int emulate(const fave_fast::ClusterEncoderCall* given, int tiles, int own, unsigned stride) {
+extern "C" int emulate(const fave_fast::EncoderCall* given, int blocks, unsigned stride) {
   call = given;
   for (int user = 0; user < given->users; ++user) {
-    if (!(own == 1 ? encode<1> : encode<4>)(user, 2 * tiles / own, stride)) return 1;
+    if (!encode(user, blocks, stride)) return 1;
   }
   return 0;
 }
 
-extern "C" int call_bytes() { return sizeof(fave_fast::ClusterEncoderCall); }
+extern "C" int call_bytes() { return sizeof(fave_fast::EncoderCall); }

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <stdexcept>
 #include <vector>
 
@@ -40,6 +41,7 @@ using std::min;
 namespace emulation {
 
 constexpr int kThreads = 256;
+constexpr std::size_t kAligned = 1024;  // shared memory
 
 struct Meeting {  // of `size` threads, again and again
   int size = 0, here = 0, turn = 0;
@@ -54,9 +56,16 @@ struct Warp {
 };
 
 struct Block {
-  std::vector<unsigned char> memory;
+  std::vector<unsigned char> bytes;
   Meeting meeting;
+  Meeting warpgroups[2];
   std::vector<Warp> warps;
+
+  unsigned char* memory() {
+    void* start = bytes.data();
+    std::size_t room = bytes.size();
+    return static_cast<unsigned char*>(std::align(kAligned, bytes.size() - kAligned, start, room));
+  }
 };
 
 struct Thread {
@@ -129,7 +138,7 @@ inline void change(void* word, std::int32_t bytes, int arrivals) {
 }
 
 inline unsigned char* at(std::uint32_t address) {  // of another block
-  return blocks.at(address >> 20).memory.data() + (address & 0xfffff);
+  return blocks.at(address >> 20).memory() + (address & 0xfffff);
 }
 
 }  // namespace emulation
@@ -156,11 +165,11 @@ inline float rsqrtf(float v) { return 1.0f / std::sqrt(v); }
 
 namespace fave_fast {
 
-inline unsigned char* shared_memory() { return emulation::block().memory.data(); }
+inline unsigned char* shared_memory() { return emulation::block().memory(); }
 
 inline std::uint32_t shared_address(const void* pointer) {
   const auto offset = static_cast<const unsigned char*>(pointer) - shared_memory();
-  if (offset < 0 || offset >= static_cast<std::ptrdiff_t>(emulation::block().memory.size())) std::abort();
+  if (offset < 0 || offset >= static_cast<std::ptrdiff_t>(emulation::block().bytes.size())) std::abort();
   return static_cast<std::uint32_t>(offset);
 }
 
@@ -226,6 +235,76 @@ inline void multiply(float (&c)[4], uint4 a, std::uint32_t b0, std::uint32_t b1)
     }
     c[e] += static_cast<float>(sum);
   }
+  emulation::meet(warp.meeting);
+}
+
+constexpr std::uint32_t kPanelRow = 128;
+
+inline std::uint32_t in_panel(int row, int channel) {
+  return row * kPanelRow + ((channel / 8 ^ row % 8) * 16 + channel % 8 * 2);
+}
+
+inline void stores_before_products() {}
+inline void warpgroup_sync(int which) { emulation::meet(emulation::block().warpgroups[which]); }
+
+inline void store_transposed(std::uint32_t row, uint4 v) {
+  emulation::Warp& warp = emulation::warp();
+  const int lane = emulation::lane();
+  warp.words[lane] = row, warp.a[lane] = v;
+  emulation::meet(warp.meeting);
+  for (int m = 0; m < 4; ++m) {  // a lane writes elements 2 (lane % 4) and the next of row lane / 4
+    unsigned char* there = shared_memory() + warp.words[8 * m + lane / 4];
+    for (int e = 0; e < 2; ++e) {
+      const int from = 4 * (2 * (lane % 4) + e) + lane / 4 / 2;
+      const uint4 theirs = warp.a[from];
+      const std::uint32_t pair = m == 0 ? theirs.x : m == 1 ? theirs.y : m == 2 ? theirs.z : theirs.w;
+      const auto value = static_cast<std::uint16_t>(lane / 4 % 2 ? pair >> 16 : pair);
+      std::memcpy(there + 2 * (2 * (lane % 4) + e), &value, 2);
+    }
+  }
+  emulation::meet(warp.meeting);
+}
+
+inline std::uint64_t operand(std::uint32_t address) { return address; }
+inline void begin_products() {}
+inline void end_products() {}
+
+inline float of_operand(std::uint64_t operand, int row, int k) {
+  const auto lies = static_cast<std::uint32_t>(operand) + row * kPanelRow + 2 * k;
+  std::uint16_t value;
+  std::memcpy(&value, shared_memory() + (lies ^ (lies >> 7 & 7) << 4), 2);
+  return emulation::bf16(value, false);
+}
+
+template <int kCount, typename Left>
+void product_of(float (&c)[kCount], Left left, std::uint64_t b, bool add) {
+  const int lane = emulation::lane();
+  for (int i = 0; i < kCount; ++i) {
+    const int row = lane / 4 + 8 * (i / 2 % 2), column = 8 * (i / 4) + 2 * (lane % 4) + i % 2;
+    double sum = 0.0;
+    for (int k = 0; k < 16; ++k) sum += static_cast<double>(left(row, k)) * of_operand(b, column, k);
+    c[i] = (add ? c[i] : 0.0f) + static_cast<float>(sum);
+  }
+}
+
+template <int kCount>
+void product(float (&c)[kCount], std::uint64_t a, std::uint64_t b, bool add) {
+  const int first = emulation::current->number / 32 % 4 * 16;
+  product_of(c, [=](int row, int k) { return of_operand(a, first + row, k); }, b, add);
+}
+
+template <int kCount>
+void product(float (&c)[kCount], uint4 a, std::uint64_t b, bool add) {
+  emulation::Warp& warp = emulation::warp();
+  warp.a[emulation::lane()] = a;
+  emulation::meet(warp.meeting);
+  product_of(
+      c,
+      [&](int row, int k) {
+        const uint4 v = warp.a[row % 8 * 4 + k % 8 / 2];
+        return emulation::bf16(k < 8 ? (row < 8 ? v.x : v.y) : (row < 8 ? v.z : v.w), k % 2);
+      },
+      b, add);
   emulation::meet(warp.meeting);
 }
 

@@ -4,15 +4,15 @@
 
 namespace fave_fast {
 
-// One launch of the cluster encoder; pointers are of device memory. What the tensors mean: fave_fast/ops/encoder.py.
-struct ClusterEncoderCall {
+// One launch of an encoder's kernel; pointers are of device memory. What the tensors mean: fave_fast/ops/encoder.py.
+struct EncoderCall {
   const void* rows;         // E [total, 128], bf16 or float32; with `table`, ids [total]
   const void* bounds;       // offsets [users + 1], or lengths [users] with `padded_length`; null: padded ids tell
   const void* table;        // bf16 [items + 1, 128], or null
   const float* input_norm;  // [2, 128]
   const float* shift;       // [longest, 128]
   const float* scale;       // [longest, 128], or null
-  const void* weights;      // bf16 [blocks, 2, 384, 32, 8]: fragments, fave_fast/ops/encoder_cluster.py
+  const void* weights;      // bf16, as fave_fast/ops/encoder_cluster.py (fragments) or encoder_pair.py (panels) packs them
   const float* norms;       // [2 blocks + 1, 2, 128]
   const float* cos;         // [longest, 16]
   const float* sin;         // [longest, 16]
@@ -31,11 +31,13 @@ struct ClusterEncoderCall {
   bool causal;
 };
 
-// Launches on `stream` (cudaStream_t) of `device` and returns. No history has more than 16 * tiles items; `tiles` is 1,
-// 2 or 4. A cluster has 2 tiles / own blocks; `own`, the tiles of a block, is 1, or 4 with 4 tiles, to the same bits.
-// With `overlap` the launch before it, which is a kernel's, need not have ended. Throws std::runtime_error with
-// the runtime's error.
-void launch_cluster_encoder(const ClusterEncoderCall& call, int tiles, int own, bool overlap, int device,
-                            std::uint64_t stream);
+// Both launch on `stream` (cudaStream_t) of `device` and return. With `overlap` the launch before it, which is a
+// kernel's, need not have ended. They throw std::runtime_error with the runtime's error.
+
+// Of clusters of 2 * tiles blocks; no history has more than 16 * tiles items. `tiles` is 1, 2 or 4.
+void launch_cluster_encoder(const EncoderCall& call, int tiles, bool overlap, int device, std::uint64_t stream);
+
+// Of clusters of two blocks; no history has more than 64 items.
+void launch_pair_encoder(const EncoderCall& call, bool overlap, int device, std::uint64_t stream);
 
 }  // namespace fave_fast

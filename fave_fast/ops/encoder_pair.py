@@ -1,0 +1,76 @@
+"""The encoder for batches of up to some sixty histories on Hopper GPUs: one launch of csrc/pair_encoder.
+
+Of clusters of eight blocks (`encoder_cluster`) a GPU runs fifteen at once, of two blocks, as these are, sixty-six. They
+take a history of any length in the same time, by wgmma's products of 64 rows. A history's bits do not depend on the
+batch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fave_fast.ops import encoder_cluster
+from fave_fast.ops.encoder_cluster import HEADS, HIDDEN, D
+
+if TYPE_CHECKING:  # what is below imports nothing of what is above it
+    from fave_fast.model import FAVE
+    from fave_fast.ops.encoder import _Call
+
+PANEL = 64  # channels
+PORTION = 32_768  # weights
+
+beyond = encoder_cluster.beyond
+why_not = encoder_cluster.why_not
+why_not_auto = encoder_cluster.why_not_auto
+
+
+def in_panels(weight: Tensor) -> Tensor:
+    """Weight [N, K] as wgmma reads operands: [K / 64, N, 8, 8], where of row n the eight channels c lie at c ^ n % 8."""
+    n, k = weight.shape
+    row, chunk = torch.arange(n, device=weight.device), torch.arange(8, device=weight.device)
+    lies_at = chunk ^ (row % 8)[:, None]
+    parts = weight.reshape(n, k // PANEL, 8, 8).transpose(0, 1)
+    return torch.gather(parts, 2, lies_at[None, :, :, None].expand(k // PANEL, n, 8, 8))
+
+
+def portions(model: FAVE) -> Tensor:
+    """All blocks' weights as the kernel reads them: [blocks, 2, 3, 32768] in the model's dtype.
+
+    Half t has the heads 2 t and 2 t + 1 and the feed-forward's channels from 256 t. Its portions are the panels of each
+    head's queries, keys and values and those of the output projection for these heads; of the feed-forward's first
+    matrix; and of its second, doubled as in `EncoderWeights`. Queries and keys interleave the channels (i, i + 16) of a
+    rotary pair.
+    """
+    c = D // HEADS
+    half = torch.arange(c // 2, device=model.item_embedding.weight.device)
+    paired = torch.stack((half, half + c // 2), 1).flatten()
+    result = []
+    blocks: Any = model.blocks
+    for block in blocks:
+        q, k, v = (part.view(HEADS, c, D) for part in block.qkv.weight.detach().chunk(3))
+        out, first = block.attention_out.weight.detach(), block.ffn_in.weight.detach()
+        second = 2 * block.ffn_out.weight.detach()
+        for t in (0, 1):
+            hidden = slice(t * HIDDEN // 2, (t + 1) * HIDDEN // 2)
+            heads = [torch.cat((q[h, paired], k[h, paired], v[h])) for h in (2 * t, 2 * t + 1)]
+            weights = [*heads, out[:, 2 * c * t : 2 * c * (t + 1)], first[hidden], second[:, hidden]]
+            result.append(torch.cat([in_panels(weight).flatten() for weight in weights]))
+    return torch.stack(result).view(len(blocks), 2, 3, PORTION).contiguous()
+
+
+def run(call: _Call) -> None:
+    """One launch on the current stream; nothing is allocated."""
+    assert call.weights.portions is not None
+    launch(encoder_cluster.arguments(call, call.weights.portions), call.out.device, call.overlap)
+
+
+def launch(arguments: dict[str, int | float | bool], device: torch.device, overlap: bool) -> None:
+    """Launch on the current stream of `device`; `overlap` as in `encode_ids`."""
+    stream = torch.cuda.current_stream(device).cuda_stream
+    extension = importlib.import_module("fave_fast._C")
+    call = extension.EncoderCall(**arguments)
+    extension.encode_pair(call, overlap=overlap, device=device.index, stream=stream)
