@@ -29,7 +29,7 @@ why_not_auto = encoder_cluster.why_not_auto
 
 
 def in_panels(weight: Tensor) -> Tensor:
-    """Weight [N, K] as wgmma reads operands: [K / 64, N, 8, 8], where of row n the eight channels c lie at c ^ n % 8."""
+    """Weight [N, K] as wgmma reads operands: [K / 64, N, 8, 8], the eight channels c of row n at c ^ n % 8."""
     n, k = weight.shape
     row, chunk = torch.arange(n, device=weight.device), torch.arange(8, device=weight.device)
     lies_at = chunk ^ (row % 8)[:, None]
