@@ -9,8 +9,10 @@ import argparse
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import IO, NoReturn
 
 import torch
@@ -161,6 +163,16 @@ def say(line: str) -> None:
     """A line for the person at the terminal, on stderr, so that results on stdout stay clean; by rank 0 alone."""
     if ranks.is_first():
         print(line, file=sys.stderr, flush=True)
+
+
+def process_seconds() -> float | None:
+    """Seconds since this process began, to a hundredth; None where the system does not tell (it is no Linux)."""
+    try:
+        fields = Path("/proc/self/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+        began = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # field 22 of proc(5), since the boot
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - began
+    except (OSError, ValueError, IndexError, AttributeError):
+        return None
 
 
 def say_decisions(decisions: Iterable[str]) -> None:

@@ -243,7 +243,9 @@ def _sink(output: str | None) -> Iterator[_Sink]:
                 yield _Sink(file)
 
 
-def _answer_all(recommender: Recommender, arguments: argparse.Namespace, trace: Trace) -> None:
+def _answer_all(
+    recommender: Recommender, arguments: argparse.Namespace, after_batch: Callable[[], None] = lambda: None
+) -> None:
     counts, started = Counts(), time.perf_counter()
     deny = read_deny(arguments.deny) if arguments.deny else None
     if deny is not None:
@@ -265,8 +267,23 @@ def _answer_all(recommender: Recommender, arguments: argparse.Namespace, trace: 
                 counts.users += 1
                 counts.unknown += answer.unknown
                 counts.popular += answer.popular
-            trace.step()
+            after_batch()
     cli.say(counts.line(time.perf_counter() - started))
+
+
+def _telling_of_the_first(step: Callable[[], None]) -> Callable[[], None]:
+    """`step`, to be called after each answer; the first time it says how long the process took to get there."""
+    told = False
+
+    def after_answer() -> None:
+        nonlocal told
+        seconds = None if told else cli.process_seconds()
+        if seconds is not None:
+            cli.say(f"note: the first answer was there {seconds:.2f} s after the process began")
+        told = True
+        step()
+
+    return after_answer
 
 
 def sample_requests(recommender: Recommender) -> list[Request]:
@@ -370,10 +387,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if seconds > 0:
         cli.say(f"note: one step captured for up to {at_a_time} histories at a time, in {seconds:.2f} s")
     with Trace(arguments.profile, "infer") as trace:
+        after_answer = _telling_of_the_first(trace.step)
         if arguments.input is None:
-            print(sample_table(recommender, arguments.topk, trace.step))
+            print(sample_table(recommender, arguments.topk, after_answer))
         else:
-            _answer_all(recommender, arguments, trace)
+            _answer_all(recommender, arguments, after_answer)
     cli.say_decisions(trace.notes())
     missed = {reason: count for reason, count in recommender.batches.items() if reason != "captured"}
     if missed:

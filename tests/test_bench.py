@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import check, counters, cpu, growth, plot, record, run, sampling, suites, verify
+from bench import check, counters, cpu, growth, plot, record, run, sampling, startup, suites, verify
 from bench.measure import HOST, WARM, Row, Time
 from bench.sampling import DiffuRec, FMRec, Lists
 from bench.steps import STEPS
@@ -218,6 +218,19 @@ def test_bad_usage_of_the_cpu_bench_is_one_line(
     said = capsys.readouterr().err
     assert said.startswith(f"python -m bench.cpu: error: {message}")
     assert said.count("\n") == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="commands say no times")
+def test_startup_is_measured_beside_pytorchs_own(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert startup.main(["--ckpt", str(tiny_checkpoint), "--repeats", "1", "--device", "cpu"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    [alone, whole] = found["rounds_s"][0]
+    assert found["more_s"] == pytest.approx(whole - alone, abs=1e-3)
+
+
+def test_startup_says_why_there_was_no_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RuntimeError, match="ended without an answer:\nwhy"):
+        startup.seconds_to_first_answer([sys.executable, "-c", "print('why')"])
 
 
 def test_growth_is_measured_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

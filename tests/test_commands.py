@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -288,6 +289,21 @@ def test_interrupt_is_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         cli.run(interrupted)
     assert ended.value.code == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize("name", ["infer", "evaluate", "train", "serve", "bulk"])
+def test_a_command_starts_without_what_only_compiling_needs(name: str) -> None:
+    """Importing torch._dynamo takes longer than importing torch."""
+    code = f"import sys, fave_fast.{name}; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the system does not tell")
+def test_a_process_knows_its_age() -> None:
+    code = "from fave_fast import cli; print(cli.process_seconds())"
+    started = time.perf_counter()
+    age = float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout)
+    assert 0 < age < time.perf_counter() - started + 0.02  # the system counts in hundredths
 
 
 def test_as_a_module(place: Path) -> None:

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fave_fast.ops.registry import Implementation, Op, not_interpreted, triton_kernels
+from fave_fast.ops.registry import Implementation, Op, not_interpreted, triton_kernels, uncompiled
 from fave_fast.ops.tuning import tile_shapes
 
 Tables = tuple[Tensor, Tensor]
@@ -114,7 +114,7 @@ class Histories:
         return torch.arange(1, len(self) + 1, device=self.bounds.device) * self.padded_length - 1
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@uncompiled
 def attention(
     qkv: Tensor,
     bounds: Tensor,
@@ -148,7 +148,7 @@ def attention(
     return o
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@uncompiled
 def attention_dual(
     qkv: Tensor,
     dqkv: Tensor,

@@ -40,7 +40,7 @@ from fave_fast.ops.attention import (
     views,
 )
 from fave_fast.ops.attention import reference as attend
-from fave_fast.ops.registry import Implementation, Op, not_interpreted, triton_kernels
+from fave_fast.ops.registry import Implementation, Op, not_interpreted, triton_kernels, uncompiled
 from fave_fast.ops.tuning import Shapes, multiprocessors, tile_shapes
 
 
@@ -202,7 +202,7 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@uncompiled
 def block(
     x: Tensor,
     weights: BlockWeights,
@@ -242,7 +242,7 @@ def block(
     return _apply("block", (x,), weights, histories, dropout, place, backend)[0]
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@uncompiled
 def block_dual(
     x: Tensor,
     dx: Tensor,
@@ -266,7 +266,7 @@ def block_dual(
     return y, dy
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@uncompiled
 def last_block(
     x: tuple[Tensor, ...],
     weights: BlockWeights,

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from fave_fast.ops.registry import Implementation, Op, interpreting, not_interpreted, triton_kernels
+from fave_fast.ops.registry import Implementation, Op, interpreting, not_interpreted, triton_kernels, uncompiled
 from fave_fast.ops.tiles import whole_rows
 from fave_fast.ops.tuning import Shapes, tile_shapes
 from fave_fast.profiling import ranged
@@ -63,7 +63,7 @@ def cross_entropy(endpoint: Tensor, table: Tensor, targets: Tensor, *, backend: 
     return loss
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@uncompiled
 def _cross_entropy(endpoint: Tensor, table: Tensor, targets: Tensor, backend: str) -> Tensor:
     device = endpoint.device.type
     if torch.is_autocast_enabled(device):

@@ -31,6 +31,21 @@ _HOME = {"triton": "cuda", "cpp": "cpu", "pair": "cuda"}  # the type of device t
 _logger = logging.getLogger(__name__)
 
 
+def uncompiled(function: Run) -> Run:
+    """A function that `torch.compile` calls as it is, instead of tracing into it: `torch.compiler.disable`.
+
+    That one is asked when something is compiled, as it takes 0.9 s to import.
+    """
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        return torch.compiler.disable(function)(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    return call  # type: ignore[return-value]
+
+
 def always(device: torch.device, dtype: torch.dtype) -> str | None:
     """The check of an implementation that runs everywhere."""
     return None
