@@ -13,7 +13,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import sys
 import time
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -66,7 +69,7 @@ def save(program: ExportedProgram, path: Path, format: str) -> None:
             program is on and its like, for `torch._inductor.aoti_load_package` and its twin in C++).
 
     Raises:
-        InputError: the compiler failed, for want of a C++ compiler, say.
+        InputError: the compiler failed, for want of a C++ compiler, say, or made what PyTorch cannot load.
     """
     if format == "pt2":
         torch.export.save(program, path)
@@ -76,6 +79,24 @@ def save(program: ExportedProgram, path: Path, format: str) -> None:
     except RuntimeError as error:
         first = str(error).strip().splitlines()[:1]
         raise InputError(f"{path.name}: cannot be compiled: {first[0] if first else type(error).__name__}") from None
+    if sys.platform == "linux" and _has_its_own_libstdcxx(path):
+        path.unlink()
+        compiler = os.environ.get("CXX", "g++")
+        raise InputError(
+            f"{path.name}: the C++ compiler, {compiler}, linked libstdc++ statically, and PyTorch could not load that; "
+            "expected one in the environment variable CXX that does not"
+        )
+
+
+def _has_its_own_libstdcxx(package: Path) -> bool:
+    """Whether a program of the package names neither libstdc++ nor libc++ among the libraries that it needs.
+
+    Its loader uses std::regex, whose facets a second libstdc++ in the process looks up in the first one's locale: a
+    segmentation fault (PyTorch 2.11, H200), or "API call failed" (2.13, CPU).
+    """
+    with zipfile.ZipFile(package) as content:
+        programs = [content.read(name) for name in content.namelist() if name.endswith(".so")]
+    return any(b"libstdc++.so" not in program and b"libc++.so" not in program for program in programs)
 
 
 def load(path: Path, format: str) -> Any:
