@@ -9,6 +9,10 @@ whole blocks go without a mask, it reads and writes 4 bytes at a time.
 import triton
 import triton.language as tl
 
+# Sums of squares that every program of the update adds up for itself, which spares small models a launch. All programs
+# reading all sums is a square: a million items have 62,000 of each, 16 GB from the L2, 3.5 ms (H200, 314a38f).
+FEW = 8192
+
 
 @triton.jit
 def _at(addresses_ptr, tensor, like, ALIGNED: tl.constexpr):
@@ -46,6 +50,16 @@ def _squares(gradients_ptr, sizes_ptr, blocks_ptr, parts_ptr, BLOCK: tl.constexp
     left, at = _size(gradients_ptr, sizes_ptr, tensor) - start, tl.arange(0, BLOCK)
     g = tl.load(gradient + at) if left >= BLOCK else tl.load(gradient + at, at < left, 0.0)
     tl.store(parts_ptr + block, tl.sum(g * g, 0))
+
+
+@triton.jit
+def _add_up(parts_ptr, count, PARTS: tl.constexpr):
+    """The sum of all parts, in the place of the first; one program."""
+    total = tl.zeros([PARTS], tl.float32)
+    for start in range(0, count, PARTS):
+        part = start + tl.arange(0, PARTS)
+        total += tl.load(parts_ptr + part, part < count, 0.0)
+    tl.store(parts_ptr, tl.sum(total, 0))
 
 
 @triton.jit
@@ -107,9 +121,12 @@ def clipped_adam(
     [P, 2]: tensor and first element of each; parts float32 [P] is overwritten; step and rate float32 [1]. All addresses
     are multiples of 16 with `aligned`.
     """
-    grid, warps = (len(blocks),), shapes["num_warps"]
+    grid, warps, count = (len(blocks),), shapes["num_warps"], len(blocks)
     _squares[grid](gradients, sizes, blocks, parts, BLOCK=shapes["BLOCK"], ALIGNED=aligned, num_warps=warps)
+    if count > FEW:
+        _add_up[(1,)](parts, count, PARTS=4096, num_warps=8)
+        count = 1
     _update[grid](
-        gradients, state, sizes, blocks, parts, step, rate, len(sizes), len(blocks), clip, *betas, *log_betas, eps,
+        gradients, state, sizes, blocks, parts, step, rate, len(sizes), count, clip, *betas, *log_betas, eps,
         decay, BLOCK=shapes["BLOCK"], PARTS=shapes["PARTS"], ALIGNED=aligned, num_warps=warps,
     )  # fmt: skip

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from fave_fast.kernels import adam as kernels
 from torch import Tensor
 
 from fave_fast.errors import BackendError
@@ -42,8 +43,10 @@ def trained(one: torch.optim.Adam, backend: str, steps: int = 7, without: int = 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("without", [-1, 1])
-def test_step_is_clipped_adam(device: str, without: int) -> None:
+@pytest.mark.parametrize("few", [1, kernels.FEW])  # of eight sums: added up by a program, or by all
+def test_step_is_clipped_adam(device: str, without: int, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Errors at most twice PyTorch's in fp32, both against fp64; a tensor without a gradient stays as it is."""
+    monkeypatch.setattr(kernels, "FEW", few)
     wide = optimiser(device, torch.float64)
     want = trained(wide, "reference", without=without)
     plain = trained(optimiser(device), "reference", without=without)
