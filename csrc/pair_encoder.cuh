@@ -310,7 +310,7 @@ __device__ __forceinline__ void attend(const EncoderCall& call, std::uint32_t ke
   }
 }
 
-// This half's share of the output: kSteps panels of rows times those of weights, for this warpgroup's 64 columns. It is
+// This half's share of the output: kPanels panels of rows times those of weights, for this warpgroup's 64 columns. It is
 // added to the residual and sent to the other half.
 template <int kPanels>
 __device__ __forceinline__ void share(std::uint32_t rows, std::uint32_t weights, bool all, const Place& at,
