@@ -111,9 +111,9 @@ __device__ __forceinline__ void multiply(float (&c)[4], uint4 a, std::uint32_t b
       : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
 }
 
-// Of a warpgroup, four warps that call it together: bytes at its panels, and the products over them. A panel is rows of 64
-// channels in bf16, 128 bytes, at a multiple of 1,024; of row r, the 16 bytes c lie at c ^ r % 8, so that neither the
-// tensor cores nor a warp's stores meet in a bank.
+// What follows is called by a warpgroup, four warps, together. It multiplies what lies in panels: rows of 64 channels in
+// bf16, 128 bytes, from a multiple of 1,024 on. Of row r the 16 bytes c lie at c ^ r % 8, so that neither the tensor
+// cores nor a warp's stores meet in a bank.
 constexpr std::uint32_t kPanelRow = 128;
 
 __device__ __forceinline__ std::uint32_t in_panel(int row, int channel) {

@@ -318,20 +318,34 @@ def test_fragments_hold_every_weight_once() -> None:
         )
 
 
-def test_refresh_packs_fragments_again_in_place() -> None:
+def test_panels_hold_rows_whose_channels_go_round() -> None:
+    """Of a panel's row n the sixteen bytes c, eight channels, are where wgmma's swizzle of 128 bytes looks for them."""
+    weight = torch.arange(96 * 128).view(96, 128)
+    panels = encoder_pair.in_panels(weight)
+    assert panels.shape == (2, 96, 8, 8)
+    for panel, row, c in ((0, 0, 5), (0, 13, 2), (1, 95, 7), (1, 64, 0)):
+        channel = 64 * panel + 8 * c
+        assert torch.equal(panels[panel, row, c ^ row % 8], weight[row, channel : channel + 8])
+    assert torch.equal(panels.flatten().sort().values, weight.flatten())
+
+
+def test_refresh_packs_again_in_place() -> None:
     case = Case(BASE, dtype=torch.bfloat16, lengths=[1])
-    fragments = case.weights.fragments
-    assert fragments is not None
-    before = fragments.clone()
+    packed = (case.weights.fragments, case.weights.portions)
+    before = [None if one is None else one.clone() for one in packed]
     with torch.no_grad():
         for weight in case.model.parameters():
             weight.mul_(2)
     case.weights.refresh()
-    assert case.weights.fragments is fragments
-    assert torch.equal(fragments, 2 * before)
+    assert case.weights.fragments is packed[0]
+    assert case.weights.portions is packed[1]
+    for one, old in zip(packed, before, strict=True):
+        assert one is not None
+        assert old is not None
+        assert torch.equal(one, 2 * old)
 
 
-def test_what_the_cluster_kernel_does_not_take_is_named() -> None:
+def test_what_hoppers_kernels_do_not_take_is_named() -> None:
     for change, dtype, reason in (
         ({"d": 64}, torch.bfloat16, "D = 128 with 4 heads, and the model has 64 with 4"),
         ({"heads": 8}, torch.bfloat16, "D = 128 with 4 heads, and the model has 128 with 8"),
@@ -342,13 +356,15 @@ def test_what_the_cluster_kernel_does_not_take_is_named() -> None:
         model = FAVE(ModelConfig(**change), ITEMS).to(DEVICE, dtype).eval()
         weights = EncoderWeights.pack(model)
         assert weights.fragments is None
+        assert weights.portions is None
         refused = encoder_cluster.beyond(model) or encoder_cluster.why_not(torch.device("cuda"), dtype)
         assert refused is not None
         assert re.search(reason, refused)
         if GPU:
             e = torch.zeros(1, model.config.d, dtype=dtype, device=DEVICE)
-            with pytest.raises(BackendError, match="backend 'cpp' cannot run"):
-                encode(weights, e, torch.tensor([0, 1], device=DEVICE), backend="cpp")
+            for backend in HOPPER:
+                with pytest.raises(BackendError, match=f"backend '{backend}' cannot run"):
+                    encode(weights, e, torch.tensor([0, 1], device=DEVICE), backend=backend)
 
 
 Emulated = Callable[[int], None]
