@@ -38,10 +38,11 @@ if TYPE_CHECKING:
     from fave_fast import _C
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-_ITEMS_EACH, _MORE_ITEMS = 64, 1024
+_ITEMS_EACH, _MORE_ITEMS = 64, 1024  # and as many again for each of the first _SMALL
 # Backends of the encoder that answer batches of up to so many histories sooner than one program a history does: eight
 # blocks a history, then two. Graphs hold both numbers, so that a request and its graph agree.
 SMALL_BATCHES = ((8, "cpp"), (64, "pair"))
+_SMALL = SMALL_BATCHES[-1][0]
 
 
 Ints = npt.NDArray[np.int64]
@@ -84,14 +85,19 @@ def items_held(batch: int) -> int:
     """How many items in all the graph of `batch` histories holds, spread as they come.
 
     All of them are excluded from the lists, though only the last L of a history are read: one history of a thousand
-    items is no reason to take a graph for sixteen.
+    items is no reason to take a graph for sixteen, nor are 64 of ML-100k's hundred one to take a slower encoder's.
+    A request carries as many words as the graph holds, of which 64 KB take a microsecond or two.
     """
-    return _ITEMS_EACH * batch + _MORE_ITEMS
+    return _ITEMS_EACH * (batch + min(batch, _SMALL)) + _MORE_ITEMS
 
 
 def smallest_batch(batches: Sequence[int], users: int, items: int) -> int | None:
     """Of ascending `batches` the first whose graph holds so many histories and items, or None."""
-    least = max(users, -((_MORE_ITEMS - items) // _ITEMS_EACH))
+    spread = items - _MORE_ITEMS
+    least = -(-spread // (2 * _ITEMS_EACH))
+    if least > _SMALL:
+        least = -(-spread // _ITEMS_EACH) - _SMALL
+    least = max(users, least)
     at = bisect_left(batches, least)
     return batches[at] if at < len(batches) else None
 

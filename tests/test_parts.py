@@ -23,6 +23,7 @@ from fave_fast.graphs import (
     StepGraphs,
     items_held,
     parts_of,
+    smallest_batch,
 )
 
 
@@ -55,13 +56,13 @@ def fewest(lengths: Sequence[int], batch: int) -> int | None:
 
 
 @given(
-    # Graphs of up to 12 histories hold 1,088 to 1,792 items: either may be what is too many.
+    # Graphs of up to 12 histories hold 1,152 to 2,560 items: either may be what is too many.
     lengths=st.lists(st.integers(1, 100) | st.integers(400, 1800), min_size=1, max_size=40),
     sizes=st.sets(st.integers(1, 12), min_size=1),
     small=st.integers(0, 12),
 )
-@example(lengths=[1792, 1, 1792], sizes={12}, small=0)
-@example(lengths=[1793], sizes={12}, small=0)
+@example(lengths=[2560, 1, 2560], sizes={12}, small=0)
+@example(lengths=[2561], sizes={12}, small=0)
 @example(lengths=[1] * 13, sizes={1, 12}, small=1)
 @example(lengths=[1] * 13, sizes={1, 2}, small=2)
 def test_parts_are_the_fewest_that_graphs_of_the_same_encoder_hold(
@@ -88,15 +89,26 @@ def test_parts_are_the_fewest_that_graphs_of_the_same_encoder_hold(
     np.testing.assert_array_equal(np.concatenate([part.cut(histories).ids for part in parts]), histories.ids)
 
 
+@given(users=st.integers(1, 600), items=st.integers(1, 50_000))
+@example(users=64, items=items_held(64))
+@example(users=64, items=items_held(64) + 1)
+@example(users=1, items=items_held(512))
+@example(users=1, items=items_held(512) + 1)
+def test_the_smallest_batch_is_the_first_that_holds_a_request(users: int, items: int) -> None:
+    expected = next((batch for batch in BATCHES if users <= batch and items <= items_held(batch)), None)
+    assert smallest_batch(BATCHES, users, items) == expected
+
+
 @pytest.mark.parametrize(
     ("lengths", "expected"),
     [
         ([50] * 700, [(512, 0, 512), (256, 512, 700)]),
         ([50] * 2000, [(512, 0, 512), (512, 512, 1024), (512, 1024, 1536), (512, 1536, 2000)]),
-        ([106] * 512, [(512, 0, 318), (512, 318, 512)]),  # as many items as in ML-100k
+        ([106] * 512, [(512, 0, 357), (256, 357, 512)]),  # as many items as in ML-100k
         ([50] * 514, [(512, 0, 512), (2, 512, 514)]),
-        ([33_792, 1, 33_792], [(512, 0, 1), (1, 1, 2), (512, 2, 3)]),
-        ([1, 33_793], None),
+        ([106] * 64, [(64, 0, 64)]),
+        ([37_888, 1, 37_888], [(512, 0, 1), (1, 1, 2), (512, 2, 3)]),
+        ([1, 37_889], None),
     ],
 )
 def test_what_is_captured_by_default(lengths: list[int], expected: list[tuple[int, int, int]] | None) -> None:
@@ -111,7 +123,7 @@ def test_the_rest_of_a_large_request_keeps_its_encoder() -> None:
 def test_a_small_request_that_is_cut_keeps_its_encoder() -> None:
     """Together these are for the small batches' encoder, whose graphs hold none of them."""
     assert parts_of(of_lengths([5000] * 8).offsets, BATCHES, three_encoders) is None
-    assert parts_of(of_lengths([5000] * 8).offsets, BATCHES, one_encoder) == [(512, 0, 6), (256, 6, 8)]
+    assert parts_of(of_lengths([5000] * 8).offsets, BATCHES, one_encoder) == [(512, 0, 7), (32, 7, 8)]
 
 
 class Echo(CapturedStep):
