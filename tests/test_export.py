@@ -225,12 +225,12 @@ def test_a_program_that_pytorch_could_not_load_is_refused(tmp_path: Path, monkey
             package.writestr("model/data/aotinductor/model/a.wrapper.cpp", "#include <regex>")
 
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compiled)
-    monkeypatch.setenv("CXX", "/opt/gcc/bin/g++")
+    monkeypatch.setenv("CXX", "/opt/other/bin/g++")
     program: Any = None
     export.save(program, tmp_path / "good.pt2", "aoti")
     needed[0] = b"libm.so.6"
     with pytest.raises(
-        InputError, match=r"bad\.pt2: the C\+\+ compiler, /opt/gcc/bin/g\+\+, linked libstdc\+\+ statically"
+        InputError, match=r"bad\.pt2: the C\+\+ compiler, /opt/other/bin/g\+\+, linked libstdc\+\+ statically"
     ):
         export.save(program, tmp_path / "bad.pt2", "aoti")
     assert [path.name for path in tmp_path.iterdir()] == ["good.pt2"]
