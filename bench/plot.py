@@ -86,10 +86,9 @@ def titled(figure: Figure, title: str, run: Run) -> None:
     """What, where and when."""
     where = run["machine"]["gpu"] or f"{run['machine']['cpu']}, {run['machine']['threads']} threads"
     changed = " with changes" if run.get("clean") is False else ""
-    quick = ", QUICK: no measurement" if run.get("quick") else ""
-    figure.suptitle(
-        f"{title}\n{where}, {run['date']}, commit {(run['commit'] or 'unknown')[:10]}{changed}{quick}", fontsize=10
-    )
+    quick = "\nQUICK: no measurement" if run.get("quick") else ""
+    commit = f"commit {(run['commit'] or 'unknown')[:10]}{changed}"
+    figure.suptitle(f"{title}\n{where}, {run['date']}, {commit}{quick}", fontsize=10)
 
 
 def latency(run: Run) -> Iterator[tuple[str, Figure]]:
@@ -300,7 +299,9 @@ def quality(run: Run) -> Iterator[tuple[str, Figure]]:
             [one["mean"] for one in found], range(len(mine)), xerr=[one["half"] or 0 for one in found], fmt="o",
             color=OURS, capsize=4,
         )  # fmt: skip
-        names = [f"{row['setting']}, {row['weights']} ({len(row['seeds'])} seeds)" for row in mine]
+        counts = [len(row["seeds"]) for row in mine]
+        seeds = [f"{count} seed{'s' * (count > 1)}" for count in counts]
+        names = [f"{row['setting']}, {row['weights']} ({many})" for row, many in zip(mine, seeds, strict=True)]
         axes.set_yticks(range(len(mine)), names, fontsize=7)
         axes.set(xlabel="NDCG@20, filtered, per cent")
         axes.set_title(dataset, fontsize=9)

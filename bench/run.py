@@ -118,6 +118,13 @@ def preset_of(log: Path) -> str:
     return max((name for name in PRESETS if log.stem.startswith(name)), key=len, default="default")
 
 
+# Of a training that shows that everything runs, within seconds on two cores.
+QUICK_TRAINING = (
+    "model.d=32", "model.heads=2", "model.blocks=1", "model.source_block=-1", "model.max_length=10",
+    "train.epochs=1", "train.epochs_stage2=1",
+)  # fmt: skip
+
+
 def quality(arguments: argparse.Namespace, command: Sequence[str]) -> record.Run:
     """Train and test by `bench.quality`, several seeds, and keep its summary.
 
@@ -134,8 +141,11 @@ def quality(arguments: argparse.Namespace, command: Sequence[str]) -> record.Run
     for name, value in (("--seconds", arguments.seconds), ("--dtype", arguments.dtype), ("--commit", arguments.commit)):
         if value is not None:
             work += [name, str(value)]
-    if arguments.seed:
-        work += ["--seeds", *map(str, arguments.seed)]
+    seeds = arguments.seed or ([0] if arguments.quick else [])
+    if seeds:
+        work += ["--seeds", *map(str, seeds)]
+    if arguments.quick:
+        work += [word for change in QUICK_TRAINING for word in ("--set", change)]
     for options in (work, ["--summarise", str(folder)]):
         line = [sys.executable, "-m", "bench.quality", *options]
         done = subprocess.run(line, cwd=record.ROOT, stdout=sys.stderr, check=False)
@@ -144,7 +154,7 @@ def quality(arguments: argparse.Namespace, command: Sequence[str]) -> record.Run
     summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
     if not summary["rows"]:
         raise InputError(f"{folder}: no training ended; expected more --seconds, or fewer logs and seeds")
-    return recorder.finish([], {}, summary=summary)
+    return recorder.finish([], {}, quick=arguments.quick, summary=summary)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -169,6 +169,16 @@ def test_more_steps_are_measured_beside_the_one(tmp_path: Path, tiny_checkpoint:
     assert all(0 < row["ndcg@20"] < 100 for row in found["rows"])
 
 
+def test_quality_is_trained_summed_up_and_drawn(tmp_path: Path, tiny_log: Path) -> None:
+    options = ["--data", str(tiny_log), "--device", "cpu", "--out", str(tmp_path)]
+    assert run.main(["--suite", "quality", "--quick", *options]) == 0
+    [path] = tmp_path.glob("*.json")
+    [found] = record.read(path)
+    assert found["quick"]
+    assert {(row["setting"], tuple(row["seeds"])) for row in found["summary"]["rows"]} == {("preset", (0,))}
+    assert [one.name.removeprefix(f"{path.stem}-") for one in tmp_path.glob("*.png")] == ["quality.png"]
+
+
 def test_topk_runs_as_a_file_of_the_checkout_and_names_who_is_absent(tmp_path: Path) -> None:
     options = ["--suite", "topk", "--quick", "--device", "cpu", "--out", str(tmp_path)]
     command = [sys.executable, str(ROOT / "bench" / "run.py"), *options]
