@@ -122,28 +122,9 @@ __device__ __forceinline__ void row_totals(float& low, float& high, const Place&
   take_row_totals(low, high, at, reduce);
 }
 
-// Of a norm: a thread's four channels.
-struct Gains {
-  float2 gain[2], bias[2];
-};
-
-// Loaded a phase before they are used.
-template <bool kLayerNorm>
-__device__ __forceinline__ Gains load_gains(const EncoderCall& call, int norm, const Place& at) {
-  const float2* gains = reinterpret_cast<const float2*>(call.norms + static_cast<std::int64_t>(norm) * 2 * kChannels);
-  Gains loaded;
-#pragma unroll
-  for (int n = 0; n < 2; ++n) {
-    loaded.gain[n] = __ldg(gains + 8 * at.warp + 4 * n + at.quad);
-    loaded.bias[n] = {0.0f, 0.0f};
-    if (kLayerNorm) loaded.bias[n] = __ldg(gains + kChannels / 2 + 8 * at.warp + 4 * n + at.quad);
-  }
-  return loaded;
-}
-
 // RMSNorm or LayerNorm of the residual.
 template <bool kLayerNorm>
-__device__ __forceinline__ void normalise(const EncoderCall& call, const Gains& gains, const float (&h)[8],
+__device__ __forceinline__ void normalise(const EncoderCall& call, const Gains<2>& gains, const float (&h)[8],
                                           const Place& at, Shared& s, float (&y)[8]) {
 #pragma unroll
   for (int i = 0; i < 8; ++i) y[i] = h[i];
@@ -158,11 +139,7 @@ __device__ __forceinline__ void normalise(const EncoderCall& call, const Gains& 
   row_totals(low, high, at, s.reduce[0]);
   low = rsqrtf(low * (1.0f / kChannels) + call.eps);
   high = rsqrtf(high * (1.0f / kChannels) + call.eps);
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const float2 gain = gains.gain[i / 4], bias = gains.bias[i / 4];
-    y[i] = y[i] * (i & 2 ? high : low) * (i & 1 ? gain.y : gain.x) + (i & 1 ? bias.y : bias.x);
-  }
+  scale_rows(gains, low, high, y);
 }
 
 // The factors of rows `group` and `group + 8` that a product over normalised rows still lacks.
@@ -173,7 +150,7 @@ struct Rates {
 // The normalised tile as the left operand of a product over its channels, 8 steps of 16: an RMSNorm's without its rate,
 // which is on its way while the product runs.
 template <bool kLayerNorm>
-__device__ __forceinline__ Rates normalised_operand(const EncoderCall& call, const Gains& gains,
+__device__ __forceinline__ Rates normalised_operand(const EncoderCall& call, const Gains<2>& gains,
                                                     const float (&h)[8], const Place& at, Shared& s, uint4 (&a)[8]) {
   float y[8];
   Rates rates{1.0f, 1.0f};
@@ -417,7 +394,8 @@ __device__ __forceinline__ void combine(const Place& at, Shared& s) {
                                                                       pack(o.z * rate, o.w * rate)};
 }
 
-// Adds this half's share of the tile, the sum of two chains, to h, and sends it to the other half.
+// Adds this half's share of the tile, the sum of two chains, to h, and sends it to the other half. What is sent is
+// rounded, so the two residual streams of a tile differ by that.
 __device__ __forceinline__ void share(float (&h)[8], const float (&even)[2][4], const float (&odd)[2][4], uint4* there,
                                       std::uint64_t* barrier, int partner) {
   float c[8];
@@ -426,18 +404,7 @@ __device__ __forceinline__ void share(float (&h)[8], const float (&even)[2][4], 
     c[i] = even[i / 4][i % 4] + odd[i / 4][i % 4];
     h[i] += c[i];
   }
-  const uint4 packed = {pack(c[0], c[1]), pack(c[2], c[3]), pack(c[4], c[5]), pack(c[6], c[7])};
-  store_remote(in_block(shared_address(there), partner), packed, in_block(shared_address(barrier), partner));
-}
-
-// Adds what the other half has sent to h; it was rounded, so the two residual streams of a tile differ by that.
-__device__ __forceinline__ void add_share(float (&h)[8], uint4 sent) {
-  const std::uint32_t two[4] = {sent.x, sent.y, sent.z, sent.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    h[2 * i] += low_half(two[i]);
-    h[2 * i + 1] += high_half(two[i]);
-  }
+  store_remote(in_block(shared_address(there), partner), packed(c), in_block(shared_address(barrier), partner));
 }
 
 __device__ __forceinline__ void store_newest(const EncoderCall& call, const float (&y)[8], int user,
@@ -505,7 +472,8 @@ __device__ __forceinline__ void encode_history(const EncoderCall& call) {
   __syncwarp();
   cluster_arrive();
   const Turns turns = load_turns(call, at);
-  Gains gains = load_gains<kLayerNorm>(call, 0, at);
+  const int pair = 8 * at.warp + at.quad;
+  Gains<2> gains = load_gains<kLayerNorm, 2>(call, 0, pair);
   float h[8];
   input(call, history, at, s, h);
   cluster_wait();
@@ -520,12 +488,12 @@ __device__ __forceinline__ void encode_history(const EncoderCall& call) {
     if (block > 0) {
       barrier_wait(&s.fed_here, 1 - buffer);
       if (thread == 0) barrier_expect(&s.fed_here, kShareBytes);
-      add_share(h, s.fed_share[thread]);
+      add_packed(h, s.fed_share[thread]);
     }
     Rates rates = normalised_operand<kLayerNorm>(call, gains, h, at, s, a);
     project(turns, a, w, rates, at, s, buffer, blocks_before, last);
     if (block == feeds) return;
-    gains = load_gains<kLayerNorm>(call, 2 * block + 1, at);
+    gains = load_gains<kLayerNorm, 2>(call, 2 * block + 1, pair);
     __syncthreads();
     if (at.warp % 4 >= at.first_tile) attend(call, history.present, at, s, buffer, block / 2 % 2);
     __syncthreads();
@@ -552,10 +520,10 @@ __device__ __forceinline__ void encode_history(const EncoderCall& call) {
     }
     barrier_wait(&s.attended_here, buffer);
     if (thread == 0) barrier_expect(&s.attended_here, kShareBytes);
-    add_share(h, s.attended_share[thread]);
+    add_packed(h, s.attended_share[thread]);
 
     rates = normalised_operand<kLayerNorm>(call, gains, h, at, s, a);
-    gains = load_gains<kLayerNorm>(call, 2 * block + 2, at);
+    gains = load_gains<kLayerNorm, 2>(call, 2 * block + 2, pair);
     float f[4][4] = {};
 #pragma unroll
     for (int k = 0; k < 8; ++k) {
@@ -587,7 +555,7 @@ __device__ __forceinline__ void encode_history(const EncoderCall& call) {
     share(h, even, odd, &s.fed_share[thread], &s.fed_here, rank ^ 1);
   }
   barrier_wait(&s.fed_here, (call.blocks - 1) % 2);
-  add_share(h, s.fed_share[thread]);
+  add_packed(h, s.fed_share[thread]);
   float y[8];
   normalise<kLayerNorm>(call, gains, h, at, s, y);
   store_newest(call, y, user, at);

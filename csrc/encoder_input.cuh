@@ -120,6 +120,49 @@ __device__ __forceinline__ void embed(const EncoderCall& call, const History& hi
   }
 }
 
+// Of a norm: a thread's pairs of channels, every fourth from pair `first` on. Loaded a phase before they are used.
+template <int kPairs>
+struct Gains {
+  float2 gain[kPairs], bias[kPairs];
+};
+
+template <bool kLayerNorm, int kPairs>
+__device__ __forceinline__ Gains<kPairs> load_gains(const EncoderCall& call, int norm, int first) {
+  const float2* gains = reinterpret_cast<const float2*>(call.norms + static_cast<std::int64_t>(norm) * 2 * kChannels);
+  Gains<kPairs> loaded;
+#pragma unroll
+  for (int j = 0; j < kPairs; ++j) {
+    loaded.gain[j] = __ldg(gains + first + 4 * j);
+    loaded.bias[j] = {0.0f, 0.0f};
+    if (kLayerNorm) loaded.bias[j] = __ldg(gains + kChannels / 2 + first + 4 * j);
+  }
+  return loaded;
+}
+
+// The end of a norm: y[4 j + e] is row e / 2 of two, whose factors are `low` and `high`, and channel e % 2 of pair j.
+template <int kPairs>
+__device__ __forceinline__ void scale_rows(const Gains<kPairs>& gains, float low, float high, float (&y)[4 * kPairs]) {
+#pragma unroll
+  for (int i = 0; i < 4 * kPairs; ++i) {
+    const float2 gain = gains.gain[i / 4], bias = gains.bias[i / 4];
+    y[i] = y[i] * (i & 2 ? high : low) * (i & 1 ? gain.y : gain.x) + (i & 1 ? bias.y : bias.x);
+  }
+}
+
+// Eight floats as bf16, and added to eight: what one half sends of its share, and what the other does with it.
+__device__ __forceinline__ uint4 packed(const float* c) {
+  return {pack(c[0], c[1]), pack(c[2], c[3]), pack(c[4], c[5]), pack(c[6], c[7])};
+}
+
+__device__ __forceinline__ void add_packed(float* h, uint4 sent) {
+  const std::uint32_t two[4] = {sent.x, sent.y, sent.z, sent.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    h[2 * i] += low_half(two[i]);
+    h[2 * i + 1] += high_half(two[i]);
+  }
+}
+
 // gelu(4 y) / 2: _half_gelu of kernels/encoder.py.
 __device__ __forceinline__ float half_gelu(float y) {
   const float square = __saturatef(y * y);

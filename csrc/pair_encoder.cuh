@@ -104,24 +104,6 @@ __device__ __forceinline__ Two squares(const float (&y)[32]) {
   return parts;
 }
 
-// Of a norm: a thread's sixteen channels. Loaded a phase before they are used.
-struct Gains {
-  float2 gain[8], bias[8];
-};
-
-template <bool kLayerNorm>
-__device__ __forceinline__ Gains load_gains(const EncoderCall& call, int norm, const Place& at) {
-  const float2* gains = reinterpret_cast<const float2*>(call.norms + static_cast<std::int64_t>(norm) * 2 * kChannels);
-  Gains loaded;
-#pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    loaded.gain[j] = __ldg(gains + 32 * at.columns + 4 * j + at.quad);
-    loaded.bias[j] = {0.0f, 0.0f};
-    if (kLayerNorm) loaded.bias[j] = __ldg(gains + kChannels / 2 + 32 * at.columns + 4 * j + at.quad);
-  }
-  return loaded;
-}
-
 // The factors of a norm, behind a barrier that give_totals of its squares came before.
 __device__ __forceinline__ Two take_rates(const EncoderCall& call, const Place& at, const Shared& s) {
   const Two square = take_totals(at, s.reduce[0]);
@@ -146,7 +128,7 @@ __device__ __forceinline__ void centre(const float (&h)[32], const Place& at, Sh
 // Writes y as the left operand of a product over all channels, and returns the rates that its rows still lack: an
 // RMSNorm's are on their way meanwhile. Behind it all threads have passed a barrier.
 template <bool kLayerNorm>
-__device__ __forceinline__ Two normalise(const EncoderCall& call, const Gains& gains, const float (&h)[32],
+__device__ __forceinline__ Two normalise(const EncoderCall& call, const Gains<8>& gains, const float (&h)[32],
                                          const Place& at, Shared& s) {
   float y[32];
   centre<kLayerNorm>(h, at, s, y);
@@ -196,18 +178,24 @@ __device__ __forceinline__ std::uint32_t turned(const float* c, float rate, floa
   return pack(first * turn.x - second * turn.y, first * turn.y + second * turn.x);
 }
 
+// c = the rows of kPanels panels times the weights' of as many, which lie `apart`.
+template <int kPanels, int kCount>
+__device__ __forceinline__ void multiply(float (&c)[kCount], std::uint32_t rows, std::uint32_t weights,
+                                         std::uint32_t apart) {
+  begin_products();
+#pragma unroll
+  for (int k = 0; k < 4 * kPanels; ++k) {
+    const std::uint32_t within = k % 4 * 32;
+    product(c, operand(rows + k / 4 * kPanel + within), operand(weights + k / 4 * apart + within), k > 0);
+  }
+  end_products();
+}
+
 // Projects the normalised rows to this warpgroup's head: queries as left operands, keys and values to shared memory.
 __device__ __forceinline__ void project(const Turns& turns, Two rates, std::uint32_t weights, const Place& at, Shared& s,
                                         uint4 (&queries)[2]) {
   float c[48];
-  const std::uint32_t x = shared_address(s.x), head = weights + 2 * kHeadPanel * at.columns;
-  begin_products();
-#pragma unroll
-  for (int k = 0; k < 8; ++k) {
-    const std::uint32_t within = k % 4 * 32;
-    product(c, operand(x + k / 4 * kPanel + within), operand(head + k / 4 * kHeadPanel + within), k > 0);
-  }
-  end_products();
+  multiply<2>(c, shared_address(s.x), weights + 2 * kHeadPanel * at.columns, kHeadPanel);
   std::uint32_t q[2][4];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -316,21 +304,12 @@ template <int kPanels>
 __device__ __forceinline__ void share(std::uint32_t rows, std::uint32_t weights, bool all, const Place& at,
                                       float (&h)[32], uint4 (&there)[4][kThreads], std::uint64_t* barrier, int partner) {
   float c[32];
-  const std::uint32_t own = weights + kPanel * at.columns;
-  begin_products();
-#pragma unroll
-  for (int k = 0; k < 4 * kPanels; ++k) {
-    const std::uint32_t within = k % 4 * 32;
-    product(c, operand(rows + k / 4 * kPanel + within), operand(own + k / 4 * kFedPanel + within), k > 0);
-  }
-  end_products();
+  multiply<kPanels>(c, rows, weights + kPanel * at.columns, kFedPanel);
   if (!all && !at.newest) return;
   const std::uint32_t counted = in_block(shared_address(barrier), partner);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const float* v = c + 8 * i;
-    const uint4 packed = {pack(v[0], v[1]), pack(v[2], v[3]), pack(v[4], v[5]), pack(v[6], v[7])};
-    store_remote(in_block(shared_address(&there[i][threadIdx.x]), partner), packed, counted);
+    store_remote(in_block(shared_address(&there[i][threadIdx.x]), partner), packed(c + 8 * i), counted);
   }
 #pragma unroll
   for (int i = 0; i < 32; ++i) h[i] += c[i];
@@ -339,28 +318,13 @@ __device__ __forceinline__ void share(std::uint32_t rows, std::uint32_t weights,
 // Adds what the other half has sent to the residual, which has this half's.
 __device__ __forceinline__ void add_share(float (&h)[32], const uint4 (&sent)[4][kThreads]) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const uint4 v = sent[i][threadIdx.x];
-    const std::uint32_t two[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      h[8 * i + 2 * j] += low_half(two[j]);
-      h[8 * i + 2 * j + 1] += high_half(two[j]);
-    }
-  }
+  for (int i = 0; i < 4; ++i) add_packed(h + 8 * i, sent[i][threadIdx.x]);
 }
 
 // The hidden units of this warpgroup, half of the block's.
 __device__ __forceinline__ void feed(std::uint32_t weights, Two rates, bool all, const Place& at, Shared& s) {
   float c[64];
-  const std::uint32_t x = shared_address(s.x), own = weights + 128 * kPanelRow * at.columns;
-  begin_products();
-#pragma unroll
-  for (int k = 0; k < 8; ++k) {
-    const std::uint32_t within = k % 4 * 32;
-    product(c, operand(x + k / 4 * kPanel + within), operand(own + k / 4 * kFeedPanel + within), k > 0);
-  }
-  end_products();
+  multiply<2>(c, shared_address(s.x), weights + 128 * kPanelRow * at.columns, kFeedPanel);
   if (!all && !at.newest) return;
 #pragma unroll
   for (int j = 0; j < 16; ++j) {
@@ -441,7 +405,8 @@ __device__ __forceinline__ void encode_history(const EncoderCall& call) {
   __syncwarp();
   cluster_arrive();
   const Turns turns = load_turns(call, at);
-  Gains gains = load_gains<kLayerNorm>(call, 0, at);
+  const int pair = 32 * at.columns + at.quad;
+  Gains<8> gains = load_gains<kLayerNorm, 8>(call, 0, pair);
   const std::uint32_t keys = own_keys(history.present, at);
   float h[32];
   input(call, history, at, s, h);
@@ -465,7 +430,7 @@ __device__ __forceinline__ void encode_history(const EncoderCall& call) {
     }
     Two rates = normalise<kLayerNorm>(call, gains, h, at, s);
     if (block > 0) products_done(portion - 1);
-    gains = load_gains<kLayerNorm>(call, 2 * block + 1, at);
+    gains = load_gains<kLayerNorm, 8>(call, 2 * block + 1, pair);
     const std::uint32_t first = weights_of(portion);
     uint4 queries[2];
     project(turns, rates, first, at, s, queries);
@@ -481,7 +446,7 @@ __device__ __forceinline__ void encode_history(const EncoderCall& call) {
     if (thread == 0 && all) barrier_expect(&s.attended_here, next_share);
     rates = normalise<kLayerNorm>(call, gains, h, at, s);
     products_done(portion);
-    gains = load_gains<kLayerNorm>(call, 2 * block + 2, at);
+    gains = load_gains<kLayerNorm, 8>(call, 2 * block + 2, pair);
     feed(weights_of(portion + 1), rates, all, at, s);
     stores_before_products();
     __syncthreads();
@@ -495,11 +460,7 @@ __device__ __forceinline__ void encode_history(const EncoderCall& call) {
   centre<kLayerNorm>(h, at, s, y);
   __syncthreads();
   const Two rates = take_rates(call, at, s);
-#pragma unroll
-  for (int i = 0; i < 32; ++i) {
-    const float2 gain = gains.gain[i / 4], bias = gains.bias[i / 4];
-    y[i] = y[i] * (i & 2 ? rates.high : rates.low) * (i & 1 ? gain.y : gain.x) + (i & 1 ? bias.y : bias.x);
-  }
+  scale_rows(gains, rates.low, rates.high, y);
   if (stores) store_newest(call, y, user, at);
 }
 
