@@ -494,8 +494,7 @@ def _matrices(model: FAVE) -> Tensor:
     """The kernel's matrix of all blocks' weights."""
     config = model.config
     channels = config.d // config.heads
-    half = torch.arange(channels // 2, device=model.item_embedding.weight.device)
-    paired = torch.stack((half, half + channels // 2), 1).flatten()  # the channels (i, i + C / 2) side by side
+    paired = encoder_cluster.rotary_pairs(channels, model.item_embedding.weight.device)
     parts: list[Tensor] = []
     blocks: Any = model.blocks
     for block in blocks:

@@ -11,7 +11,8 @@ and 2 t + 1 and the feed-forward's channels from 256 t.
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,18 +77,35 @@ def left_operand(weight: Tensor) -> Tensor:
     return parts.permute(0, 3, 2, 5, 4, 1, 6).reshape(m // 16, k // 16, 32, 8)
 
 
-def fragments(model: FAVE) -> Tensor:
-    """All blocks' weights as the kernel reads them: [blocks, 2, 384, 32, 8] in the model's dtype.
+def rotary_pairs(channels: int, device: torch.device) -> Tensor:
+    """The order of a head's channels that has those of a rotary pair, i and i + channels / 2, side by side."""
+    half = torch.arange(channels // 2, device=device)
+    return torch.stack((half, half + channels // 2), 1).flatten()
 
-    The units are those of warp after warp: of four, 8 for 16 channels of the keys and 8 for the same of the queries; of
-    the other four, 8 for 16 channels of the values (left operands). Then, of each warp, 4 of the output projection, 16
-    of the feed-forward's first matrix and 16 of its second, doubled as in `EncoderWeights`. Queries and keys interleave
-    the channels (i, i + 16) of a rotary pair.
+
+class Half(NamedTuple):
+    """Weights of a transformer block that half t of a history's blocks multiplies by: two heads, half a feed-forward.
+
+    Attributes:
+        queries: [2, 32, 128] of heads 2 t and 2 t + 1, rotary pairs side by side; keys likewise.
+        values: [2, 32, 128].
+        out: [128, 64], the output projection's columns for these heads.
+        first: [256, 128], the feed-forward's channels from 256 t.
+        second: [128, 256], doubled as in `EncoderWeights`.
     """
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    out: Tensor
+    first: Tensor
+    second: Tensor
+
+
+def halves(model: FAVE) -> Iterator[Half]:
+    """Both halves of each block, block after block."""
     c = D // HEADS
-    half = torch.arange(c // 2, device=model.item_embedding.weight.device)
-    paired = torch.stack((half, half + c // 2), 1).flatten()
-    result = []
+    paired = rotary_pairs(c, model.item_embedding.weight.device)
     blocks: Any = model.blocks
     for block in blocks:
         q, k, v = (part.view(HEADS, c, D) for part in block.qkv.weight.detach().chunk(3))
@@ -95,18 +113,29 @@ def fragments(model: FAVE) -> Tensor:
         second = 2 * block.ffn_out.weight.detach()
         for t in (0, 1):
             heads, hidden = slice(2 * t, 2 * t + 2), slice(t * HIDDEN // 2, (t + 1) * HIDDEN // 2)
-            keys, queries = (
-                right_operand(part[heads][:, paired].reshape(2 * c, D)).view(4, 8, 32, 8) for part in (k, q)
+            columns = slice(2 * c * t, 2 * c * (t + 1))
+            yield Half(
+                q[heads][:, paired], k[heads][:, paired], v[heads], out[:, columns], first[hidden], second[:, hidden]
             )
-            units = [
-                torch.stack((keys, queries), 1),
-                left_operand(v[heads].reshape(2 * c, D)),
-                right_operand(out[:, 2 * c * t : 2 * c * (t + 1)]),
-                right_operand(first[hidden]),
-                right_operand(second[:, hidden]),
-            ]
-            result.append(torch.cat([part.reshape(-1, 32, 8) for part in units]))
-    return torch.stack(result).view(len(blocks), 2, UNITS, 32, 8).contiguous()
+
+
+def fragments(model: FAVE) -> Tensor:
+    """All blocks' weights as the kernel reads them: [blocks, 2, 384, 32, 8] in the model's dtype.
+
+    The units are those of warp after warp: of four, 8 for 16 channels of the keys and 8 for the same of the queries; of
+    the other four, 8 for 16 channels of the values (left operands). Then, of each warp, 4 of the output projection, 16
+    of the feed-forward's first matrix and 16 of its second.
+    """
+    result = []
+    for half in halves(model):
+        keys, queries = (right_operand(part.reshape(-1, D)).view(4, 8, 32, 8) for part in (half.keys, half.queries))
+        units = [
+            torch.stack((keys, queries), 1),
+            left_operand(half.values.reshape(-1, D)),
+            *(right_operand(part) for part in (half.out, half.first, half.second)),
+        ]
+        result.append(torch.cat([part.reshape(-1, 32, 8) for part in units]))
+    return torch.stack(result).view(-1, 2, UNITS, 32, 8).contiguous()
 
 
 def run(call: _Call) -> None:

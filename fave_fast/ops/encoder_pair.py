@@ -8,13 +8,12 @@ batch.
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fave_fast.ops import encoder_cluster
-from fave_fast.ops.encoder_cluster import HEADS, HIDDEN, D
 
 if TYPE_CHECKING:  # what is below imports nothing of what is above it
     from fave_fast.model import FAVE
@@ -40,26 +39,15 @@ def in_panels(weight: Tensor) -> Tensor:
 def portions(model: FAVE) -> Tensor:
     """All blocks' weights as the kernel reads them: [blocks, 2, 3, 32768] in the model's dtype.
 
-    Half t has the heads 2 t and 2 t + 1 and the feed-forward's channels from 256 t. Its portions are the panels of each
-    head's queries, keys and values and those of the output projection for these heads; of the feed-forward's first
-    matrix; and of its second, doubled as in `EncoderWeights`. Queries and keys interleave the channels (i, i + 16) of a
-    rotary pair.
+    A half's portions are the panels of each head's queries, keys and values and of the output projection for these
+    heads; of the feed-forward's first matrix; and of its second.
     """
-    c = D // HEADS
-    half = torch.arange(c // 2, device=model.item_embedding.weight.device)
-    paired = torch.stack((half, half + c // 2), 1).flatten()
     result = []
-    blocks: Any = model.blocks
-    for block in blocks:
-        q, k, v = (part.view(HEADS, c, D) for part in block.qkv.weight.detach().chunk(3))
-        out, first = block.attention_out.weight.detach(), block.ffn_in.weight.detach()
-        second = 2 * block.ffn_out.weight.detach()
-        for t in (0, 1):
-            hidden = slice(t * HIDDEN // 2, (t + 1) * HIDDEN // 2)
-            heads = [torch.cat((q[h, paired], k[h, paired], v[h])) for h in (2 * t, 2 * t + 1)]
-            weights = [*heads, out[:, 2 * c * t : 2 * c * (t + 1)], first[hidden], second[:, hidden]]
-            result.append(torch.cat([in_panels(weight).flatten() for weight in weights]))
-    return torch.stack(result).view(len(blocks), 2, 3, PORTION).contiguous()
+    for half in encoder_cluster.halves(model):
+        heads = torch.cat((half.queries, half.keys, half.values), 1)
+        weights = (*heads, half.out, half.first, half.second)
+        result.append(torch.cat([in_panels(weight).flatten() for weight in weights]))
+    return torch.stack(result).view(-1, 2, 3, PORTION).contiguous()
 
 
 def run(call: _Call) -> None:
