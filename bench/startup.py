@@ -21,7 +21,7 @@ from fave_fast import checkpoint as checkpoints
 from fave_fast import cli
 
 FIRST_ANSWER = "the first answer was there"
-TORCH = "import sys, torch; torch.zeros(1, device=sys.argv[1]); print('the first answer was there', flush=True)"
+TORCH = f"import sys, torch; torch.zeros(1, device=sys.argv[1]); print({FIRST_ANSWER!r}, flush=True)"
 
 
 def seconds_to_first_answer(command: Sequence[str]) -> float:

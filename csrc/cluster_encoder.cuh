@@ -15,11 +15,11 @@
 // another block. (The copy engine brings 192 KB to each of 8 blocks in 2,380 cycles of an H200; loads to registers, 16
 // bytes a lane and 64 KB in flight, took 5,040.)
 //
-// What limits it, on an H200 with four transformer blocks: one takes 7,100 cycles with 50 items, and it is 4,300 until
-// the rows are there. (A round of 4 KB to one block takes 440 cycles, to each of three 980.) By count, no counter was
-// read, that leaves shared memory: weights are written there and read again, 2 x 192 KB at 128 bytes a cycle or 3,070
-// cycles, and every warp reads the whole left operand, 1,000 more. To take a phase's weights takes a warp 500 to 1,000
-// cycles, of which an exchange hides 440.
+// What limits it, on an H200 with four transformer blocks: one takes 7,100 cycles with 50 items, and it is 4,400 until
+// the rows are there (stamps at c039076, whose blocks do the same). (A round of 4 KB to one block takes 440 cycles, to
+// each of three 980.) By count, no counter was read, that leaves shared memory: weights are written there and read
+// again, 2 x 192 KB at 128 bytes a cycle or 3,070 cycles, and every warp reads the whole left operand, 1,000 more. To
+// take a phase's weights takes a warp 500 to 1,000 cycles, of which an exchange hides 440.
 
 #include <cstdint>
 

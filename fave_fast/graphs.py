@@ -86,7 +86,7 @@ def items_held(batch: int) -> int:
 
     All of them are excluded from the lists, though only the last L of a history are read: one history of a thousand
     items is no reason to take a graph for sixteen, nor are 64 of ML-100k's hundred one to take a slower encoder's.
-    A request carries as many words as the graph holds, of which 64 KB take a microsecond or two.
+    Every request carries as many words as its graph holds, so that larger ones hold less for each.
     """
     return _ITEMS_EACH * (batch + min(batch, _SMALL)) + _MORE_ITEMS
 
