@@ -42,7 +42,8 @@ _SELECTION = "NDCG@20"
 def import_recbole() -> types.ModuleType:
     """RecBole's sequential models.
 
-    Its release of 2025 names types that NumPy 2 has dropped, and imports TensorBoard, which nothing here uses.
+    Its release of 2025 names types that NumPy 2 has dropped, imports TensorBoard, which nothing here uses, and has
+    autograd look everywhere for NaN: a step of SASRec's takes 18 ms without and 73 with.
 
     Raises:
         InputError: it is not installed.
@@ -54,10 +55,13 @@ def import_recbole() -> types.ModuleType:
         stub: Any = types.ModuleType("torch.utils.tensorboard")
         stub.SummaryWriter = None
         sys.modules.setdefault("torch.utils.tensorboard", stub)
+    looks_for_nan = torch.is_anomaly_enabled()
     try:
         return importlib.import_module("recbole.model.sequential_recommender")
     except ImportError as error:
         raise InputError(f"RecBole cannot be imported ({error}): pip install recbole") from None
+    finally:
+        torch.autograd.set_detect_anomaly(looks_for_nan)
 
 
 @dataclass(frozen=True)
