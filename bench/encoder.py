@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -16,14 +17,13 @@ from bench.measure import Row, shown, time_us
 from fave_fast.config import FlowConfig, ModelConfig
 from fave_fast.flow import InferenceNoise
 from fave_fast.model import FAVE
-from fave_fast.ops import encoder_cluster
-from fave_fast.ops.encoder import EncoderWeights, InputPath, Plan, encode, encode_ids
+from fave_fast.ops.encoder import OP, EncoderWeights, InputPath, Plan, encode, encode_ids
 
 ITEMS = 12_101
 LENGTH = 50
-BATCHES = (1, 64, 132, 512, 4096)
+BATCHES = (1, 64, 128, 256, 512, 4096)
 COMPILED = (512,)
-BEAUTY = (512, 4096, 16_384)
+BEAUTY = (128, 256, 512, 4096, 16_384)
 SMALL = (1, 8, 16, 32, 64)  # batches of the kernels for Hopper
 SMALL_LENGTHS = (9, 50)
 
@@ -50,13 +50,19 @@ def offsets_of(lengths: Tensor) -> Tensor:
 class Bench:
     """One model, its packed weights, and the same model in float64."""
 
-    def __init__(self) -> None:
+    def __init__(self, peers: bool) -> None:
         torch.manual_seed(0)
+        self.peers = peers
         self.flow = FlowConfig()
         self.model = FAVE(ModelConfig(), ITEMS).cuda().bfloat16().eval()
         self.weights = EncoderWeights.pack(self.model)
         self.path = InputPath.pack(self.model, self.flow, InferenceNoise.draw(self.model, self.flow))
         self.oracle = EncoderWeights.pack(copy.deepcopy(self.model).double())
+
+    def backends(self, *wanted: str) -> list[str]:
+        """Those of them that run here."""
+        refusals = OP.refusals(torch.device("cuda"), torch.bfloat16)
+        return [backend for backend in wanted if refusals[backend] is None]
 
     def check(self, e: Tensor, offsets: Tensor, got: Tensor) -> None:
         """At most twice the error of eager bf16, against float64."""
@@ -80,12 +86,12 @@ class Bench:
         out = torch.empty(batch, e.shape[1], dtype=e.dtype, device="cuda")
         self.check(e, offsets, encode(self.weights, e, offsets, backend="triton"))
         yield self.row(case, "triton, E", lambda: encode(self.weights, e, offsets, out=out, backend="triton"), lengths)
-        yield self.row(
-            case,
-            "triton, ids",
-            lambda: encode_ids(self.weights, self.path, ids, offsets, out=out, backend="triton"),
-            lengths,
-        )
+        for backend in self.backends("triton", "tile"):
+            self.check(e, offsets, encode(self.weights, e, offsets, backend=backend))
+            call = partial(encode_ids, self.weights, self.path, ids, offsets, out=out, backend=backend)
+            yield self.row(case, f"{backend}, ids", call, lengths)
+        if not self.peers:
+            return
         grid, present = e.view(batch, LENGTH, -1), torch.ones(batch, LENGTH, dtype=torch.bool, device="cuda")
         with torch.no_grad():
             # Without a graph, as plain PyTorch is run; and with one, which spares it the launches.
@@ -97,15 +103,14 @@ class Bench:
 
     def small(self, batch: int, length: int) -> Iterator[Row]:
         """The kernels for Hopper beside Triton's, from ids, with a cold L2 cache and with the last run's."""
-        if encoder_cluster.why_not(torch.device("cuda"), torch.bfloat16) is not None:
-            return
         lengths = torch.full((batch,), length, device="cuda")
         offsets, case = offsets_of(lengths), f"B {batch}, L {length}"
         e = torch.randn(batch * length, self.model.config.d, device="cuda").bfloat16()
         ids = torch.randint(1, ITEMS + 1, (batch * length,), device="cuda")
         out = torch.empty(batch, e.shape[1], dtype=e.dtype, device="cuda")
-        for backend, name in (("cpp", "cluster"), ("pair", "pair"), ("triton", "triton")):
+        for backend in self.backends("cpp", "pair", "tile", "triton"):
             self.check(e, offsets, encode(self.weights, e, offsets, backend=backend))
+            name = "cluster" if backend == "cpp" else backend
             call = partial(encode_ids, self.weights, self.path, ids, offsets, out=out, backend=backend)
             yield self.row(case, f"{name}, ids", call, lengths)
             yield self.row(case, f"{name}, ids, warm L2", call, lengths, cold=False)
@@ -117,21 +122,25 @@ class Bench:
         ids = torch.randint(1, ITEMS + 1, (int(offsets[-1]),), device="cuda")
         out = torch.empty(batch, self.model.config.d, dtype=torch.bfloat16, device="cuda")
         plan = Plan.of(lengths).trimmed()
-        yield self.row(
-            case,
-            "triton, ids, planned",
-            lambda: encode_ids(self.weights, self.path, ids, offsets, plan=plan, out=out, backend="triton"),
-            lengths,
-        )
+        for backend in self.backends("triton", "tile"):
+            call = partial(encode_ids, self.weights, self.path, ids, offsets, plan=plan, out=out, backend=backend)
+            yield self.row(case, f"{backend}, ids, planned", call, lengths)
 
 
-def main() -> None:
-    gpu = torch.cuda.get_device_name()
-    bench = Bench()
-    groups = [bench.small(batch, length) for batch in SMALL for length in SMALL_LENGTHS]
-    groups += [bench.uniform(batch) for batch in BATCHES]
-    groups += [bench.beauty(batch) for batch in BEAUTY]
-    rows = shown(itertools.chain.from_iterable(groups), gpu)
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m bench.encoder", description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=("small", "uniform", "beauty"), help="which groups of batches")
+    parser.add_argument("--no-peers", action="store_true", help="leave PyTorch out")
+    arguments = parser.parse_args(argv)
+    gpu, bench = torch.cuda.get_device_name(), Bench(peers=not arguments.no_peers)
+    groups = {
+        "small": [bench.small(batch, length) for batch in SMALL for length in SMALL_LENGTHS],
+        "uniform": [bench.uniform(batch) for batch in BATCHES],
+        "beauty": [bench.beauty(batch) for batch in BEAUTY],
+    }
+    chosen = [group for name, some in groups.items() if name in (arguments.only or groups) for group in some]
+    rows = shown(itertools.chain.from_iterable(chosen), gpu)
     print(json.dumps({"gpu": gpu, "rows": [row.as_dict(gpu) for row in rows]}))
 
 

@@ -180,8 +180,9 @@ void bind_gpu_encoders(py::module_& m) {
   using Address = std::uint64_t;
   py::class_<EncoderCall>(m, "EncoderCall", "What csrc/gpu_encoders.hpp says; addresses of device memory.")
       .def(py::init([](Address rows, Address bounds, Address table, Address input_norm, Address shift, Address scale,
-                       Address weights, Address norms, Address cos, Address sin, Address out, std::int32_t users,
-                       std::int32_t padded_length, std::int32_t longest, std::int32_t blocks, float anchor, float eps,
+                       Address weights, Address norms, Address cos, Address sin, Address out, Address order,
+                       Address programs, std::int32_t users, std::int32_t padded_length, std::int32_t longest,
+                       std::int32_t blocks, std::int32_t program_count, float anchor, float eps,
                        float input_eps, bool wide_rows, bool wide_bounds, bool layer_norm, bool rotary, bool causal) {
              return EncoderCall{pointer<const void>(rows),
                                 pointer<const void>(bounds),
@@ -194,10 +195,13 @@ void bind_gpu_encoders(py::module_& m) {
                                 pointer<const float>(cos),
                                 pointer<const float>(sin),
                                 pointer<void>(out),
+                                pointer<const std::int32_t>(order),
+                                pointer<const std::int32_t>(programs),
                                 users,
                                 padded_length,
                                 longest,
                                 blocks,
+                                program_count,
                                 anchor,
                                 eps,
                                 input_eps,
@@ -209,7 +213,8 @@ void bind_gpu_encoders(py::module_& m) {
            }),
            py::kw_only(), py::arg("rows"), py::arg("bounds"), py::arg("table"), py::arg("input_norm"), py::arg("shift"),
            py::arg("scale"), py::arg("weights"), py::arg("norms"), py::arg("cos"), py::arg("sin"), py::arg("out"),
-           py::arg("users"), py::arg("padded_length"), py::arg("longest"), py::arg("blocks"), py::arg("anchor"),
+           py::arg("order"), py::arg("programs"), py::arg("users"), py::arg("padded_length"), py::arg("longest"),
+           py::arg("blocks"), py::arg("program_count"), py::arg("anchor"),
            py::arg("eps"), py::arg("input_eps"), py::arg("wide_rows"), py::arg("wide_bounds"), py::arg("layer_norm"),
            py::arg("rotary"), py::arg("causal"));
   m.def("encode_cluster", &fave_fast::launch_cluster_encoder, py::arg("call"), py::kw_only(), py::arg("tiles"),
@@ -219,6 +224,9 @@ void bind_gpu_encoders(py::module_& m) {
   m.def("encode_pair", &fave_fast::launch_pair_encoder, py::arg("call"), py::kw_only(), py::arg("overlap"),
         py::arg("device"), py::arg("stream"), py::call_guard<py::gil_scoped_release>(),
         "The same of the encoder of two blocks a history.");
+  m.def("encode_tile", &fave_fast::launch_tile_encoder, py::arg("call"), py::kw_only(), py::arg("tiles"),
+        py::arg("overlap"), py::arg("device"), py::arg("stream"), py::call_guard<py::gil_scoped_release>(),
+        "The same of the encoder of 1, 2 or 4 tiles a block.");
 }
 #else
 constexpr bool kHasCuda = false;

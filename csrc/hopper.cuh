@@ -18,8 +18,20 @@ __device__ __forceinline__ void next_may_start() { asm volatile("griddepcontrol.
 // Waits until the kernel before this one, beside which it may have started, has ended and its writes are visible.
 __device__ __forceinline__ void await_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
+// The same number, of which the compiler does not know so: what is computed from it is computed there, and not kept in
+// registers from before a loop.
+__device__ __forceinline__ unsigned anew(unsigned number) {
+  asm volatile("" : "+r"(number));
+  return number;
+}
+
 __device__ __forceinline__ std::uint32_t shared_address(const void* pointer) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Has the 128 bytes about an address of device memory brought near.
+__device__ __forceinline__ void prefetch(const void* address) {
+  asm volatile("prefetch.global.L1 [%0];" ::"l"(address));
 }
 
 __device__ __forceinline__ int cluster_rank() {
@@ -92,6 +104,16 @@ __device__ __forceinline__ void copy_in(void* there, const void* source, std::ui
                : "memory");
 }
 
+// Adds one to a counter in this block's shared memory and returns what it has become.
+__device__ __forceinline__ std::uint32_t count_up(std::uint32_t* counter) {
+  std::uint32_t before;
+  asm volatile("atom.acq_rel.cta.shared::cta.add.u32 %0, [%1], 1;"
+               : "=r"(before)
+               : "r"(shared_address(counter))
+               : "memory");
+  return before + 1;
+}
+
 // Four 8 x 8 matrices of 16 bits: lane i gives the address of row i % 8 of matrix i / 8.
 __device__ __forceinline__ uint4 load_matrices(const void* row) {
   uint4 v;
@@ -116,7 +138,7 @@ __device__ __forceinline__ void multiply(float (&c)[4], uint4 a, std::uint32_t b
 // cores nor a warp's stores meet in a bank.
 constexpr std::uint32_t kPanelRow = 128;
 
-__device__ __forceinline__ std::uint32_t in_panel(int row, int channel) {
+__device__ __forceinline__ std::uint32_t in_panel(unsigned row, unsigned channel) {
   return row * kPanelRow + ((channel / 8 ^ row % 8) * 16 + channel % 8 * 2);
 }
 
@@ -124,13 +146,14 @@ __device__ __forceinline__ std::uint32_t in_panel(int row, int channel) {
 // stores, once a barrier has told its threads.
 __device__ __forceinline__ void stores_before_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// Waits for the other threads of this warpgroup, the first (0) or the second of a block.
+// Waits for the other threads of this warpgroup, the block's number `which`.
 __device__ __forceinline__ void warpgroup_sync(int which) {
-  if (which == 0) {
-    asm volatile("bar.sync 1, 128;" ::: "memory");
-  } else {
-    asm volatile("bar.sync 2, 128;" ::: "memory");
-  }
+  asm volatile("bar.sync %0, 128;" ::"r"(1 + which) : "memory");
+}
+
+// Waits for as many threads of the block, whole warps, as `threads`; the others have ended.
+__device__ __forceinline__ void block_sync(unsigned threads) {
+  asm volatile("bar.sync 15, %0;" ::"r"(threads) : "memory");
 }
 
 // Four 8 x 8 matrices of 16 bits, of which a lane has the pair (row lane / 4, columns 2 (lane % 4) and the next), are
@@ -141,10 +164,14 @@ __device__ __forceinline__ void store_transposed(std::uint32_t row, uint4 v) {
                : "memory");
 }
 
-// Sixteen channels of a panel's rows as an operand; `address` is that of the first row's first of them.
-__device__ __forceinline__ std::uint64_t operand(std::uint32_t address) {
-  constexpr std::uint64_t kStrideOf8Rows = 8 * kPanelRow >> 4, kSwizzled = std::uint64_t{1} << 62;
-  return (address >> 4 & 0x3fff) | std::uint64_t{1} << 16 | kStrideOf8Rows << 32 | kSwizzled;
+// Sixteen channels of a panel's rows as an operand; `address` is that of the first row's first of them. These are the low
+// bits of the instruction's descriptor; an operand some bytes further on has that many sixteenths more.
+__device__ __forceinline__ std::uint32_t operand(std::uint32_t address) {
+  return (address >> 4 & 0x3fff) | 1u << 16;
+}
+
+__device__ __forceinline__ std::uint32_t further(std::uint32_t operand, std::uint32_t bytes) {
+  return operand + (bytes >> 4);
 }
 
 // Products of a warpgroup are begun between these two; their operands and results are not to be touched before the second
@@ -159,69 +186,85 @@ __device__ __forceinline__ void end_products() {
   "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), "+f"(c[i + 5]), "+f"(c[i + 6]), \
       "+f"(c[i + 7])
 
+// Rows of a panel are 1,024 bytes apart by eights and swizzled: the upper half of a descriptor.
+#define FAVE_FAST_OPERAND(name, i) "  .reg .b64 " #name ";\nmov.b64 " #name ", {%" #i ", 0x40000040};\n"
+#define FAVE_FAST_ADD(i) "{\n.reg .pred add;\nsetp.ne.b32 add, %" #i ", 0;\n"
+
 // c = a b^T (+ c with `add`) for 16 channels of a [64, 16], rows of the warpgroup's or, as uint4, 16 of each warp's in
 // the layout of mma.m16n8k16, and of b [N, 16]. c[4 j + e] is row 16 warp + lane / 4 + 8 (e / 2), column
 // 8 j + 2 (lane % 4) + e % 2.
-__device__ __forceinline__ void product(float (&c)[32], std::uint64_t a, std::uint64_t b, bool add) {
+__device__ __forceinline__ void product(float (&c)[32], std::uint32_t a, std::uint32_t b, bool add) {
   asm volatile(
-      "{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n"
+      FAVE_FAST_ADD(34) FAVE_FAST_OPERAND(a, 32) FAVE_FAST_OPERAND(b, 33)
       "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
       "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-      "%32, %33, add, 1, 1, 0, 0;\n}"
+      "a, b, add, 1, 1, 0, 0;\n}"
       : FAVE_FAST_8(c, 0), FAVE_FAST_8(c, 8), FAVE_FAST_8(c, 16), FAVE_FAST_8(c, 24)
-      : "l"(a), "l"(b), "r"(static_cast<int>(add)));
+      : "r"(a), "r"(b), "r"(static_cast<int>(add)));
 }
 
-__device__ __forceinline__ void product(float (&c)[48], std::uint64_t a, std::uint64_t b, bool add) {
+__device__ __forceinline__ void product(float (&c)[16], std::uint32_t a, std::uint32_t b, bool add) {
   asm volatile(
-      "{\n.reg .pred add;\nsetp.ne.b32 add, %50, 0;\n"
+      FAVE_FAST_ADD(18) FAVE_FAST_OPERAND(a, 16) FAVE_FAST_OPERAND(b, 17)
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+      "a, b, add, 1, 1, 0, 0;\n}"
+      : FAVE_FAST_8(c, 0), FAVE_FAST_8(c, 8)
+      : "r"(a), "r"(b), "r"(static_cast<int>(add)));
+}
+
+__device__ __forceinline__ void product(float (&c)[48], std::uint32_t a, std::uint32_t b, bool add) {
+  asm volatile(
+      FAVE_FAST_ADD(50) FAVE_FAST_OPERAND(a, 48) FAVE_FAST_OPERAND(b, 49)
       "wgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 "
       "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
       "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47}, "
-      "%48, %49, add, 1, 1, 0, 0;\n}"
+      "a, b, add, 1, 1, 0, 0;\n}"
       : FAVE_FAST_8(c, 0), FAVE_FAST_8(c, 8), FAVE_FAST_8(c, 16), FAVE_FAST_8(c, 24),
         FAVE_FAST_8(c, 32), FAVE_FAST_8(c, 40)
-      : "l"(a), "l"(b), "r"(static_cast<int>(add)));
+      : "r"(a), "r"(b), "r"(static_cast<int>(add)));
 }
 
-__device__ __forceinline__ void product(float (&c)[64], std::uint64_t a, std::uint64_t b, bool add) {
+__device__ __forceinline__ void product(float (&c)[64], std::uint32_t a, std::uint32_t b, bool add) {
   asm volatile(
-      "{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"
+      FAVE_FAST_ADD(66) FAVE_FAST_OPERAND(a, 64) FAVE_FAST_OPERAND(b, 65)
       "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
       "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
       "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
       "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-      "%64, %65, add, 1, 1, 0, 0;\n}"
+      "a, b, add, 1, 1, 0, 0;\n}"
       : FAVE_FAST_8(c, 0), FAVE_FAST_8(c, 8), FAVE_FAST_8(c, 16), FAVE_FAST_8(c, 24),
         FAVE_FAST_8(c, 32), FAVE_FAST_8(c, 40), FAVE_FAST_8(c, 48), FAVE_FAST_8(c, 56)
-      : "l"(a), "l"(b), "r"(static_cast<int>(add)));
+      : "r"(a), "r"(b), "r"(static_cast<int>(add)));
 }
 
-__device__ __forceinline__ void product(float (&c)[16], uint4 a, std::uint64_t b, bool add) {
+__device__ __forceinline__ void product(float (&c)[16], uint4 a, std::uint32_t b, bool add) {
   asm volatile(
-      "{\n.reg .pred add;\nsetp.ne.b32 add, %21, 0;\n"
+      FAVE_FAST_ADD(21) FAVE_FAST_OPERAND(b, 20)
       "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
       "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
-      "{%16, %17, %18, %19}, %20, add, 1, 1, 0;\n}"
+      "{%16, %17, %18, %19}, b, add, 1, 1, 0;\n}"
       : FAVE_FAST_8(c, 0), FAVE_FAST_8(c, 8)
-      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b), "r"(static_cast<int>(add)));
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b), "r"(static_cast<int>(add)));
 }
 
-__device__ __forceinline__ void product(float (&c)[32], uint4 a, std::uint64_t b, bool add) {
+__device__ __forceinline__ void product(float (&c)[32], uint4 a, std::uint32_t b, bool add) {
   asm volatile(
-      "{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n"
+      FAVE_FAST_ADD(37) FAVE_FAST_OPERAND(b, 36)
       "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
       "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-      "{%32, %33, %34, %35}, %36, add, 1, 1, 0;\n}"
+      "{%32, %33, %34, %35}, b, add, 1, 1, 0;\n}"
       : FAVE_FAST_8(c, 0), FAVE_FAST_8(c, 8), FAVE_FAST_8(c, 16), FAVE_FAST_8(c, 24)
-      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b), "r"(static_cast<int>(add)));
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b), "r"(static_cast<int>(add)));
 }
 
 #undef FAVE_FAST_8
+#undef FAVE_FAST_OPERAND
+#undef FAVE_FAST_ADD
 
 // Two floats as bf16, the first in the low half.
 __device__ __forceinline__ std::uint32_t pack(float low, float high) {
@@ -237,6 +280,12 @@ __device__ __forceinline__ float high_half(std::uint32_t v) { return __uint_as_f
 __device__ __forceinline__ float tanh_fast(float x) {
   float y;
   asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float reciprocal(float x) {  // to a bit
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 

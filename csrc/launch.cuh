@@ -39,9 +39,10 @@ class OnDevice {
   bool changed_ = false;
 };
 
-// Launches `kernel`, which uses kBytes of shared memory, as a cluster of `blocks` for each user.
+// Launches `kernel`, which uses kBytes of shared memory, as `clusters` of `blocks`.
 template <int kBytes, void (*kernel)(EncoderCall)>
-void launch(const EncoderCall& call, int blocks, int threads, bool overlap, int device, std::uint64_t stream) {
+void launch(const EncoderCall& call, int clusters, int blocks, int threads, bool overlap, int device,
+            std::uint64_t stream) {
   static_assert(kBytes <= 227 << 10, "a block has no more shared memory");
   static std::atomic<bool> prepared[kDevices];
   const OnDevice here(device);
@@ -57,7 +58,7 @@ void launch(const EncoderCall& call, int blocks, int threads, bool overlap, int 
   attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;  // see await_previous
   attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(call.users) * static_cast<unsigned>(blocks));
+  config.gridDim = dim3(static_cast<unsigned>(clusters) * static_cast<unsigned>(blocks));
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = kBytes;
   config.stream = reinterpret_cast<cudaStream_t>(static_cast<std::uintptr_t>(stream));

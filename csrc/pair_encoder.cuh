@@ -186,7 +186,7 @@ __device__ __forceinline__ void multiply(float (&c)[kCount], std::uint32_t rows,
 #pragma unroll
   for (int k = 0; k < 4 * kPanels; ++k) {
     const std::uint32_t within = k % 4 * 32;
-    product(c, operand(rows + k / 4 * kPanel + within), operand(weights + k / 4 * apart + within), k > 0);
+    product(c, further(operand(rows), k / 4 * kPanel + within), further(operand(weights), k / 4 * apart + within), k > 0);
   }
   end_products();
 }
@@ -242,7 +242,7 @@ __device__ __forceinline__ void attend(const EncoderCall& call, std::uint32_t ke
   begin_products();
 #pragma unroll
   for (int t = 0; t < 2; ++t) {
-    product(c, queries[t], operand(shared_address(s.keys) + 64 * at.columns + 32 * t), t > 0);
+    product(c, queries[t], further(operand(shared_address(s.keys) + 64 * at.columns), 32 * t), t > 0);
   }
   end_products();
   float sum[2] = {0.0f, 0.0f};
@@ -282,7 +282,7 @@ __device__ __forceinline__ void attend(const EncoderCall& call, std::uint32_t ke
   begin_products();
 #pragma unroll
   for (int t = 0; t < 4; ++t) {
-    product(o, weights[t], operand(shared_address(s.values) + 32 * kPanelRow * at.columns + 32 * t), t > 0);
+    product(o, weights[t], further(operand(shared_address(s.values) + 32 * kPanelRow * at.columns), 32 * t), t > 0);
   }
   end_products();
   if (!all && !at.newest) return;

@@ -10,6 +10,7 @@ by graphs that encode as the whole would be encoded. The kernels are those that 
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from bisect import bisect_left
@@ -39,10 +40,11 @@ if TYPE_CHECKING:
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _ITEMS_EACH, _MORE_ITEMS = 64, 1024  # and as many again for each of the first _SMALL
-# Backends of the encoder that answer batches of up to so many histories sooner than one program a history does: eight
-# blocks a history, then two. Graphs hold both numbers, so that a request and its graph agree.
-SMALL_BATCHES = ((8, "cpp"), (64, "pair"))
-_SMALL = SMALL_BATCHES[-1][0]
+# On Hopper, the backend of the encoder for batches of up to so many histories: eight blocks a history, two, one program
+# a history, and above, four tiles of histories a multiprocessor. Graphs hold the numbers, so that a request and its
+# graph agree.
+ENCODERS = ((8, "cpp"), (64, "pair"), (256, "triton"), (sys.maxsize, "tile"))
+_SMALL = 64
 
 
 Ints = npt.NDArray[np.int64]
@@ -166,13 +168,13 @@ class Step:
         return NativeStep.of(self.weights, self.path, self.backend) if self.table_bytes is None else None
 
     def encoder_backend(self, users: int) -> str:
-        """`backend`; where that is auto, those of SMALL_BATCHES on a GPU that has them.
+        """`backend`; where that is auto, those of ENCODERS on a GPU that has them.
 
         Each kernel gives a history the same bits in any batch, but they differ in the last ones: who wants them equal
         between batches of any size names `triton`.
         """
         if self.backend == "auto" and not os.environ.get("FAVE_FAST_BACKEND") and self.table.device.type == "cuda":
-            for most, backend in SMALL_BATCHES:
+            for most, backend in ENCODERS:
                 if users <= most and backend in self._encoders:
                     return backend
         return self.backend

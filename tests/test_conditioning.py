@@ -102,7 +102,7 @@ def test_the_encoder_serves_it_by_its_reference_alone(name: str) -> None:
         assert reason == f"its kernel adds x_t as eq. (9) does, and the model has conditioning {name!r}"
         with pytest.raises(BackendError, match=re.escape(f"backend {backend!r} cannot run")):
             encode_ids(weights, path, ids, offsets, backend=backend)
-    assert set(weights.beyond) == {"triton", "cpp", "pair"}
+    assert set(weights.beyond) == {"triton", "cpp", "pair", "tile"}
     with pytest.raises(InputError, match=f"conditioning '{name}'; expected 'add'"):
         OneStep(model, flow, noise, 5)
 

@@ -22,7 +22,7 @@ from fave_fast.errors import BackendError
 from fave_fast.flow import InferenceNoise
 from fave_fast.model import FAVE
 from fave_fast.ops import encoder as ops
-from fave_fast.ops import encoder_cluster, encoder_pair
+from fave_fast.ops import encoder_cluster, encoder_pair, encoder_tile
 from fave_fast.ops.encoder import EncoderWeights, InputPath, Plan, encode, encode_ids
 from fave_fast.ops.registry import Implementation, Op, why_no_extension, why_no_triton
 from fave_fast.ops.tuning import tile_shapes
@@ -308,8 +308,7 @@ def test_fragments_are_the_weights_in_the_places_of_the_instruction() -> None:
 
 def test_fragments_hold_every_weight_once() -> None:
     case = Case(BASE, dtype=torch.bfloat16, lengths=[1])
-    fragments = case.weights.fragments
-    assert fragments is not None
+    fragments = case.weights.packed["cpp"]
     assert fragments.shape == (4, 2, 384, 32, 8)
     for block, packed in zip(case.model.blocks, fragments, strict=True):  # type: ignore[call-overload]
         weights = (block.qkv.weight, block.attention_out.weight, block.ffn_in.weight, 2 * block.ffn_out.weight)
@@ -331,18 +330,16 @@ def test_panels_hold_rows_whose_channels_go_round() -> None:
 
 def test_refresh_packs_again_in_place() -> None:
     case = Case(BASE, dtype=torch.bfloat16, lengths=[1])
-    packed = (case.weights.fragments, case.weights.portions)
-    before = [None if one is None else one.clone() for one in packed]
+    packed = dict(case.weights.packed)
+    before = {backend: one.clone() for backend, one in packed.items()}
     with torch.no_grad():
         for weight in case.model.parameters():
             weight.mul_(2)
     case.weights.refresh()
-    assert case.weights.fragments is packed[0]
-    assert case.weights.portions is packed[1]
-    for one, old in zip(packed, before, strict=True):
-        assert one is not None
-        assert old is not None
-        assert torch.equal(one, 2 * old)
+    assert set(packed) == set(HOPPER)
+    for backend, old in before.items():
+        assert case.weights.packed[backend] is packed[backend]
+        assert torch.equal(packed[backend], 2 * old)
 
 
 def test_what_hoppers_kernels_do_not_take_is_named() -> None:
@@ -355,8 +352,7 @@ def test_what_hoppers_kernels_do_not_take_is_named() -> None:
     ):
         model = FAVE(ModelConfig(**change), ITEMS).to(DEVICE, dtype).eval()
         weights = EncoderWeights.pack(model)
-        assert weights.fragments is None
-        assert weights.portions is None
+        assert weights.packed == {}
         refused = encoder_cluster.beyond(model) or encoder_cluster.why_not(torch.device("cuda"), dtype)
         assert refused is not None
         assert re.search(reason, refused)
@@ -368,7 +364,8 @@ def test_what_hoppers_kernels_do_not_take_is_named() -> None:
 
 
 Emulated = Callable[[int], None]
-HOPPER = {"cpp": "cluster_encoder", "pair": "pair_encoder"}  # csrc's kernels, by backend
+HOPPER = {"cpp": "cluster_encoder", "pair": "pair_encoder", "tile": "tile_encoder"}  # csrc's kernels, by backend
+TOGETHER = 4  # tiles of a block of the emulated encoder
 
 
 @pytest.fixture(scope="session")
@@ -383,6 +380,7 @@ def emulators(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ctypes.CDLL
     for backend, kernel in HOPPER.items():
         library = folder / f"{kernel}.so"
         command = ["g++", "-std=c++17", "-O2", "-shared", "-fPIC", f'-DKERNEL="{kernel}.cuh"']
+        command += [f"-DTILES={TOGETHER}"] if backend == "tile" else []
         done = subprocess.run(
             [*command, "-o", library, folder / "emulate.cpp"], capture_output=True, text=True, check=False
         )
@@ -393,12 +391,12 @@ def emulators(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ctypes.CDLL
 
 @pytest.fixture
 def emulated(emulators: dict[str, ctypes.CDLL], monkeypatch: pytest.MonkeyPatch) -> Emulated:
-    """Backends cpp and pair are emulations; call it with how far apart the threads that take turns are."""
+    """The backends for Hopper are emulations; call it with how far apart the threads that take turns are."""
     strides = [1]
 
-    def launch(backend: str, arguments: dict[str, int | float | bool], blocks: int) -> None:
+    def launch(backend: str, arguments: dict[str, int | float | bool], blocks: int, together: int = 1) -> None:
         kinds = {float: ctypes.c_float, bool: ctypes.c_bool}
-        numbers = ("users", "padded_length", "longest", "blocks")
+        numbers = ("users", "padded_length", "longest", "blocks", "program_count")
 
         class Call(ctypes.Structure):
             _fields_ = [
@@ -409,18 +407,18 @@ def emulated(emulators: dict[str, ctypes.CDLL], monkeypatch: pytest.MonkeyPatch)
         emulator = emulators[backend]
         assert ctypes.sizeof(Call) == emulator.call_bytes()
         call = Call(*arguments.values())
-        assert emulator.emulate(ctypes.byref(call), blocks, ctypes.c_uint(strides[0])) == 0, "the threads wait for ever"
+        clusters = -(-int(arguments["program_count"] or arguments["users"]) // together)
+        hangs = emulator.emulate(ctypes.byref(call), clusters, blocks, ctypes.c_uint(strides[0]))
+        assert hangs == 0, "the threads wait for ever"
 
     def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
         return None if dtype == torch.bfloat16 else "the oracle's dtype"
 
-    cpp, pair = (
-        Implementation(backend, module.run, why_not)
-        for backend, module in (("cpp", encoder_cluster), ("pair", encoder_pair))
-    )
+    emulations = (Implementation(backend, module.run, why_not) for backend, module in ops.HOPPER.items())
     monkeypatch.setattr(encoder_cluster, "launch", lambda call, tiles, *_: launch("cpp", call, 2 * tiles))
     monkeypatch.setattr(encoder_pair, "launch", lambda call, *_: launch("pair", call, 2))
-    monkeypatch.setattr(ops, "OP", Op("encoder", (cpp, pair, ops.OP.implementations[-1])))
+    monkeypatch.setattr(encoder_tile, "launch", lambda call, *_: launch("tile", call, 1, TOGETHER))
+    monkeypatch.setattr(ops, "OP", Op("encoder", (*emulations, ops.OP.implementations[-1])))
 
     def take_turns(stride: int) -> None:
         strides[0] = stride
@@ -451,7 +449,7 @@ def test_hoppers_kernels_emulated(
 def test_the_emulated_threads_may_run_in_any_order(backend: str, emulated: Emulated) -> None:
     case = Case(ModelConfig(blocks=2, delta=0.3), [40], torch.bfloat16)
     expected = encode_ids(case.weights, case.path, case.ids, case.offsets, backend=backend)
-    for stride in (511, 255, 771) if backend == "pair" else (2047, 771):
+    for stride in (511, 255, 771) if backend != "cpp" else (2047, 771):
         emulated(stride)
         assert torch.equal(encode_ids(case.weights, case.path, case.padded(case.ids, 50), backend=backend), expected)
 
@@ -463,6 +461,15 @@ def test_of_a_long_history_the_emulated_kernel_takes_the_newest_items(backend: s
     expected = case.run(backend)[0]
     ids = torch.cat((torch.ones(15, dtype=torch.long), case.ids))
     assert torch.equal(encode_ids(case.weights, case.path, ids, torch.tensor([0, 35]), backend=backend), expected)
+
+
+@pytest.mark.skipif(GPU, reason="the kernel itself is tested")
+def test_histories_that_share_an_emulated_tile_have_their_own_bits(emulated: Emulated) -> None:
+    case = Case(ModelConfig(blocks=2, source_block=-1, delta=0.3), [9, 50, 16, 0, 17, 3, 32, 20, 1], torch.bfloat16)
+    alone = torch.stack(case.run("tile"))
+    for stride in (1, 511):
+        emulated(stride)
+        assert torch.equal(torch.stack(case.run("tile", Plan.of(case.offsets.diff()))), alone)
 
 
 # What follows needs the GPU: its sizes, its rounding, its graphs.
@@ -548,6 +555,24 @@ def test_hoppers_kernels_have_the_same_bits_anywhere(backend: str) -> None:
         assert torch.equal(encode(case.weights, case.e[first:end], alone, backend=backend)[0], together[1, user])
         short = ids[user : user + 1, len(ages) - max(1, length) :]
         assert torch.equal(encode_ids(case.weights, case.path, short, backend=backend)[0], together[0, user])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(REFUSED["tile"] is not None, reason=str(REFUSED["tile"]))
+def test_tiles_have_the_same_bits_in_any_block_and_plan() -> None:
+    lengths = [0, *np.random.default_rng(6).integers(1, 51, 599).tolist()]
+    case = Case(BASE, lengths, torch.bfloat16)
+    together = torch.stack(case.run("tile"))
+    sizes = case.offsets.diff()
+    for plan in (Plan.of(sizes), Plan.of(sizes).trimmed(), Plan.of(sizes, programs=2000)):
+        assert torch.equal(torch.stack(case.run("tile", plan)), together)
+    short = Case(BASE, [length % 12 for length in lengths], torch.bfloat16)  # eight or four share a tile
+    plan = Plan.of(short.offsets.diff())
+    assert torch.equal(torch.stack(short.run("tile", plan)), torch.stack(short.run("tile")))
+    for users in (100, 200):  # one and two tiles a block, above four
+        end = int(case.offsets[users])
+        part = encode_ids(case.weights, case.path, case.ids[:end], case.offsets[: users + 1], backend="tile")
+        assert torch.equal(part, together[0, :users])
 
 
 @pytest.mark.gpu

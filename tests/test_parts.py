@@ -14,7 +14,7 @@ from fave_fast import checkpoint as checkpoints
 from fave_fast.engine import Recommender
 from fave_fast.graphs import (
     BATCHES,
-    SMALL_BATCHES,
+    ENCODERS,
     CapturedStep,
     Floats,
     Histories,
@@ -37,9 +37,9 @@ def one_encoder(users: int) -> str:
     return "triton"
 
 
-def three_encoders(users: int) -> str:
+def hoppers_encoders(users: int) -> str:
     """As `auto` has on Hopper."""
-    return next((backend for most, backend in SMALL_BATCHES if users <= most), "triton")
+    return next(backend for most, backend in ENCODERS if users <= most)
 
 
 def holds(batch: int, lengths: Sequence[int]) -> bool:
@@ -116,13 +116,13 @@ def test_what_is_captured_by_default(lengths: list[int], expected: list[tuple[in
 
 
 def test_the_rest_of_a_large_request_keeps_its_encoder() -> None:
-    assert parts_of(of_lengths([50] * 514).offsets, BATCHES, three_encoders) == [(512, 0, 512), (128, 512, 514)]
-    assert parts_of(of_lengths([50] * 514).offsets, (1, 8), three_encoders) is None
+    assert parts_of(of_lengths([50] * 514).offsets, BATCHES, hoppers_encoders) == [(512, 0, 512), (512, 512, 514)]
+    assert parts_of(of_lengths([50] * 514).offsets, (1, 8), hoppers_encoders) is None
 
 
 def test_a_small_request_that_is_cut_keeps_its_encoder() -> None:
     """Together these are for the small batches' encoder, whose graphs hold none of them."""
-    assert parts_of(of_lengths([5000] * 8).offsets, BATCHES, three_encoders) is None
+    assert parts_of(of_lengths([5000] * 8).offsets, BATCHES, hoppers_encoders) is None
     assert parts_of(of_lengths([5000] * 8).offsets, BATCHES, one_encoder) == [(512, 0, 7), (32, 7, 8)]
 
 

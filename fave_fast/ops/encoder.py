@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fave_fast.ops import encoder_cluster, encoder_cpu, encoder_pair, native
+from fave_fast.ops import encoder_cluster, encoder_cpu, encoder_pair, encoder_tile, native
 from fave_fast.ops.attention import rotary_by_age
 from fave_fast.ops.registry import Implementation, Op, interpreting, not_interpreted, triton_kernels
 from fave_fast.ops.tuning import launches_overlap, tile_shapes
@@ -39,6 +39,10 @@ MAX_PLANNED = 4096  # users that one program sorts by length
 KERNEL_CHANNELS = (16, 32, 64, 128, 256)
 
 
+# The kernels of csrc for Hopper GPUs, by backend.
+HOPPER = {"cpp": encoder_cluster, "pair": encoder_pair, "tile": encoder_tile}
+
+
 @dataclass(frozen=True)
 class EncoderWeights:
     """A model's blocks as the kernel reads them; `refresh` copies again in place after the model has changed.
@@ -50,11 +54,10 @@ class EncoderWeights:
         norms: float32 [2 * blocks + 1, 2, D]: gain and bias before attention and feed-forward of each block, and last.
             Those before the feed-forward are a quarter of the model's, and `matrices` has twice its second matrix: the
             kernel's GELU is gelu(4 y) / 2. Powers of two change no bit.
-        cos: float32 [max_length, C / 2], row a for age a, C = D / heads.
+        cos: float32 [max_length, C / 2], row a for age a, C = D / heads; 1 where positions turn nothing.
         sin: likewise.
-        fragments: the matrices again, as the cpp backend reads them on a GPU (`encoder_cluster.fragments`); None where
-            it does not take the model.
-        portions: and as the pair backend reads them (`encoder_pair.portions`); None likewise.
+        packed: the matrices again, as each backend for Hopper GPUs reads them (`HOPPER`); none where these do not take
+            the model.
         native: the weights once more, as the cpp backend reads them on a CPU; None where it cannot run.
     """
 
@@ -63,8 +66,7 @@ class EncoderWeights:
     norms: Tensor
     cos: Tensor
     sin: Tensor
-    fragments: Tensor | None
-    portions: Tensor | None
+    packed: dict[str, Tensor]
     native: encoder_cpu.NativeWeights | None
 
     @classmethod
@@ -74,11 +76,13 @@ class EncoderWeights:
         config = model.config
         device = model.item_embedding.weight.device
         cos, sin = rotary_by_age(config.max_length, config.d // config.heads, device)
+        if config.position != "rotary":
+            cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
         native_weights = encoder_cpu.NativeWeights.pack(model)
-        fragments = portions = None
+        packed = {}
         if model.item_embedding.weight.dtype == torch.bfloat16 and encoder_cluster.beyond(model) is None:
-            fragments, portions = encoder_cluster.fragments(model), encoder_pair.portions(model)
-        return cls(model, _matrices(model), _norms(model), cos, sin, fragments, portions, native_weights)
+            packed = {backend: module.pack(model) for backend, module in HOPPER.items()}
+        return cls(model, _matrices(model), _norms(model), cos, sin, packed, native_weights)
 
     @cached_property
     def beyond(self) -> dict[str, str]:
@@ -90,10 +94,8 @@ class EncoderWeights:
         """Take the model's weights again, into the same memory."""
         self.matrices.copy_(_matrices(self.model))
         self.norms.copy_(_norms(self.model))
-        if self.fragments is not None:
-            self.fragments.copy_(encoder_cluster.fragments(self.model))
-        if self.portions is not None:
-            self.portions.copy_(encoder_pair.portions(self.model))
+        for backend, packed in self.packed.items():
+            packed.copy_(HOPPER[backend].pack(self.model))
         if self.native is not None:
             self.native.refresh(self.model)
 
@@ -243,11 +245,11 @@ def encode(
         weights: of the model, which is in eval mode.
         e: packed [total, D] or padded on the left [B, L, D], in the weights' dtype or float32.
         bounds: int32 or int64: offsets [B + 1] from 0 to total, or lengths [B].
-        plan: for the triton backend: which histories share a program; by default neighbours do, in slots for the
-            model's longest history.
+        plan: for the backends triton and tile: which histories share a program; by default those of triton's that are
+            neighbours do, in slots for the model's longest history.
         out: [B, D] in the weights' dtype, contiguous: where the result goes, and what is returned.
-        backend: auto, reference, triton, cpp (on a CPU in float32 and bfloat16, on a GPU `encoder_cluster`) or pair
-            (`encoder_pair`).
+        backend: auto, reference, triton, cpp (on a CPU in float32 and bfloat16, on a GPU `encoder_cluster`), pair
+            (`encoder_pair`) or tile (`encoder_tile`).
 
     Returns:
         [B, D] in the weights' dtype.
@@ -387,9 +389,10 @@ def _beyond_kernels(model: FAVE) -> dict[str, str]:
     on_gpu = model.item_embedding.weight.device.type == "cuda"
     if config.conditioning != "add":
         reason = f"its kernel adds x_t as eq. (9) does, and the model has conditioning {config.conditioning!r}"
-        return {"triton": reason, "cpp": reason, "pair": reason}
-    for_hopper = encoder_cluster.beyond(model)
-    reasons = {"triton": reason, "cpp": for_hopper if on_gpu else None, "pair": for_hopper}
+        return dict.fromkeys(("triton", *HOPPER), reason)
+    reasons = {"triton": reason, **dict.fromkeys(HOPPER, encoder_cluster.beyond(model))}
+    if not on_gpu:
+        reasons["cpp"] = None
     return {backend: why for backend, why in reasons.items() if why is not None}
 
 
@@ -547,7 +550,10 @@ OP: Op[Callable[[_Call], None]] = Op(
     (
         Implementation("triton", _run_triton, triton_kernels, not_interpreted),
         Implementation("cpp", _run_cpp, _why_not_cpp, _why_not_auto_cpp),
-        Implementation("pair", encoder_pair.run, encoder_pair.why_not, encoder_pair.why_not_auto),
+        *(
+            Implementation(backend, HOPPER[backend].run, encoder_cluster.why_not, encoder_cluster.why_not_auto)
+            for backend in ("pair", "tile")
+        ),
         Implementation("reference", _run_reference),
     ),
 )

@@ -119,7 +119,7 @@ def halves(model: FAVE) -> Iterator[Half]:
             )
 
 
-def fragments(model: FAVE) -> Tensor:
+def pack(model: FAVE) -> Tensor:
     """All blocks' weights as the kernel reads them: [blocks, 2, 384, 32, 8] in the model's dtype.
 
     The units are those of warp after warp: of four, 8 for 16 channels of the keys and 8 for the same of the queries; of
@@ -140,10 +140,9 @@ def fragments(model: FAVE) -> Tensor:
 
 def run(call: _Call) -> None:
     """One launch on the current stream; nothing is allocated."""
-    assert call.weights.fragments is not None
     longest = call.weights.model.config.max_length if call.padded_length is None else call.padded_length
     tiles = 1 if longest <= TILE else 2 if longest <= 2 * TILE else 4
-    launch(arguments(call, call.weights.fragments), tiles, call.out.device, call.overlap)
+    launch(arguments(call, call.weights.packed["cpp"]), tiles, call.out.device, call.overlap)
 
 
 def arguments(call: _Call, packed: Tensor) -> dict[str, int | float | bool]:
@@ -163,10 +162,13 @@ def arguments(call: _Call, packed: Tensor) -> dict[str, int | float | bool]:
         "cos": weights.cos.data_ptr(),
         "sin": weights.sin.data_ptr(),
         "out": call.out.data_ptr(),
+        "order": 0,
+        "programs": 0,
         "users": len(call.out),
         "padded_length": call.padded_length or 0,
         "longest": config.max_length,
         "blocks": config.blocks,
+        "program_count": 0,
         "anchor": 0.0 if path is None else path.anchor,
         "eps": final_norm.eps,
         "input_eps": model.embedding_norm.eps,

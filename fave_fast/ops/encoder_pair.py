@@ -22,10 +22,6 @@ if TYPE_CHECKING:  # what is below imports nothing of what is above it
 PANEL = 64  # channels
 PORTION = 32_768  # weights
 
-beyond = encoder_cluster.beyond
-why_not = encoder_cluster.why_not
-why_not_auto = encoder_cluster.why_not_auto
-
 
 def in_panels(weight: Tensor) -> Tensor:
     """Weight [N, K] as wgmma reads operands: [K / 64, N, 8, 8], the eight channels c of row n at c ^ n % 8."""
@@ -36,7 +32,7 @@ def in_panels(weight: Tensor) -> Tensor:
     return torch.gather(parts, 2, lies_at[None, :, :, None].expand(k // PANEL, n, 8, 8))
 
 
-def portions(model: FAVE) -> Tensor:
+def pack(model: FAVE) -> Tensor:
     """All blocks' weights as the kernel reads them: [blocks, 2, 3, 32768] in the model's dtype.
 
     A half's portions are the panels of each head's queries, keys and values and of the output projection for these
@@ -52,8 +48,7 @@ def portions(model: FAVE) -> Tensor:
 
 def run(call: _Call) -> None:
     """One launch on the current stream; nothing is allocated."""
-    assert call.weights.portions is not None
-    launch(encoder_cluster.arguments(call, call.weights.portions), call.out.device, call.overlap)
+    launch(encoder_cluster.arguments(call, call.weights.packed["pair"]), call.out.device, call.overlap)
 
 
 def launch(arguments: dict[str, int | float | bool], device: torch.device, overlap: bool) -> None:

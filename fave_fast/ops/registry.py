@@ -26,7 +26,7 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Run = TypeVar("Run", bound=Callable[..., Any])
 WhyNot = Callable[[torch.device, torch.dtype], str | None]
 
-_HOME = {"triton": "cuda", "cpp": "cpu", "pair": "cuda"}  # the type of device that a backend is for
+_HOME = {"triton": "cuda", "cpp": "cpu", "pair": "cuda", "tile": "cuda"}  # the type of device that a backend is for
 
 _logger = logging.getLogger(__name__)
 

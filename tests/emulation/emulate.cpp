@@ -4,23 +4,41 @@ namespace {
 
 using namespace emulation;
 
+#ifdef TILES  // a template over how many a block has
+using Memory = fave_fast::Shared<TILES>;
+constexpr unsigned kThreads = TILES * fave_fast::kWarpgroup;
+
+template <bool kLayerNorm>
+void encode_with(const fave_fast::EncoderCall& call) {
+  fave_fast::encode_tiles<kLayerNorm, TILES>(call);
+}
+#else
+using fave_fast::kThreads;
+using Memory = fave_fast::Shared;
+
+template <bool kLayerNorm>
+void encode_with(const fave_fast::EncoderCall& call) {
+  fave_fast::encode_history<kLayerNorm>(call);
+}
+#endif
+
 const fave_fast::EncoderCall* call;
 
 void run() {
-  call->layer_norm ? fave_fast::encode_history<true>(*call) : fave_fast::encode_history<false>(*call);
+  call->layer_norm ? encode_with<true>(*call) : encode_with<false>(*call);
   current->done = true;
   yield();
 }
 
-// One history; false where its threads wait for one another for ever. Shared memory is all ones (NaN) before.
-bool encode(int user, int size, unsigned stride) {
+// One cluster; false where its threads wait for one another for ever. Shared memory is all ones (NaN) before.
+bool encode(int cluster, int size, unsigned stride) {
   static std::vector<Thread> threads;
   const unsigned count = size * kThreads;
   blocks.assign(size, Block{});
   for (Block& block : blocks) {
-    block.bytes.assign(sizeof(fave_fast::Shared) + kAligned, 0xff);
+    block.bytes.assign(sizeof(Memory) + kAligned, 0xff);
     block.meeting.size = kThreads;
-    for (Meeting& meeting : block.warpgroups) meeting.size = kThreads / 2;
+    block.warpgroups.assign(kThreads / 128, Meeting{128});
     block.warps.assign(kThreads / 32, Warp{});
     for (Warp& warp : block.warps) warp.meeting.size = 32;
   }
@@ -42,7 +60,7 @@ bool encode(int user, int size, unsigned stride) {
       current = &threads[i * stride % count];
       if (current->done) continue;
       all_done = false;
-      threadIdx.x = current->number, blockIdx.x = user * size + current->block;
+      threadIdx.x = current->number, blockIdx.x = cluster * size + current->block;
       swapcontext(&scheduler, &current->context);
     }
     if (all_done) return true;
@@ -52,12 +70,13 @@ bool encode(int user, int size, unsigned stride) {
 
 }  // namespace
 
-// A launch of clusters of `blocks`; threads take turns `stride` (an odd number) apart. Returns 0, or 1 where it
+// A launch of `clusters` of `blocks`; threads take turns `stride` (an odd number) apart. Returns 0, or 1 where it
 // hangs.
-extern "C" int emulate(const fave_fast::EncoderCall* given, int blocks, unsigned stride) {
+extern "C" int emulate(const fave_fast::EncoderCall* given, int clusters, int blocks, unsigned stride) {
   call = given;
-  for (int user = 0; user < given->users; ++user) {
-    if (!encode(user, blocks, stride)) return 1;
+  gridDim.x = clusters * blocks;
+  for (int cluster = 0; cluster < clusters; ++cluster) {
+    if (!encode(cluster, blocks, stride)) return 1;
   }
   return 0;
 }

@@ -40,7 +40,6 @@ using std::min;
 
 namespace emulation {
 
-constexpr int kThreads = 256;
 constexpr std::size_t kAligned = 1024;  // shared memory
 
 struct Meeting {  // of `size` threads, again and again
@@ -58,7 +57,8 @@ struct Warp {
 struct Block {
   std::vector<unsigned char> bytes;
   Meeting meeting;
-  Meeting warpgroups[2];
+  std::vector<Meeting> warpgroups;
+  Meeting some;
   std::vector<Warp> warps;
 
   unsigned char* memory() {
@@ -143,7 +143,7 @@ inline unsigned char* at(std::uint32_t address) {  // of another block
 
 }  // namespace emulation
 
-inline Index threadIdx, blockIdx;
+inline Index threadIdx, blockIdx, gridDim;
 
 template <typename T>
 T __ldg(const T* pointer) {
@@ -151,7 +151,10 @@ T __ldg(const T* pointer) {
 }
 inline void __syncwarp() { emulation::meet(emulation::warp().meeting); }
 inline void __syncthreads() { emulation::meet(emulation::block().meeting); }
-inline float __shfl_sync(unsigned, float v, int from) { return emulation::exchange(v, from); }
+template <typename T>
+T __shfl_sync(unsigned, T v, int from) {
+  return emulation::exchange(v, from);
+}
 inline float __shfl_xor_sync(unsigned, float v, int mask) { return emulation::exchange(v, emulation::lane() ^ mask); }
 inline unsigned __ballot_sync(unsigned, bool v) {
   unsigned all = 0;
@@ -159,6 +162,11 @@ inline unsigned __ballot_sync(unsigned, bool v) {
   return all;
 }
 inline int __clzll(std::uint64_t v) { return v == 0 ? 64 : __builtin_clzll(v); }
+inline std::uint64_t __brevll(std::uint64_t v) {
+  std::uint64_t reversed = 0;
+  for (int i = 0; i < 64; ++i) reversed |= (v >> i & 1) << (63 - i);
+  return reversed;
+}
 inline int __popcll(std::uint64_t v) { return __builtin_popcountll(v); }
 inline float __saturatef(float v) { return v < 0.0f ? 0.0f : v > 1.0f ? 1.0f : v; }
 inline float rsqrtf(float v) { return 1.0f / std::sqrt(v); }
@@ -175,15 +183,19 @@ inline std::uint32_t shared_address(const void* pointer) {
 
 inline void next_may_start() {}
 inline void await_previous() {}
+inline void prefetch(const void*) {}
 inline int cluster_rank() { return emulation::current->block; }
 inline int cluster_size() { return static_cast<int>(emulation::blocks.size()); }
 inline void cluster_arrive() { ++emulation::arrived_at_cluster; }
 inline void cluster_wait() {
-  while (emulation::arrived_at_cluster < cluster_size() * emulation::kThreads) emulation::yield();
+  while (emulation::arrived_at_cluster < cluster_size() * emulation::block().meeting.size) emulation::yield();
 }
 inline std::uint32_t in_block(std::uint32_t address, int rank) {
   return static_cast<std::uint32_t>(rank) << 20 | address;
 }
+
+inline unsigned anew(unsigned number) { return number; }
+inline std::uint32_t count_up(std::uint32_t* counter) { return ++*counter; }
 
 inline void barrier_init(std::uint64_t* barrier) {
   const emulation::Barrier fresh{0, 1, 0};
@@ -240,12 +252,17 @@ inline void multiply(float (&c)[4], uint4 a, std::uint32_t b0, std::uint32_t b1)
 
 constexpr std::uint32_t kPanelRow = 128;
 
-inline std::uint32_t in_panel(int row, int channel) {
+inline std::uint32_t in_panel(unsigned row, unsigned channel) {
   return row * kPanelRow + ((channel / 8 ^ row % 8) * 16 + channel % 8 * 2);
 }
 
 inline void stores_before_products() {}
-inline void warpgroup_sync(int which) { emulation::meet(emulation::block().warpgroups[which]); }
+inline void warpgroup_sync(int which) { emulation::meet(emulation::block().warpgroups.at(which)); }
+
+inline void block_sync(unsigned threads) {
+  emulation::block().some.size = static_cast<int>(threads);
+  emulation::meet(emulation::block().some);
+}
 
 inline void store_transposed(std::uint32_t row, uint4 v) {
   emulation::Warp& warp = emulation::warp();
@@ -265,19 +282,20 @@ inline void store_transposed(std::uint32_t row, uint4 v) {
   emulation::meet(warp.meeting);
 }
 
-inline std::uint64_t operand(std::uint32_t address) { return address; }
+inline std::uint32_t operand(std::uint32_t address) { return address; }
+inline std::uint32_t further(std::uint32_t operand, std::uint32_t bytes) { return operand + bytes; }
 inline void begin_products() {}
 inline void end_products() {}
 
-inline float of_operand(std::uint64_t operand, int row, int k) {
-  const auto lies = static_cast<std::uint32_t>(operand) + row * kPanelRow + 2 * k;
+inline float of_operand(std::uint32_t operand, int row, int k) {
+  const auto lies = operand + row * kPanelRow + 2 * k;
   std::uint16_t value;
   std::memcpy(&value, shared_memory() + (lies ^ (lies >> 7 & 7) << 4), 2);
   return emulation::bf16(value, false);
 }
 
 template <int kCount, typename Left>
-void product_of(float (&c)[kCount], Left left, std::uint64_t b, bool add) {
+void product_of(float (&c)[kCount], Left left, std::uint32_t b, bool add) {
   const int lane = emulation::lane();
   for (int i = 0; i < kCount; ++i) {
     const int row = lane / 4 + 8 * (i / 2 % 2), column = 8 * (i / 4) + 2 * (lane % 4) + i % 2;
@@ -288,13 +306,13 @@ void product_of(float (&c)[kCount], Left left, std::uint64_t b, bool add) {
 }
 
 template <int kCount>
-void product(float (&c)[kCount], std::uint64_t a, std::uint64_t b, bool add) {
+void product(float (&c)[kCount], std::uint32_t a, std::uint32_t b, bool add) {
   const int first = emulation::current->number / 32 % 4 * 16;
   product_of(c, [=](int row, int k) { return of_operand(a, first + row, k); }, b, add);
 }
 
 template <int kCount>
-void product(float (&c)[kCount], uint4 a, std::uint64_t b, bool add) {
+void product(float (&c)[kCount], uint4 a, std::uint32_t b, bool add) {
   emulation::Warp& warp = emulation::warp();
   warp.a[emulation::lane()] = a;
   emulation::meet(warp.meeting);
@@ -312,6 +330,7 @@ inline std::uint32_t pack(float low, float high) { return emulation::rounded(low
 inline float low_half(std::uint32_t v) { return emulation::bf16(v, false); }
 inline float high_half(std::uint32_t v) { return emulation::bf16(v, true); }
 inline float tanh_fast(float x) { return std::tanh(x); }
+inline float reciprocal(float x) { return 1.0f / x; }
 inline float exp2_fast(float x) { return std::exp2(x); }
 
 }  // namespace fave_fast
