@@ -376,10 +376,6 @@ __device__ __forceinline__ void feed(std::uint32_t rows, std::uint32_t rows_apar
   end_products();
 }
 
-__device__ __forceinline__ void prefetch_norm(const EncoderCall& call, int number, unsigned lane) {
-  if (lane < 8) prefetch(call.norms + static_cast<std::int64_t>(number) * 2 * kChannels + 32 * lane);
-}
-
 // The rows of a warp to the residual, four at a time by way of its own rows of the tile.
 __device__ __forceinline__ void input(const EncoderCall& call, const Own (&own)[8], const Place& at, Tile& tile,
                                       Rows& h) {
@@ -583,19 +579,16 @@ __device__ __forceinline__ void encode_tiles(const EncoderCall& call) {
   __syncwarp();
   const Keys keys = find_keys(call, s.own[at.which], at);
   Rows h;
-  prefetch_norm(call, 0, lane);
   input(call, s.own[at.which], at, s.tiles[at.which], h);
 
   for (int block = 0; block < call.blocks; ++block) {
     normalise<kLayerNorm>(call, 2 * block, h, this_place(), s.tiles);
-    prefetch_norm(call, 2 * block + 1, threadIdx.x % 32);
     for (int head = 0; head < kHeads; ++head) {
       attend(call, {anew(keys.own), keys.all}, stream.wait(), this_place(), s, h);
       stream.next();
     }
     if (block + 1 == call.blocks) break;
     normalise<kLayerNorm>(call, 2 * block + 1, h, this_place(), s.tiles);
-    prefetch_norm(call, 2 * block + 2, threadIdx.x % 32);
     for (int unit = 0; unit < kUnits; ++unit) {
       feed<true>(operand(shared_address(s.tiles[this_place().which].x)), kPanel, stream.wait(), true, h);
       stream.next();
@@ -605,7 +598,6 @@ __device__ __forceinline__ void encode_tiles(const EncoderCall& call) {
   // The last feed-forward is of the newest items alone. Of the other rows the last attention needed keys and values.
   block_sync(warps * 32);
   gather_newest<kLayerNorm>(call, h, leader, this_place(), s);
-  prefetch_norm(call, 2 * call.blocks, threadIdx.x % 32);
   block_sync(warps * 32);
   feed_newest(stream, leader, this_place(), s, h);
   const Place here = this_place();

@@ -183,7 +183,6 @@ inline std::uint32_t shared_address(const void* pointer) {
 
 inline void next_may_start() {}
 inline void await_previous() {}
-inline void prefetch(const void*) {}
 inline int cluster_rank() { return emulation::current->block; }
 inline int cluster_size() { return static_cast<int>(emulation::blocks.size()); }
 inline void cluster_arrive() { ++emulation::arrived_at_cluster; }
