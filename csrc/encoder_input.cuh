@@ -57,6 +57,18 @@ __device__ __forceinline__ void bf16_row(const void* table, std::int64_t row, in
   v[0] = low_half(two.x), v[1] = high_half(two.x), v[2] = low_half(two.y), v[3] = high_half(two.y);
 }
 
+// A norm's factor of a row, four channels a lane, from which its mean is taken with kCentre.
+template <bool kCentre>
+__device__ __forceinline__ float row_rate(float (&v)[4], float eps) {
+  if (kCentre) {
+    const float mean = warp_total(v[0] + v[1] + v[2] + v[3]) * (1.0f / kChannels);
+#pragma unroll
+    for (float& one : v) one -= mean;
+  }
+  const float square = warp_total(v[0] * v[0] + v[1] * v[1] + v[2] * v[2] + v[3] * v[3]) * (1.0f / kChannels);
+  return rsqrtf(square + eps);
+}
+
 // E of eq. (9) of rows of the ages given, of a history that has items, four channels a lane: LayerNorm(e) + shift[age]
 // (+ scale[age] times the anchor's embedding), zeros where no item is. Rows go side by side, since each waits for its
 // item, then for that item's row.
@@ -101,12 +113,7 @@ __device__ __forceinline__ void embed(const EncoderCall& call, const History& hi
     if (call.scale != nullptr) bf16_row(call.table, anchor_item, lane, anchor);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const float mean = warp_total(v[i][0] + v[i][1] + v[i][2] + v[i][3]) * (1.0f / kChannels);
-#pragma unroll
-      for (float& one : v[i]) one -= mean;
-      const float square =
-          warp_total(v[i][0] * v[i][0] + v[i][1] * v[i][1] + v[i][2] * v[i][2] + v[i][3] * v[i][3]) * (1.0f / kChannels);
-      const float rate = rsqrtf(square + call.input_eps);
+      const float rate = row_rate<true>(v[i], call.input_eps);
       v[i][0] = v[i][0] * rate * gain.x + bias.x + shift[i].x + scale[i].x * anchor[0];
       v[i][1] = v[i][1] * rate * gain.y + bias.y + shift[i].y + scale[i].y * anchor[1];
       v[i][2] = v[i][2] * rate * gain.z + bias.z + shift[i].z + scale[i].z * anchor[2];

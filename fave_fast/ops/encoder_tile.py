@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fave_fast.ops import encoder_cluster
 from fave_fast.ops.encoder_pair import in_panels
+from fave_fast.ops.tuning import multiprocessors
 
 if TYPE_CHECKING:  # what is below imports nothing of what is above it
     from fave_fast.model import FAVE
@@ -22,7 +23,6 @@ if TYPE_CHECKING:  # what is below imports nothing of what is above it
 PORTION = 16_384  # weights
 ROWS = 64  # of a tile
 MOST_TOGETHER = 4  # tiles of a block
-MULTIPROCESSORS = 132  # of an H200 or H100; on a GPU with fewer, fewer tiles together would serve as well
 
 
 def folded(weight: Tensor) -> Tensor:
@@ -58,7 +58,8 @@ def run(call: _Call) -> None:
         tiles = len(call.plan.programs)
         arguments["order"], arguments["programs"] = call.plan.order.data_ptr(), call.plan.programs.data_ptr()
         arguments["program_count"] = tiles
-    together = next((count for count in (1, 2) if tiles <= count * MULTIPROCESSORS), MOST_TOGETHER)
+    at_once = multiprocessors(call.out.device)
+    together = next((count for count in (1, 2) if tiles <= count * at_once), MOST_TOGETHER)
     launch(arguments, together, call.out.device, call.overlap)
 
 
