@@ -306,11 +306,10 @@ def test_fragments_are_the_weights_in_the_places_of_the_instruction() -> None:
     )
 
 
-def test_fragments_hold_every_weight_once() -> None:
+@pytest.mark.parametrize("backend", ["cpp", "pair", "tile"])
+def test_what_is_packed_holds_every_weight_once(backend: str) -> None:
     case = Case(BASE, dtype=torch.bfloat16, lengths=[1])
-    fragments = case.weights.packed["cpp"]
-    assert fragments.shape == (4, 2, 384, 32, 8)
-    for block, packed in zip(case.model.blocks, fragments, strict=True):  # type: ignore[call-overload]
+    for block, packed in zip(case.model.blocks, case.weights.packed[backend], strict=True):  # type: ignore[call-overload]
         weights = (block.qkv.weight, block.attention_out.weight, block.ffn_in.weight, 2 * block.ffn_out.weight)
         assert torch.equal(
             packed.flatten().sort().values, torch.cat([w.detach().flatten() for w in weights]).sort().values
@@ -470,6 +469,8 @@ def test_histories_that_share_an_emulated_tile_have_their_own_bits(emulated: Emu
     for stride in (1, 511):
         emulated(stride)
         assert torch.equal(torch.stack(case.run("tile", Plan.of(case.offsets.diff()))), alone)
+    with pytest.raises(ValueError, match="the plan is of 128 rows a program; expected 64 for the tile backend"):
+        case.run("tile", Plan.of(case.offsets.diff(), 128))
 
 
 # What follows needs the GPU: its sizes, its rounding, its graphs.
