@@ -19,6 +19,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from fave_fast.errors import BackendError
+from fave_fast.ops import triton_key
 
 BACKENDS = ("auto", "reference", "triton", "cpp")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -111,6 +112,7 @@ def triton_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         return f"its kernels need compute capability 8.0, and {torch.cuda.get_device_name(device)} has {major}.{minor}"
+    triton_key.remember()  # before the first kernel is looked for
     return None if dtype in KERNEL_DTYPES else f"its kernels take float32, bfloat16 and float16, not {dtype}"
 
 
