@@ -22,7 +22,7 @@ from fave_fast.errors import BackendError
 from fave_fast.flow import InferenceNoise
 from fave_fast.model import FAVE
 from fave_fast.ops import encoder as ops
-from fave_fast.ops import encoder_cluster, encoder_pair, encoder_tile
+from fave_fast.ops import encoder_cluster, encoder_hopper
 from fave_fast.ops.encoder import EncoderWeights, InputPath, Plan, encode, encode_ids
 from fave_fast.ops.registry import Implementation, Op, why_no_extension, why_no_triton
 from fave_fast.ops.tuning import tile_shapes
@@ -319,7 +319,7 @@ def test_what_is_packed_holds_every_weight_once(backend: str) -> None:
 def test_panels_hold_rows_whose_channels_go_round() -> None:
     """Of a panel's row n the sixteen bytes c, eight channels, are where wgmma's swizzle of 128 bytes looks for them."""
     weight = torch.arange(96 * 128).view(96, 128)
-    panels = encoder_pair.in_panels(weight)
+    panels = encoder_hopper.in_panels(weight)
     assert panels.shape == (2, 96, 8, 8)
     for panel, row, c in ((0, 0, 5), (0, 13, 2), (1, 95, 7), (1, 64, 0)):
         channel = 64 * panel + 8 * c
@@ -352,7 +352,7 @@ def test_what_hoppers_kernels_do_not_take_is_named() -> None:
         model = FAVE(ModelConfig(**change), ITEMS).to(DEVICE, dtype).eval()
         weights = EncoderWeights.pack(model)
         assert weights.packed == {}
-        refused = encoder_cluster.beyond(model) or encoder_cluster.why_not(torch.device("cuda"), dtype)
+        refused = encoder_hopper.beyond(model) or encoder_hopper.why_not(torch.device("cuda"), dtype)
         assert refused is not None
         assert re.search(reason, refused)
         if GPU:
@@ -393,7 +393,10 @@ def emulated(emulators: dict[str, ctypes.CDLL], monkeypatch: pytest.MonkeyPatch)
     """The backends for Hopper are emulations; call it with how far apart the threads that take turns are."""
     strides = [1]
 
-    def launch(backend: str, arguments: dict[str, int | float | bool], blocks: int, together: int = 1) -> None:
+    def launch(kernel: str, arguments: encoder_hopper.Arguments, _: object, tiles: int = 1) -> None:
+        backend = {"encode_cluster": "cpp", "encode_pair": "pair", "encode_tile": "tile"}[kernel]
+        blocks = {"cpp": 2 * tiles, "pair": 2, "tile": 1}[backend]  # of a cluster
+        together = TOGETHER if backend == "tile" else 1
         kinds = {float: ctypes.c_float, bool: ctypes.c_bool}
         numbers = ("users", "padded_length", "longest", "blocks", "program_count")
 
@@ -414,9 +417,7 @@ def emulated(emulators: dict[str, ctypes.CDLL], monkeypatch: pytest.MonkeyPatch)
         return None if dtype == torch.bfloat16 else "the oracle's dtype"
 
     emulations = (Implementation(backend, module.run, why_not) for backend, module in ops.HOPPER.items())
-    monkeypatch.setattr(encoder_cluster, "launch", lambda call, tiles, *_: launch("cpp", call, 2 * tiles))
-    monkeypatch.setattr(encoder_pair, "launch", lambda call, *_: launch("pair", call, 2))
-    monkeypatch.setattr(encoder_tile, "launch", lambda call, *_: launch("tile", call, 1, TOGETHER))
+    monkeypatch.setattr(encoder_hopper, "launch", launch)
     monkeypatch.setattr(ops, "OP", Op("encoder", (*emulations, ops.OP.implementations[-1])))
 
     def take_turns(stride: int) -> None:

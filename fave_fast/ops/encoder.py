@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fave_fast.ops import encoder_cluster, encoder_cpu, encoder_pair, encoder_tile, native
+from fave_fast.ops import encoder_cluster, encoder_cpu, encoder_hopper, encoder_pair, encoder_tile, native
 from fave_fast.ops.attention import rotary_by_age
 from fave_fast.ops.registry import Implementation, Op, interpreting, not_interpreted, triton_kernels
 from fave_fast.ops.tuning import launches_overlap, tile_shapes
@@ -80,7 +80,7 @@ class EncoderWeights:
             cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
         native_weights = encoder_cpu.NativeWeights.pack(model)
         packed = {}
-        if model.item_embedding.weight.dtype == torch.bfloat16 and encoder_cluster.beyond(model) is None:
+        if model.item_embedding.weight.dtype == torch.bfloat16 and encoder_hopper.beyond(model) is None:
             packed = {backend: module.pack(model) for backend, module in HOPPER.items()}
         return cls(model, _matrices(model), _norms(model), cos, sin, packed, native_weights)
 
@@ -390,7 +390,7 @@ def _beyond_kernels(model: FAVE) -> dict[str, str]:
     if config.conditioning != "add":
         reason = f"its kernel adds x_t as eq. (9) does, and the model has conditioning {config.conditioning!r}"
         return dict.fromkeys(("triton", *HOPPER), reason)
-    reasons = {"triton": reason, **dict.fromkeys(HOPPER, encoder_cluster.beyond(model))}
+    reasons = {"triton": reason, **dict.fromkeys(HOPPER, encoder_hopper.beyond(model))}
     if not on_gpu:
         reasons["cpp"] = None
     return {backend: why for backend, why in reasons.items() if why is not None}
@@ -480,11 +480,11 @@ def _run_cpp(call: _Call) -> None:
 
 
 def _why_not_cpp(device: torch.device, dtype: torch.dtype) -> str | None:
-    return encoder_cluster.why_not(device, dtype) if device.type == "cuda" else native.why_not(device, dtype)
+    return encoder_hopper.why_not(device, dtype) if device.type == "cuda" else native.why_not(device, dtype)
 
 
 def _why_not_auto_cpp(device: torch.device, dtype: torch.dtype) -> str | None:
-    return encoder_cluster.why_not_auto(device, dtype) if device.type == "cuda" else None
+    return encoder_hopper.why_not_auto(device, dtype) if device.type == "cuda" else None
 
 
 def _variant(call: _Call, slot_rows: int) -> str:
@@ -497,7 +497,7 @@ def _matrices(model: FAVE) -> Tensor:
     """The kernel's matrix of all blocks' weights."""
     config = model.config
     channels = config.d // config.heads
-    paired = encoder_cluster.rotary_pairs(channels, model.item_embedding.weight.device)
+    paired = encoder_hopper.rotary_pairs(channels, model.item_embedding.weight.device)
     parts: list[Tensor] = []
     blocks: Any = model.blocks
     for block in blocks:
@@ -551,7 +551,7 @@ OP: Op[Callable[[_Call], None]] = Op(
         Implementation("triton", _run_triton, triton_kernels, not_interpreted),
         Implementation("cpp", _run_cpp, _why_not_cpp, _why_not_auto_cpp),
         *(
-            Implementation(backend, HOPPER[backend].run, encoder_cluster.why_not, encoder_cluster.why_not_auto)
+            Implementation(backend, HOPPER[backend].run, encoder_hopper.why_not, encoder_hopper.why_not_auto)
             for backend in ("pair", "tile")
         ),
         Implementation("reference", _run_reference),

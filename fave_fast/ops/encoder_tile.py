@@ -6,14 +6,12 @@ shared memory. A tile is one history, or, by a plan, several short ones. A histo
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fave_fast.ops import encoder_cluster
-from fave_fast.ops.encoder_pair import in_panels
+from fave_fast.ops import encoder_hopper as hopper
 from fave_fast.ops.tuning import multiprocessors
 
 if TYPE_CHECKING:  # what is below imports nothing of what is above it
@@ -37,20 +35,20 @@ def pack(model: FAVE) -> Tensor:
     of the feed-forward's hidden channels, both matrices.
     """
     result = []
-    both = encoder_cluster.halves(model)
+    both = hopper.halves(model)
     for halves in zip(both, both, strict=True):
         for half in halves:
             for out, *projections in zip(half.out.chunk(2, 1), half.queries, half.keys, half.values, strict=True):
-                result += [in_panels(torch.cat(projections)), in_panels(folded(out))]
+                result += [hopper.in_panels(torch.cat(projections)), hopper.in_panels(folded(out))]
         for half in halves:
             for first, second in zip(half.first.chunk(4), half.second.chunk(4, 1), strict=True):
-                result += [in_panels(first), in_panels(second)]
+                result += [hopper.in_panels(first), hopper.in_panels(second)]
     return torch.cat([part.flatten() for part in result]).view(-1, 12, PORTION)
 
 
 def run(call: _Call) -> None:
     """One launch on the current stream; nothing is allocated."""
-    arguments = encoder_cluster.arguments(call, call.weights.packed["tile"])
+    arguments = hopper.arguments(call, call.weights.packed["tile"])
     tiles = len(call.out)
     if call.plan is not None:
         if call.plan.rows > ROWS:
@@ -60,12 +58,4 @@ def run(call: _Call) -> None:
         arguments["program_count"] = tiles
     at_once = multiprocessors(call.out.device)
     together = next((count for count in (1, 2) if tiles <= count * at_once), MOST_TOGETHER)
-    launch(arguments, together, call.out.device, call.overlap)
-
-
-def launch(arguments: dict[str, int | float | bool], together: int, device: torch.device, overlap: bool) -> None:
-    """Launch on the current stream of `device` blocks of `together` tiles; `overlap` as in `encode_ids`."""
-    stream = torch.cuda.current_stream(device).cuda_stream
-    extension = importlib.import_module("fave_fast._C")
-    call = extension.EncoderCall(**arguments)
-    extension.encode_tile(call, tiles=together, overlap=overlap, device=device.index, stream=stream)
+    hopper.launch("encode_tile", arguments, call, tiles=together)
