@@ -94,14 +94,10 @@ __device__ __forceinline__ void input(const EncoderCall& call, const History& hi
 // Totals over the channels of rows `group` (low) and `group + 8` (high), for all warps in the same bits: each gives its
 // own, and takes them all behind a barrier.
 __device__ __forceinline__ void give_row_totals(float low, float high, const Place& at, float (&reduce)[kRows][12]) {
-#pragma unroll
-  for (int mask = 1; mask <= 2; mask <<= 1) {
-    low += __shfl_xor_sync(0xffffffffu, low, mask);
-    high += __shfl_xor_sync(0xffffffffu, high, mask);
-  }
+  const Two totals = quad_totals({low, high});
   if (at.quad == 0) {
-    reduce[at.group][at.warp] = low;
-    reduce[at.group + 8][at.warp] = high;
+    reduce[at.group][at.warp] = totals.low;
+    reduce[at.group + 8][at.warp] = totals.high;
   }
 }
 
@@ -320,7 +316,7 @@ __device__ __forceinline__ void attend(const EncoderCall& call, std::uint64_t pr
   multiply(p[1], q0, k0.z, k0.w);
   multiply(p[0], q1, k1.x, k1.y);
   multiply(p[1], q1, k1.z, k1.w);
-  float top[2] = {kMasked / 2, kMasked / 2}, sum[2] = {0.0f, 0.0f};
+  Two top = {kMasked / 2, kMasked / 2}, sum = {0.0f, 0.0f};
 #pragma unroll
   for (int n = 0; n < 2; ++n) {
 #pragma unroll
@@ -332,11 +328,7 @@ __device__ __forceinline__ void attend(const EncoderCall& call, std::uint64_t pr
       top[e / 2] = fmaxf(top[e / 2], p[n][e]);
     }
   }
-#pragma unroll
-  for (int mask = 1; mask <= 2; mask <<= 1) {
-    top[0] = fmaxf(top[0], __shfl_xor_sync(0xffffffffu, top[0], mask));
-    top[1] = fmaxf(top[1], __shfl_xor_sync(0xffffffffu, top[1], mask));
-  }
+  quad_tops(top);
 #pragma unroll
   for (int n = 0; n < 2; ++n) {
 #pragma unroll
@@ -353,19 +345,15 @@ __device__ __forceinline__ void attend(const EncoderCall& call, std::uint64_t pr
   multiply(c[1], a, v0.z, v0.w);
   multiply(c[2], a, v1.x, v1.y);
   multiply(c[3], a, v1.z, v1.w);
-#pragma unroll
-  for (int mask = 1; mask <= 2; mask <<= 1) {
-    sum[0] += __shfl_xor_sync(0xffffffffu, sum[0], mask);
-    sum[1] += __shfl_xor_sync(0xffffffffu, sum[1], mask);
-  }
+  sum = quad_totals(sum);
 #pragma unroll
   for (int n = 0; n < 4; ++n) {
     *reinterpret_cast<float2*>(&s.partial[at.warp][at.group][8 * n + 2 * at.quad]) = {c[n][0], c[n][1]};
     *reinterpret_cast<float2*>(&s.partial[at.warp][at.group + 8][8 * n + 2 * at.quad]) = {c[n][2], c[n][3]};
   }
   if (at.quad == 0) {
-    s.top_and_sum[head][part][at.group] = {top[0], sum[0]};
-    s.top_and_sum[head][part][at.group + 8] = {top[1], sum[1]};
+    s.top_and_sum[head][part][at.group] = {top.low, sum.low};
+    s.top_and_sum[head][part][at.group + 8] = {top.high, sum.high};
   }
 }
 

@@ -12,6 +12,7 @@ namespace {
 
 constexpr int kChannels = 128;
 constexpr int kFrame = 64;  // rows of a history, its newest item in the last
+constexpr std::uint32_t kPanel = kFrame * kPanelRow;  // bytes of its 64 rows
 constexpr float kMasked = -1e30f;
 constexpr float kScale = 0.17677669529663687f * 1.4426950408889634f;  // 32^-0.5 log2(e)
 
@@ -44,6 +45,32 @@ __device__ __forceinline__ History find(const EncoderCall& call, int user, int l
   const bool old = lane + 32 < length && whole_number(call.rows, call.wide_rows, end - 33 - lane) != 0;
   const std::uint64_t low = __ballot_sync(0xffffffffu, young), high = __ballot_sync(0xffffffffu, old);
   return {end, low | high << 32};
+}
+
+// Of rows `row` and `row + 8`.
+struct Two {
+  float low, high;
+
+  __device__ __forceinline__ float& operator[](int upper) { return upper ? high : low; }
+  __device__ __forceinline__ float operator[](int upper) const { return upper ? high : low; }
+};
+
+// Totals, and the greatest, of two rows over the four lanes that have a product's columns of them.
+__device__ __forceinline__ Two quad_totals(Two parts) {
+#pragma unroll
+  for (int mask = 1; mask <= 2; mask <<= 1) {
+    parts.low += __shfl_xor_sync(0xffffffffu, parts.low, mask);
+    parts.high += __shfl_xor_sync(0xffffffffu, parts.high, mask);
+  }
+  return parts;
+}
+
+__device__ __forceinline__ void quad_tops(Two& parts) {
+#pragma unroll
+  for (int mask = 1; mask <= 2; mask <<= 1) {
+    parts.low = fmaxf(parts.low, __shfl_xor_sync(0xffffffffu, parts.low, mask));
+    parts.high = fmaxf(parts.high, __shfl_xor_sync(0xffffffffu, parts.high, mask));
+  }
 }
 
 __device__ __forceinline__ float warp_total(float v) {
@@ -168,6 +195,19 @@ __device__ __forceinline__ void add_packed(float* h, uint4 sent) {
     h[2 * i] += low_half(two[i]);
     h[2 * i + 1] += high_half(two[i]);
   }
+}
+
+// c = rows times weights, by a warpgroup; operands of kPanels panels each, which lie `rows_apart` and `apart`.
+template <int kPanels, int kCount>
+__device__ __forceinline__ void multiply_panels(float (&c)[kCount], std::uint32_t rows, std::uint32_t rows_apart,
+                                                std::uint32_t weights, std::uint32_t apart) {
+  begin_products();
+#pragma unroll
+  for (int k = 0; k < 4 * kPanels; ++k) {
+    const std::uint32_t within = k % 4 * 32;
+    product(c, further(rows, k / 4 * rows_apart + within), further(weights, k / 4 * apart + within), k > 0);
+  }
+  end_products();
 }
 
 // gelu(4 y) / 2: _half_gelu of kernels/encoder.py.

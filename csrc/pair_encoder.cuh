@@ -30,7 +30,6 @@ namespace fave_fast {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr std::uint32_t kPanel = kFrame * kPanelRow;    // bytes of 64 rows
 constexpr std::uint32_t kPortion = 65536;               // bytes of weights
 constexpr std::uint32_t kHeadPanel = 96 * kPanelRow;    // a head's queries, keys and values from 64 channels
 constexpr std::uint32_t kOut = 4 * kHeadPanel;          // where the output projection's begin in the first portion
@@ -65,19 +64,10 @@ struct Place {
   bool newest;      // the warp that has the newest item
 };
 
-// Of rows `row` and `row + 8`.
-struct Two {
-  float low, high;
-};
-
 // Totals of a row's 64 channels over all threads that have some, in the same bits for all: given, and taken behind a
 // barrier.
 __device__ __forceinline__ void give_totals(Two parts, const Place& at, float (&reduce)[2][kFrame]) {
-#pragma unroll
-  for (int mask = 1; mask <= 2; mask <<= 1) {
-    parts.low += __shfl_xor_sync(0xffffffffu, parts.low, mask);
-    parts.high += __shfl_xor_sync(0xffffffffu, parts.high, mask);
-  }
+  parts = quad_totals(parts);
   if (at.quad == 0) {
     reduce[at.columns][at.row] = parts.low;
     reduce[at.columns][at.row + 8] = parts.high;
@@ -178,24 +168,11 @@ __device__ __forceinline__ std::uint32_t turned(const float* c, float rate, floa
   return pack(first * turn.x - second * turn.y, first * turn.y + second * turn.x);
 }
 
-// c = the rows of kPanels panels times the weights' of as many, which lie `apart`.
-template <int kPanels, int kCount>
-__device__ __forceinline__ void multiply(float (&c)[kCount], std::uint32_t rows, std::uint32_t weights,
-                                         std::uint32_t apart) {
-  begin_products();
-#pragma unroll
-  for (int k = 0; k < 4 * kPanels; ++k) {
-    const std::uint32_t within = k % 4 * 32;
-    product(c, further(operand(rows), k / 4 * kPanel + within), further(operand(weights), k / 4 * apart + within), k > 0);
-  }
-  end_products();
-}
-
 // Projects the normalised rows to this warpgroup's head: queries as left operands, keys and values to shared memory.
 __device__ __forceinline__ void project(const Turns& turns, Two rates, std::uint32_t weights, const Place& at, Shared& s,
                                         uint4 (&queries)[2]) {
   float c[48];
-  multiply<2>(c, shared_address(s.x), weights + 2 * kHeadPanel * at.columns, kHeadPanel);
+  multiply_panels<2>(c, operand(shared_address(s.x)), kPanel, operand(weights + 2 * kHeadPanel * at.columns), kHeadPanel);
   std::uint32_t q[2][4];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -245,10 +222,10 @@ __device__ __forceinline__ void attend(const EncoderCall& call, std::uint32_t ke
     product(c, queries[t], further(operand(shared_address(s.keys) + 64 * at.columns), 32 * t), t > 0);
   }
   end_products();
-  float sum[2] = {0.0f, 0.0f};
+  Two sum = {0.0f, 0.0f};
   uint4 weights[4] = {};
   if (all || at.newest) {
-    float top[2] = {kMasked / 2, kMasked / 2};
+    Two top = {kMasked / 2, kMasked / 2};
 #pragma unroll
     for (int i = 0; i < 32; ++i) {
       const int key = 8 * (i / 4) + 2 * at.quad + i % 2, r = i / 2 % 2;
@@ -256,22 +233,14 @@ __device__ __forceinline__ void attend(const EncoderCall& call, std::uint32_t ke
       c[i] = allowed ? c[i] : kMasked;
       top[r] = fmaxf(top[r], c[i]);
     }
-#pragma unroll
-    for (int mask = 1; mask <= 2; mask <<= 1) {
-      top[0] = fmaxf(top[0], __shfl_xor_sync(0xffffffffu, top[0], mask));
-      top[1] = fmaxf(top[1], __shfl_xor_sync(0xffffffffu, top[1], mask));
-    }
-    top[0] *= kScale, top[1] *= kScale;
+    quad_tops(top);
+    top.low *= kScale, top.high *= kScale;
 #pragma unroll
     for (int i = 0; i < 32; ++i) {
       c[i] = exp2_fast(c[i] * kScale - top[i / 2 % 2]);
       sum[i / 2 % 2] += c[i];
     }
-#pragma unroll
-    for (int mask = 1; mask <= 2; mask <<= 1) {
-      sum[0] += __shfl_xor_sync(0xffffffffu, sum[0], mask);
-      sum[1] += __shfl_xor_sync(0xffffffffu, sum[1], mask);
-    }
+    sum = quad_totals(sum);
 #pragma unroll
     for (int t = 0; t < 4; ++t) {
       weights[t] = {pack(c[8 * t], c[8 * t + 1]), pack(c[8 * t + 2], c[8 * t + 3]), pack(c[8 * t + 4], c[8 * t + 5]),
@@ -304,7 +273,7 @@ template <int kPanels>
 __device__ __forceinline__ void share(std::uint32_t rows, std::uint32_t weights, bool all, const Place& at,
                                       float (&h)[32], uint4 (&there)[4][kThreads], std::uint64_t* barrier, int partner) {
   float c[32];
-  multiply<kPanels>(c, rows, weights + kPanel * at.columns, kFedPanel);
+  multiply_panels<kPanels>(c, operand(rows), kPanel, operand(weights + kPanel * at.columns), kFedPanel);
   if (!all && !at.newest) return;
   const std::uint32_t counted = in_block(shared_address(barrier), partner);
 #pragma unroll
@@ -324,7 +293,7 @@ __device__ __forceinline__ void add_share(float (&h)[32], const uint4 (&sent)[4]
 // The hidden units of this warpgroup, half of the block's.
 __device__ __forceinline__ void feed(std::uint32_t weights, Two rates, bool all, const Place& at, Shared& s) {
   float c[64];
-  multiply<2>(c, shared_address(s.x), weights + 128 * kPanelRow * at.columns, kFeedPanel);
+  multiply_panels<2>(c, operand(shared_address(s.x)), kPanel, operand(weights + 128 * kPanelRow * at.columns), kFeedPanel);
   if (!all && !at.newest) return;
 #pragma unroll
   for (int j = 0; j < 16; ++j) {

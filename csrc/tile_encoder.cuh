@@ -30,7 +30,6 @@ namespace fave_fast {
 namespace {
 
 constexpr int kWarpgroup = 128;                       // threads
-constexpr std::uint32_t kPanel = kFrame * kPanelRow;  // bytes of 64 rows
 constexpr std::uint32_t kPortion = 32768;             // bytes of weights
 constexpr int kAhead = 3;                             // portions
 constexpr int kHeads = 4;
@@ -85,11 +84,6 @@ __device__ __forceinline__ Place this_place() {
   return {lane / 4, lane % 4, warp / 4, warp % 4, 16 * (warp % 4) + lane / 4};
 }
 
-// Of rows `row` and `row + 8`.
-struct Two {
-  float low, high;
-};
-
 // Channels 64 half + 8 j + 2 quad + e % 2 of row `row` + 8 (e / 2) are h[half][4 j + e].
 using Rows = float[2][32];
 
@@ -140,15 +134,6 @@ struct Stream {
   }
 };
 
-__device__ __forceinline__ Two over_quad(Two parts) {
-#pragma unroll
-  for (int mask = 1; mask <= 2; mask <<= 1) {
-    parts.low += __shfl_xor_sync(0xffffffffu, parts.low, mask);
-    parts.high += __shfl_xor_sync(0xffffffffu, parts.high, mask);
-  }
-  return parts;
-}
-
 // A norm's means (0 of an RMSNorm) and factors.
 struct Norm {
   Two mean, rate;
@@ -163,7 +148,7 @@ __device__ __forceinline__ Norm norm_of(const EncoderCall& call, const Rows& h) 
       const float* four = &h[i / 32][i % 32];
       norm.mean.low += four[0] + four[1], norm.mean.high += four[2] + four[3];
     }
-    norm.mean = over_quad(norm.mean);
+    norm.mean = quad_totals(norm.mean);
     norm.mean.low *= 1.0f / kChannels, norm.mean.high *= 1.0f / kChannels;
   }
 #pragma unroll
@@ -171,7 +156,7 @@ __device__ __forceinline__ Norm norm_of(const EncoderCall& call, const Rows& h) 
     const float y = h[i / 32][i % 32] - (kLayerNorm ? i & 2 ? norm.mean.high : norm.mean.low : 0.0f);
     (i & 2 ? norm.rate.high : norm.rate.low) += y * y;
   }
-  norm.rate = over_quad(norm.rate);
+  norm.rate = quad_totals(norm.rate);
   norm.rate.low = rsqrtf(norm.rate.low * (1.0f / kChannels) + call.eps);
   norm.rate.high = rsqrtf(norm.rate.high * (1.0f / kChannels) + call.eps);
   return norm;
@@ -220,26 +205,13 @@ __device__ __forceinline__ void normalise(const EncoderCall& call, int number, c
   warpgroup_sync(at.which);
 }
 
-// c = rows times weights, of two panels each, which lie `rows_apart` and `apart`.
-template <int kCount>
-__device__ __forceinline__ void multiply(float (&c)[kCount], std::uint32_t rows, std::uint32_t rows_apart,
-                                         std::uint32_t weights, std::uint32_t apart) {
-  begin_products();
-#pragma unroll
-  for (int k = 0; k < 8; ++k) {
-    const std::uint32_t within = k % 4 * 32;
-    product(c, further(rows, k / 4 * rows_apart + within), further(weights, k / 4 * apart + within), k > 0);
-  }
-  end_products();
-}
-
 // Projects the normalised rows to a head's queries, keys and values.
 __device__ __forceinline__ void project(const EncoderCall& call, std::uint32_t weights, const Own (&own)[8],
                                         const Place& at, Tile& tile) {
   const std::uint32_t rows = operand(shared_address(tile.x));
   {
     float c[32];
-    multiply(c, rows, kPanel, weights, kHeadPanel);
+    multiply_panels<2>(c, rows, kPanel, weights, kHeadPanel);
     warpgroup_sync(at.which);  // the head before is done with its own
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -259,7 +231,7 @@ __device__ __forceinline__ void project(const EncoderCall& call, std::uint32_t w
     }
   }
   float c[16];
-  multiply(c, rows, kPanel, further(weights, kValues), kHeadPanel);
+  multiply_panels<2>(c, rows, kPanel, further(weights, kValues), kHeadPanel);
   const unsigned lane = 4 * at.group + at.quad;
 #pragma unroll
   for (int j = 0; j < 4; j += 2) {
@@ -311,19 +283,31 @@ __device__ __forceinline__ Two soften(const EncoderCall& call, const Keys& keys,
   for (int i = 0; i < 32; ++i) {
     (i & 2 ? top.high : top.low) = fmaxf(i & 2 ? top.high : top.low, c[i]);
   }
-#pragma unroll
-  for (int mask = 1; mask <= 2; mask <<= 1) {
-    top.low = fmaxf(top.low, __shfl_xor_sync(0xffffffffu, top.low, mask));
-    top.high = fmaxf(top.high, __shfl_xor_sync(0xffffffffu, top.high, mask));
-  }
+  quad_tops(top);
   top.low *= kScale, top.high *= kScale;
 #pragma unroll
   for (int i = 0; i < 32; ++i) {
     c[i] = exp2_fast(c[i] * kScale - (i & 2 ? top.high : top.low));
     (i & 2 ? sum.high : sum.low) += c[i];
   }
-  sum = over_quad(sum);
+  sum = quad_totals(sum);
   return {reciprocal(fmaxf(sum.low, 0.5f)), reciprocal(fmaxf(sum.high, 0.5f))};  // a row without any key has sum 0
+}
+
+// h = `left` times the weights of both halves of the channels, `first` bytes into a portion and `apart`; with kAdd added
+// to h.
+template <bool kAdd, int kSteps>
+__device__ __forceinline__ void add_product(Rows& h, const uint4 (&left)[kSteps], std::uint32_t portion,
+                                            std::uint32_t first, std::uint32_t apart) {
+  begin_products();
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int t = 0; t < kSteps; ++t) {
+      product(h[half], left[t], further(portion, first + half * apart + 32 * t), kAdd || t > 0);
+    }
+  }
+  end_products();
 }
 
 // One head's attention, added to the residual by its part of the output projection.
@@ -350,13 +334,7 @@ __device__ __forceinline__ void attend(const EncoderCall& call, const Keys& keys
 #pragma unroll
   for (int i = 0; i < 16; ++i) o[i] *= i & 2 ? rates.high : rates.low;
   const uint4 attended[2] = {packed(o), packed(o + 8)};
-  begin_products();
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-#pragma unroll
-    for (int t = 0; t < 2; ++t) product(h[half], attended[t], further(portion, kOut + 64 * half + 32 * t), true);
-  }
-  end_products();
+  add_product<true>(h, attended, portion, kOut, 64);
 }
 
 // 64 hidden units of the rows, with kAdd added to h; a warp whose rows none wants needs no GELU.
@@ -364,7 +342,7 @@ template <bool kAdd>
 __device__ __forceinline__ void feed(std::uint32_t rows, std::uint32_t rows_apart, std::uint32_t weights, bool answers,
                                      Rows& h) {
   float c[32];
-  multiply(c, rows, rows_apart, weights, kPanel);
+  multiply_panels<2>(c, rows, rows_apart, weights, kPanel);
   if (answers) {
 #pragma unroll
     for (float& one : c) one = half_gelu(one);
@@ -372,15 +350,7 @@ __device__ __forceinline__ void feed(std::uint32_t rows, std::uint32_t rows_apar
   uint4 hidden[4];
 #pragma unroll
   for (int t = 0; t < 4; ++t) hidden[t] = packed(c + 8 * t);
-  begin_products();
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-#pragma unroll
-    for (int t = 0; t < 4; ++t) {
-      product(h[half], hidden[t], further(weights, kSecond + half * kPanel + 32 * t), kAdd || t > 0);
-    }
-  }
-  end_products();
+  add_product<kAdd>(h, hidden, weights, kSecond, kPanel);
 }
 
 // The rows of a warp to the residual, four at a time by way of its own rows of the tile.
