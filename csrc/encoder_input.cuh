@@ -52,7 +52,6 @@ struct Two {
   float low, high;
 
   __device__ __forceinline__ float& operator[](int upper) { return upper ? high : low; }
-  __device__ __forceinline__ float operator[](int upper) const { return upper ? high : low; }
 };
 
 // Totals, and the greatest, of two rows over the four lanes that have a product's columns of them.
