@@ -98,13 +98,18 @@ def halves(model: FAVE) -> Iterator[Half]:
             )
 
 
+def stacked_halves(model: FAVE) -> Half:
+    """`halves`, each of a half's weights over all of them: [2 * blocks, ...]."""
+    return Half(*map(torch.stack, zip(*halves(model), strict=True)))
+
+
 def in_panels(weight: Tensor) -> Tensor:
-    """Weight [N, K] as wgmma reads operands: [K / 64, N, 8, 8], the eight channels c of row n at c ^ n % 8."""
-    n, k = weight.shape
+    """Weights [..., N, K] as wgmma reads operands: [..., K / 64, N, 8, 8], eight channels c of row n at c ^ n % 8."""
+    *before, n, k = weight.shape
     row, chunk = torch.arange(n, device=weight.device), torch.arange(8, device=weight.device)
     lies_at = chunk ^ (row % 8)[:, None]
-    parts = weight.reshape(n, k // PANEL, 8, 8).transpose(0, 1)
-    return torch.gather(parts, 2, lies_at[None, :, :, None].expand(k // PANEL, n, 8, 8))
+    parts = weight.reshape(*before, n, k // PANEL, 8, 8).transpose(-4, -3)
+    return torch.gather(parts, -2, lies_at[..., None].expand(parts.shape))
 
 
 def arguments(call: _Call, packed: Tensor) -> Arguments:

@@ -27,12 +27,10 @@ def pack(model: FAVE) -> Tensor:
     A half's portions are the panels of each head's queries, keys and values and of the output projection for these
     heads; of the feed-forward's first matrix; and of its second.
     """
-    result = []
-    for half in hopper.halves(model):
-        heads = torch.cat((half.queries, half.keys, half.values), 1)
-        weights = (*heads, half.out, half.first, half.second)
-        result.append(torch.cat([hopper.in_panels(weight).flatten() for weight in weights]))
-    return torch.stack(result).view(-1, 2, 3, PORTION).contiguous()
+    half = hopper.stacked_halves(model)
+    heads = torch.cat((half.queries, half.keys, half.values), 2)
+    weights = (*heads.unbind(1), half.out, half.first, half.second)
+    return torch.cat([hopper.in_panels(weight).flatten(1) for weight in weights], 1).view(-1, 2, 3, PORTION)
 
 
 def run(call: _Call) -> None:

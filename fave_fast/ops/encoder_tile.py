@@ -24,8 +24,8 @@ MOST_TOGETHER = 4  # tiles of a block
 
 
 def folded(weight: Tensor) -> Tensor:
-    """Weight [N, 32] as the panel [N / 2, 64] whose row r has row r and, behind it, row N / 2 + r."""
-    return torch.cat(weight.chunk(2), 1)
+    """Weights [..., N, 32] as panels [..., N / 2, 64] whose row r has row r and, behind it, row N / 2 + r."""
+    return torch.cat(weight.chunk(2, -2), -1)
 
 
 def pack(model: FAVE) -> Tensor:
@@ -34,16 +34,16 @@ def pack(model: FAVE) -> Tensor:
     Four portions of a head's queries, keys and values and its part of the output projection, folded; then eight of 64
     of the feed-forward's hidden channels, both matrices.
     """
-    result = []
-    both = hopper.halves(model)
-    for halves in zip(both, both, strict=True):
-        for half in halves:
-            for out, *projections in zip(half.out.chunk(2, 1), half.queries, half.keys, half.values, strict=True):
-                result += [hopper.in_panels(torch.cat(projections)), hopper.in_panels(folded(out))]
-        for half in halves:
-            for first, second in zip(half.first.chunk(4), half.second.chunk(4, 1), strict=True):
-                result += [hopper.in_panels(first), hopper.in_panels(second)]
-    return torch.cat([part.flatten() for part in result]).view(-1, 12, PORTION)
+    half = hopper.stacked_halves(model)
+    projections = torch.cat((half.queries, half.keys, half.values), 2)  # [2 * blocks, 2, 96, D]
+    out = folded(half.out.reshape(-1, hopper.D, 2, 32).transpose(1, 2))
+    first = half.first.reshape(-1, 4, 64, hopper.D)
+    second = half.second.reshape(-1, hopper.D, 4, 64).transpose(1, 2)
+    heads, units = (
+        torch.cat([hopper.in_panels(part).flatten(2) for part in parts], 2).view(len(half.out) // 2, -1, PORTION)
+        for parts in ((projections, out), (first, second))
+    )
+    return torch.cat((heads, units), 1)
 
 
 def run(call: _Call) -> None:
