@@ -56,6 +56,6 @@ def test_it_is_tritons_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(cache, "triton_key", before)  # and it is again afterwards
     monkeypatch.setattr(knobs.cache, "dir", str(tmp_path))
     for _ in range(2):
-        triton_key.remember.__wrapped__()
+        triton_key.remember()
         assert cache.triton_key is not before
         assert cache.triton_key() == before()

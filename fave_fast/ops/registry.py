@@ -85,11 +85,12 @@ def cpu_extension(device: torch.device, dtype: torch.dtype) -> str | None:
 
 @functools.cache
 def why_no_triton() -> str | None:
-    """Why Triton cannot be imported, or None where it can."""
+    """Why Triton cannot be imported, or None where it can: then it is, and takes its key from where it is kept."""
     try:
         importlib.import_module("triton")
     except ImportError as error:
         return f"Triton cannot be imported ({error}): pip install 'fave-fast[gpu]'"
+    triton_key.remember()
     return None
 
 
@@ -112,7 +113,6 @@ def triton_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         return f"its kernels need compute capability 8.0, and {torch.cuda.get_device_name(device)} has {major}.{minor}"
-    triton_key.remember()  # before the first kernel is looked for
     return None if dtype in KERNEL_DTYPES else f"its kernels take float32, bfloat16 and float16, not {dtype}"
 
 

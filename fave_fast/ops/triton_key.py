@@ -21,12 +21,11 @@ from typing import Any
 HASHED = ("_C", "backends", "compiler", "language", "runtime")  # of Triton's folders; its hash reads no others
 
 
-@functools.cache
 def remember() -> None:
-    """Have Triton take its hash from where it is kept; where it keeps none of that name, nothing changes."""
+    """Have Triton take its hash from where it is kept; where it has none of that name, nothing changes."""
     cache: Any = importlib.import_module("triton.runtime.cache")
-    knobs: Any = importlib.import_module("triton.knobs")
     if hasattr(cache, "triton_key"):
+        knobs: Any = importlib.import_module("triton.knobs")
         root = Path(cache.__file__).parents[1]
         cache.triton_key = functools.cache(functools.partial(key, cache.triton_key, root, Path(knobs.cache.dir)))
 
