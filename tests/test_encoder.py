@@ -306,9 +306,12 @@ def test_fragments_are_the_weights_in_the_places_of_the_instruction() -> None:
     )
 
 
-@pytest.mark.parametrize("backend", ["cpp", "pair", "tile"])
-def test_what_is_packed_holds_every_weight_once(backend: str) -> None:
+@pytest.mark.parametrize(
+    ("backend", "shape"), [("cpp", (4, 2, 384, 32, 8)), ("pair", (4, 2, 3, 32_768)), ("tile", (4, 12, 16_384))]
+)
+def test_what_is_packed_holds_every_weight_once(backend: str, shape: tuple[int, ...]) -> None:
     case = Case(BASE, dtype=torch.bfloat16, lengths=[1])
+    assert case.weights.packed[backend].shape == shape
     for block, packed in zip(case.model.blocks, case.weights.packed[backend], strict=True):  # type: ignore[call-overload]
         weights = (block.qkv.weight, block.attention_out.weight, block.ffn_in.weight, 2 * block.ffn_out.weight)
         assert torch.equal(
