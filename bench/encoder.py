@@ -107,7 +107,7 @@ class Bench:
         e = torch.randn(batch * length, self.model.config.d, device="cuda").bfloat16()
         ids = torch.randint(1, ITEMS + 1, (batch * length,), device="cuda")
         out = torch.empty(batch, e.shape[1], dtype=e.dtype, device="cuda")
-        for backend in self.backends("cpp", "pair", "tile", "triton"):
+        for backend in self.backends("cpp", "pair", "triton"):
             self.check(e, offsets, encode(self.weights, e, offsets, backend=backend))
             name = "cluster" if backend == "cpp" else backend
             call = partial(encode_ids, self.weights, self.path, ids, offsets, out=out, backend=backend)
