@@ -35,6 +35,7 @@ K, LENGTH = 20, 50
 BATCHES = (1, 8, 64, 512)
 SIZES = (12_101, 1_000_000, 10_000_000)
 CALLERS = (1, 4, 16)
+SATURATED = (1, 64, 512)  # batch sizes whose users a second are measured
 SECONDS = 2.0  # of saturation
 
 Row = dict[str, object]
@@ -167,7 +168,7 @@ def breakdown(step: Step, request: Histories) -> dict[str, float]:
 
     return {
         "encoder": round(device_us(encode), 1),
-        "top-K": round(device_us(lambda: score_topk(endpoint, step.table, K, exclude, backend="triton")), 1),
+        "top-K": round(device_us(lambda: score_topk(endpoint, step.table, K, exclude, backend=step.backend)), 1),
         "empty": round(device_us(lambda: endpoint[:1].zero_()), 1),
     }
 
@@ -191,14 +192,21 @@ def compiled_row(model: FAVE, mode: Mode, items: int, batch: int, requests: int)
     return {"N": items, "B": batch, "histories": "50 items", "who": who, "requests": requests, **found}
 
 
-def measure(items: int, data: dict[str, Histories], requests: int, backend: str, compiled: Sequence[Mode]) -> list[Row]:
+def measure(
+    items: int,
+    batches: Sequence[int],
+    data: dict[str, Histories],
+    requests: int,
+    backend: str,
+    compiled: Sequence[Mode],
+) -> list[Row]:
     rows: list[Row] = []
     model = model_of(items)
     step = step_of(model, backend)
     started = time.perf_counter()
     graphs = StepGraphs(step, K)
     print(f"N {items:,}: {len(graphs.batches)} graphs captured in {time.perf_counter() - started:.2f} s", flush=True)
-    for batch in BATCHES:
+    for batch in batches:
         cases = {"50 items": full_length(batch, items)}
         cases |= {name: real(batch, *log) for name, log in data.items() if log.ids.max() <= items}
         for name, asked in cases.items():
@@ -219,7 +227,7 @@ def measure(items: int, data: dict[str, Histories], requests: int, backend: str,
             rows.append(compiled_row(model, mode, items, batch, min(requests, 2000)))
             print(json.dumps(rows[-1]), flush=True)
     if items == SIZES[0]:
-        for batch in (1, 64, 512):
+        for batch in [batch for batch in batches if batch in SATURATED]:
             for callers in CALLERS:
                 speed = users_per_second(graphs, full_length(batch, items), callers)
                 row = {"N": items, "B": batch, "callers": callers, "users_per_second": round(speed)}
@@ -270,13 +278,14 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=10_000, help="timed requests of a case")
     parser.add_argument("--backend", default="auto", choices=("auto", "triton"))
     parser.add_argument("--compiled", choices=("reduce-overhead", "max-autotune"), action="append", default=[])
+    parser.add_argument("--batch", type=int, action="append", help=f"histories of a request (default: {BATCHES})")
     parser.add_argument("--items", type=int, action="append", help=f"sizes of the catalogue (default: {SIZES})")
     args = parser.parse_args()
     logs = {path.stem: load_interactions(path) for path in args.data}
     data = {name: Histories(log.items, log.offsets) for name, log in logs.items()}
     rows: list[Row] = []
     for items in args.items or SIZES:
-        rows += measure(items, data, args.requests, args.backend, args.compiled)
+        rows += measure(items, args.batch or BATCHES, data, args.requests, args.backend, args.compiled)
     rows += through_recommender(args.requests)
     print(json.dumps({"gpu": torch.cuda.get_device_name(), "backend": args.backend, "rows": rows}))
 

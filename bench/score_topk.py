@@ -19,7 +19,8 @@ from torch import Tensor
 from bench.measure import COLD, WARM, Row, shown, time_us
 from fave_fast.ops import Exclusions, score_topk
 from fave_fast.ops.byte_table import ByteTable
-from fave_fast.ops.score_topk import BYTES_LEAST_ITEMS, BYTES_MOST_ROWS, workspace_bytes
+from fave_fast.ops.score_topk import BYTES_LEAST_ITEMS, BYTES_MOST_ROWS, OP, beyond_kernels, workspace_bytes
+from fave_fast.ops.score_topk_gpu import Sizes
 
 D, K = 128, 20
 CASES = (
@@ -68,12 +69,12 @@ def buffers(
     return out, torch.empty(size, dtype=torch.uint8, device="cuda")
 
 
-def check(batch: int, items: Tensor, exclude: Exclusions | None) -> None:
+def check(batch: int, items: Tensor, exclude: Exclusions | None, backend: str) -> None:
     """Ours equals the reference where sums are exact: on the signs of the embeddings."""
     queries = torch.randn(batch, D, device="cuda").sign().to(items.dtype)
     signs = items.sign()
     out, workspace = buffers(queries, signs, exclude)
-    score_topk(queries, signs, K, exclude, out=out, workspace=workspace, backend="triton")
+    score_topk(queries, signs, K, exclude, out=out, workspace=workspace, backend=backend)
     start = max(0, batch - CHECKED)
     some = None if exclude is None else exclude.rows(start, batch)
     scores, ids = score_topk(queries[start:], signs, K, some, backend="reference")
@@ -103,31 +104,34 @@ def by_bytes(queries: Tensor, items: Tensor, table_bytes: ByteTable) -> Callable
 
 
 def measure(batch: int, items: Tensor, cold: bool = True, table_bytes: ByteTable | None = None) -> Iterator[Row]:
-    """Ours with and without exclusions and by bytes, matmul + topk, and the product alone.
+    """Ours, by each backend that takes the sizes, with and without exclusions and by bytes; its peers.
 
     From a cold L2 cache or a warm one.
     """
     n = len(items) - 1
     queries = torch.randn(batch, D, device="cuda").to(items.dtype)
-    kinds: list[tuple[str, Exclusions | None]] = [("triton", None)]
+    refused = OP.refusals(queries.device, queries.dtype) | beyond_kernels(Sizes(batch, D, K, n), queries.device)
+    backends = [name for name in ("triton", "cpp") if refused[name] is None]
+    kinds: list[tuple[str, str, Exclusions | None]] = [(name, name, None) for name in backends]
     if (n, batch) in WITH_EXCLUSIONS:
-        kinds.append((f"triton, {EXCLUDED} excluded a row", exclusions(batch, n)))
+        kinds += [(f"{name}, {EXCLUDED} excluded a row", name, exclusions(batch, n)) for name in backends]
     case = f"B {batch}, N {n}, bfloat16"
     size: dict[str, Any] = {
         "floor_bytes": (n + batch) * D * items.dtype.itemsize + batch * K * 12,
         "floor_operations": 2 * batch * n * D,
         "clock": COLD if cold else WARM,
     }
-    for who, some in kinds:
-        check(batch, items, some)
+    for who, backend, some in kinds:
+        check(batch, items, some, backend)
         out, workspace = buffers(queries, items, some)
 
         def ours(
             some: Exclusions | None = some,
             out: tuple[Tensor, Tensor] = out,
             workspace: Tensor = workspace,
+            backend: str = backend,
         ) -> None:
-            score_topk(queries, items, K, some, out=out, workspace=workspace, backend="triton")
+            score_topk(queries, items, K, some, out=out, workspace=workspace, backend=backend)
 
         yield Row("score_topk", case, who, time_us(ours, cold=cold), **size)
         del out, workspace, ours

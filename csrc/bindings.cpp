@@ -9,6 +9,7 @@
 
 #include "encoder.hpp"
 #include "gpu_encoders.hpp"
+#include "gpu_score_topk.hpp"
 #include "isa.hpp"
 #include "numbering.hpp"
 #include "rank_count.hpp"
@@ -175,7 +176,7 @@ void bind_numbering(py::module_& m) {
 #ifdef FAVE_FAST_HAS_CUDA
 constexpr bool kHasCuda = true;
 
-void bind_gpu_encoders(py::module_& m) {
+void bind_gpu_kernels(py::module_& m) {
   using fave_fast::EncoderCall;
   using Address = std::uint64_t;
   py::class_<EncoderCall>(m, "EncoderCall", "What csrc/gpu_encoders.hpp says; addresses of device memory.")
@@ -227,11 +228,40 @@ void bind_gpu_encoders(py::module_& m) {
   m.def("encode_tile", &fave_fast::launch_tile_encoder, py::arg("call"), py::kw_only(), py::arg("tiles"),
         py::arg("overlap"), py::arg("device"), py::arg("stream"), py::call_guard<py::gil_scoped_release>(),
         "The same of the encoder of 1, 2 or 4 tiles a block.");
+
+  using fave_fast::ListsCall;
+  py::class_<ListsCall>(m, "ListsCall", "What csrc/gpu_score_topk.hpp says; addresses of device memory.")
+      .def(py::init([](Address queries, Address table, Address deny, Address excluded, Address excluded_offsets,
+                       Address entries, Address scores, Address ids, std::int32_t rows, std::int32_t d,
+                       std::int32_t items, std::int32_t k, std::int32_t tile, bool wide_excluded, bool wide_offsets) {
+             return ListsCall{pointer<const void>(queries),
+                              pointer<const void>(table),
+                              pointer<const std::uint8_t>(deny),
+                              pointer<const void>(excluded),
+                              pointer<const void>(excluded_offsets),
+                              pointer<std::int64_t>(entries),
+                              pointer<float>(scores),
+                              pointer<std::int64_t>(ids),
+                              rows,
+                              d,
+                              items,
+                              k,
+                              tile,
+                              wide_excluded,
+                              wide_offsets};
+           }),
+           py::kw_only(), py::arg("queries"), py::arg("table"), py::arg("deny"), py::arg("excluded"),
+           py::arg("excluded_offsets"), py::arg("entries"), py::arg("scores"), py::arg("ids"), py::arg("rows"),
+           py::arg("d"), py::arg("items"), py::arg("k"), py::arg("tile"), py::arg("wide_excluded"),
+           py::arg("wide_offsets"));
+  m.def("score_topk_on_gpu", &fave_fast::launch_score_topk, py::arg("call"), py::kw_only(), py::arg("overlap"),
+        py::arg("device"), py::arg("stream"), py::call_guard<py::gil_scoped_release>(),
+        "Launches the exact top K of a few queries, likewise.");
 }
 #else
 constexpr bool kHasCuda = false;
 
-void bind_gpu_encoders(py::module_&) {}
+void bind_gpu_kernels(py::module_&) {}
 #endif
 using Halves = py::array_t<std::uint16_t>;  // the bits of bfloat16
 
@@ -477,7 +507,7 @@ PYBIND11_MODULE(_C, m) {
         "Raises TypeError for a wrong dtype and ValueError for a wrong shape or stride.");
   bind_numbering(m);
   bind_submit(m);
-  bind_gpu_encoders(m);
+  bind_gpu_kernels(m);
   m.def("instruction_sets", &fave_fast::instruction_sets,
         "Names of the instruction sets that can run here, the fastest first. `isa` of what follows is one of them, or\n"
         "empty for the first.");

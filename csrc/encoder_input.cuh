@@ -6,6 +6,7 @@
 
 #include "gpu_encoders.hpp"
 #include "hopper.cuh"
+#include "numbers.cuh"
 
 namespace fave_fast {
 namespace {
@@ -20,10 +21,6 @@ struct History {
   std::int64_t end;       // row behind the newest item
   std::uint64_t present;  // bit a: there is an item of age a
 };
-
-__device__ __forceinline__ std::int64_t whole_number(const void* numbers, bool wide, std::int64_t at) {
-  return wide ? static_cast<const std::int64_t*>(numbers)[at] : static_cast<const std::int32_t*>(numbers)[at];
-}
 
 __device__ __forceinline__ std::uint64_t first_bits(std::int64_t count) {
   return count <= 0 ? 0 : count >= kFrame ? ~std::uint64_t{0} : (std::uint64_t{1} << count) - 1;

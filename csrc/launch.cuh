@@ -7,8 +7,6 @@
 #include <stdexcept>
 #include <string>
 
-#include "gpu_encoders.hpp"
-
 namespace fave_fast {
 namespace {
 
@@ -16,7 +14,7 @@ constexpr int kDevices = 64;  // for which it is remembered that a kernel may us
 
 void check(cudaError_t result, const char* what) {
   if (result != cudaSuccess) {
-    throw std::runtime_error(std::string("encoder: ") + what + ": " + cudaGetErrorString(result));
+    throw std::runtime_error(std::string("CUDA kernel: ") + what + ": " + cudaGetErrorString(result));
   }
 }
 
@@ -39,28 +37,34 @@ class OnDevice {
   bool changed_ = false;
 };
 
-// Launches `kernel`, which uses kBytes of shared memory, as `clusters` of `blocks`.
-template <int kBytes, void (*kernel)(EncoderCall)>
-void launch(const EncoderCall& call, int clusters, int blocks, int threads, bool overlap, int device,
-            std::uint64_t stream) {
-  static_assert(kBytes <= 227 << 10, "a block has no more shared memory");
+struct Grid {
+  int clusters, blocks;  // of a cluster
+  int threads, bytes;    // of a block, the bytes of shared memory
+};
+
+constexpr int kMostBytes = 227 << 10;  // of shared memory that a block may have
+
+template <auto kernel, typename Call>
+void launch(const Call& call, const Grid& grid, bool overlap, int device, std::uint64_t stream) {
   static std::atomic<bool> prepared[kDevices];
   const OnDevice here(device);
   if (device >= kDevices || !prepared[device].load(std::memory_order_acquire)) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes), "cudaFuncSetAttribute");
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostBytes),
+          "cudaFuncSetAttribute");
     if (device < kDevices) prepared[device].store(true, std::memory_order_release);
   }
+  const auto blocks = static_cast<unsigned>(grid.blocks);
   cudaLaunchAttribute attributes[2] = {};
   attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim.x = static_cast<unsigned>(blocks);
+  attributes[0].val.clusterDim.x = blocks;
   attributes[0].val.clusterDim.y = 1;
   attributes[0].val.clusterDim.z = 1;
   attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;  // see await_previous
   attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(clusters) * static_cast<unsigned>(blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = kBytes;
+  config.gridDim = dim3(static_cast<unsigned>(grid.clusters) * blocks);
+  config.blockDim = dim3(static_cast<unsigned>(grid.threads));
+  config.dynamicSmemBytes = static_cast<std::size_t>(grid.bytes);
   config.stream = reinterpret_cast<cudaStream_t>(static_cast<std::uintptr_t>(stream));
   config.attrs = attributes;
   config.numAttrs = overlap ? 2 : 1;

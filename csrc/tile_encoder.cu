@@ -6,11 +6,12 @@ namespace {
 
 template <int kTiles>
 void launch_tiles(const EncoderCall& call, bool overlap, int device, std::uint64_t stream) {
-  constexpr int kBytes = sizeof(Shared<kTiles>);
-  const auto start = call.layer_norm ? launch<kBytes, encode_kernel<true, kTiles>>
-                                     : launch<kBytes, encode_kernel<false, kTiles>>;
+  static_assert(sizeof(Shared<kTiles>) <= kMostBytes);
+  const auto start = call.layer_norm ? launch<encode_kernel<true, kTiles>, EncoderCall>
+                                     : launch<encode_kernel<false, kTiles>, EncoderCall>;
   const int tiles = call.programs == nullptr ? call.users : call.program_count;
-  start(call, (tiles + kTiles - 1) / kTiles, 1, kTiles * kWarpgroup, overlap, device, stream);
+  const Grid grid{(tiles + kTiles - 1) / kTiles, 1, kTiles * kWarpgroup, sizeof(Shared<kTiles>)};
+  start(call, grid, overlap, device, stream);
 }
 
 }  // namespace

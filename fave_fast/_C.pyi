@@ -70,10 +70,13 @@ class EncoderCall:
         cos: int,
         sin: int,
         out: int,
+        order: int,
+        programs: int,
         users: int,
         padded_length: int,
         longest: int,
         blocks: int,
+        program_count: int,
         anchor: float,
         eps: float,
         input_eps: float,
@@ -86,6 +89,30 @@ class EncoderCall:
 
 def encode_cluster(call: EncoderCall, *, tiles: int, overlap: bool, device: int, stream: int) -> None: ...
 def encode_pair(call: EncoderCall, *, overlap: bool, device: int, stream: int) -> None: ...
+def encode_tile(call: EncoderCall, *, tiles: int, overlap: bool, device: int, stream: int) -> None: ...
+
+class ListsCall:
+    def __init__(
+        self,
+        *,
+        queries: int,
+        table: int,
+        deny: int,
+        excluded: int,
+        excluded_offsets: int,
+        entries: int,
+        scores: int,
+        ids: int,
+        rows: int,
+        d: int,
+        items: int,
+        k: int,
+        tile: int,
+        wide_excluded: bool,
+        wide_offsets: bool,
+    ) -> None: ...
+
+def score_topk_on_gpu(call: ListsCall, *, overlap: bool, device: int, stream: int) -> None: ...
 def instruction_sets() -> list[str]: ...
 
 class Encoder:

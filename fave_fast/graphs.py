@@ -30,6 +30,7 @@ from fave_fast.ops.encoder import MAX_PLANNED, EncoderWeights, InputPath, Plan, 
 from fave_fast.ops.encoder import OP as ENCODER
 from fave_fast.ops.score_topk import OP as SCORE_TOPK
 from fave_fast.ops.score_topk import beyond_kernels, workspace_bytes
+from fave_fast.ops.score_topk_gpu import Sizes
 from fave_fast.ops.step_cpu import NativeStep
 from fave_fast.ops.tuning import launches_overlap, multiprocessors
 from fave_fast.profiling import ranged
@@ -192,7 +193,8 @@ class Step:
             BackendError: the step's backend cannot run here.
         """
         table = self.table
-        beyond = beyond_kernels(table.shape[1], k, len(table))
+        # Of as many histories as a graph has at most: what takes them takes fewer, if not the other way round.
+        beyond = beyond_kernels(Sizes(BATCHES[-1], table.shape[1], k, len(table) - 1), table.device)
         for op, reasons in ((ENCODER, self.weights.beyond), (SCORE_TOPK, beyond)):
             if op.choose(self.backend, table.device, table.dtype, reasons).backend == "reference":
                 return f"{op.name} runs by its reference, which waits for the device"

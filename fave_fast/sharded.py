@@ -61,6 +61,7 @@ from fave_fast.ops.encoder import Plan, encode_ids
 from fave_fast.ops.registry import why_no_triton
 from fave_fast.ops.score_topk import OP as SCORE_TOPK
 from fave_fast.ops.score_topk import beyond_kernels
+from fave_fast.ops.score_topk_gpu import Sizes
 from fave_fast.ranks import DONE, hear, say
 
 _logger = logging.getLogger(__name__)
@@ -507,10 +508,9 @@ class ShardedRecommender(Recommender):
         """Let all ranks do something, rank 0 among them."""
         with self._turn:
             table = self._sharded.rows
+            sizes = Sizes(len(asked.offsets) - 1, table.shape[1], asked.k, len(table) - 1)
             # What a named backend refuses is refused before the other ranks hear of it.
-            SCORE_TOPK.resolve(
-                self.backend, table.device, table.dtype, beyond_kernels(table.shape[1], asked.k, len(table))
-            )
+            SCORE_TOPK.resolve(self.backend, table.device, table.dtype, beyond_kernels(sizes, table.device))
             with self._asking():
                 first, rest = asked.messages()
                 self._broadcast(first, self._waiting)

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
-from collections.abc import Iterator
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
@@ -50,6 +54,28 @@ def processes() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["fave_fast.bulk", "fave_fast.sharded"])
     return context
+
+
+@pytest.fixture(scope="session")
+def emulation(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ctypes.CDLL]:
+    """Compiles a source of `emulation`: a kernel of csrc whose instructions for Hopper GPUs are done on the CPU."""
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    folder = tmp_path_factory.mktemp("emulation")
+    for source in [*(ROOT / "csrc").glob("*.cuh"), *(ROOT / "csrc").glob("gpu_*.hpp")]:
+        shutil.copy(source, folder)
+    shutil.copytree(
+        ROOT / "tests" / "emulation", folder, dirs_exist_ok=True
+    )  # its hopper.cuh takes the place of csrc's
+
+    def compiled(source: str, *options: str) -> ctypes.CDLL:
+        library = f"{tempfile.mkdtemp(dir=folder)}/kernel.so"
+        command = ["g++", "-std=c++17", "-O2", "-shared", "-fPIC", *options, "-o", library, folder / source]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return ctypes.CDLL(library)
+
+    return compiled
 
 
 @pytest.fixture(scope="session")

@@ -5,11 +5,8 @@ from __future__ import annotations
 import copy
 import ctypes
 import re
-import shutil
-import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,7 +27,6 @@ from fave_fast.ops.tuning import tile_shapes
 needs_triton = pytest.mark.skipif(why_no_triton() is not None, reason=str(why_no_triton()))
 needs_extension = pytest.mark.skipif(why_no_extension() is not None, reason=str(why_no_extension()))
 
-ROOT = Path(__file__).resolve().parent.parent
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 triton = pytest.param("triton", marks=needs_triton)
@@ -371,24 +367,13 @@ TOGETHER = 4  # tiles of a block of the emulated encoder
 
 
 @pytest.fixture(scope="session")
-def emulators(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ctypes.CDLL]:
+def emulators(emulation: Callable[..., ctypes.CDLL]) -> dict[str, ctypes.CDLL]:
     """The kernels' sources with their instructions done on the CPU, by backend."""
-    if shutil.which("g++") is None:
-        pytest.skip("needs g++")
-    folder = tmp_path_factory.mktemp("emulation")
-    for source in [*(ROOT / "csrc").glob("*encoder*"), *(ROOT / "tests" / "emulation").iterdir()]:
-        shutil.copy(source, folder)  # its hopper.cuh takes the place of that in csrc
-    result = {}
-    for backend, kernel in HOPPER.items():
-        library = folder / f"{kernel}.so"
-        command = ["g++", "-std=c++17", "-O2", "-shared", "-fPIC", f'-DKERNEL="{kernel}.cuh"']
-        command += [f"-DTILES={TOGETHER}"] if backend == "tile" else []
-        done = subprocess.run(
-            [*command, "-o", library, folder / "emulate.cpp"], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        result[backend] = ctypes.CDLL(str(library))
-    return result
+    together = {"tile": [f"-DTILES={TOGETHER}"]}
+    return {
+        backend: emulation("encoder.cpp", f'-DKERNEL="{kernel}.cuh"', *together.get(backend, []))
+        for backend, kernel in HOPPER.items()
+    }
 
 
 @pytest.fixture

@@ -5,7 +5,8 @@ open, so rows where a tie crosses the K-th place are settled by a stable sort; t
 
 The Triton kernels (`kernels/score_topk.py`) hold no [B, N] matrix: of every group of neighbouring items they keep the
 largest score, choose groups, and compute the scores of these groups' items once more. With a table in bytes
-(`kernels/score_topk_bytes.py`) they keep the largest upper bound, and prove the list or compute it by the table.
+(`kernels/score_topk_bytes.py`) they keep the largest upper bound, and prove the list or compute it by the table. Up to
+eight queries of a catalogue of some ten thousand items are for two launches in C++ (`csrc/gpu_score_topk.cuh`).
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fave_fast.ops import native, score_topk_cpu
+from fave_fast.ops import native, score_topk_cpu, score_topk_gpu
 from fave_fast.ops.byte_table import ByteTable, KernelByteTable, NativeByteTable
 from fave_fast.ops.exclusions import Exclusions
 from fave_fast.ops.registry import Implementation, Op, not_interpreted, triton_kernels
+from fave_fast.ops.score_topk_gpu import Sizes
 from fave_fast.ops.tiles import Tiles
 from fave_fast.ops.tuning import Shapes, launches_overlap, multiprocessors, tile_shapes
 from fave_fast.profiling import ranged
@@ -71,7 +73,7 @@ def score_topk(
 
     An item that is excluded or denied, or whose score is -inf or NaN, never appears.
 
-    The triton backend never makes the host wait, and with contiguous tensors, `out` and `workspace` it allocates
+    On a GPU triton and cpp never make the host wait, and with contiguous tensors, `out` and `workspace` they allocate
     nothing: a CUDA graph can hold the call. With triton and cpp, a row's list is, bit for bit, the same in any batch.
 
     Args:
@@ -83,13 +85,15 @@ def score_topk(
         tile: columns computed at a time by the reference; by default as many as keep B * tile within 2^24 scores.
         out: scores [B, K] float32 and ids [B, K] int64, contiguous: written and returned. May lie in pinned memory of
             the host: the kernels write each list once, and the host sees it when they are done.
-        workspace: at least `workspace_bytes` of uint8 for the triton backend; its contents do not matter and change.
+        workspace: at least `workspace_bytes` of uint8 on a GPU; its contents do not matter and change.
         table_bytes: of this table, made or refreshed after its last change: the same lists, to the bit, by a scan of
             one byte an element, where the backend is the one that it was made for, cpp or triton. The triton backend
             scans it for `BYTES_LEAST_ITEMS` and more and up to `BYTES_MOST_ROWS` queries. Others do without.
-        backend: auto, reference, triton (K up to 1,024, D up to 256, N up to 2^31 - 2^12), or cpp (CPU; float32 and
-            bfloat16, K up to 65,536, D up to 65,536, N up to 2^31 - 2).
-        overlap: what precedes this on the stream is a kernel, beside whose end the triton backend may start.
+        backend: auto, reference, triton (K up to 1,024, D up to 256, N up to 2^31 - 2^12), or cpp: on a CPU float32
+            and bfloat16, K up to 65,536, D up to 65,536, N up to 2^31 - 2; on a Hopper GPU bfloat16, B up to 8, K up
+            to 32, D of 64, 128 or 256, N up to 256 for each multiprocessor.
+        overlap: what precedes this on the stream is a kernel, beside whose end triton and cpp may start on a GPU. None
+            that may still run then writes the table or `deny`.
 
     Returns:
         Scores [B, K] float32, and ids [B, K] int64; where fewer than K candidates remain, -inf and 0.
@@ -116,14 +120,15 @@ def score_topk(
             )
     if table_bytes is not None:
         table_bytes.require(table)
-    run = OP.resolve(backend, queries.device, queries.dtype, beyond_kernels(queries.shape[1], k, table.shape[0]))
+    sizes = Sizes(len(queries), queries.shape[1], k, len(table) - 1)
+    run = OP.resolve(backend, queries.device, queries.dtype, beyond_kernels(sizes, queries.device))
     return run(tiles, k, deny, out, workspace, table_bytes, overlap)
 
 
 def workspace_bytes(
     queries: Tensor, table: Tensor, k: int, excluded: int = 0, table_bytes: ByteTable | None = None
 ) -> int:
-    """Bytes of workspace that `score_topk` needs with the triton backend for these tensors.
+    """Bytes of workspace that `score_topk` needs on a GPU for these tensors, with any backend.
 
     Args:
         queries: [B, D]; only shape, dtype and device matter.
@@ -133,9 +138,15 @@ def workspace_bytes(
         table_bytes: as in `score_topk`.
     """
     batch, items = len(queries), len(table) - 1
-    if items == 0:
+    if batch == 0 or items == 0:
         return 0
-    size = _Plan.make(batch, items, queries, k, excluded).bytes
+    size = 0
+    sizes = Sizes(batch, queries.shape[1], k, items)
+    if score_topk_gpu.beyond(sizes, queries.device) is None:
+        size = score_topk_gpu.workspace_bytes(sizes, queries.device)
+    if k > MAX_K:
+        return size
+    size = max(size, _Plan.make(batch, items, queries, k, excluded).bytes)
     if _scanned(batch, items, table_bytes) is None:
         return size
     return _aligned(torch.int32, batch) + max(size, _Plan.make(batch, items, queries, k, excluded, in_bytes=True).bytes)
@@ -346,15 +357,16 @@ def _group_size(batch: int, items: int, in_bytes: bool = False, long: bool = Fal
 
 
 @functools.lru_cache(maxsize=64)
-def beyond_kernels(d: int, k: int, length: int) -> dict[str, str]:
-    """Why a call is not for the kernels, by backend."""
-    limits = {
-        "triton": (MAX_K, MAX_WIDTH, MAX_ITEMS),
-        "cpp": (score_topk_cpu.MAX_K, score_topk_cpu.MAX_WIDTH, score_topk_cpu.MAX_ITEMS),
-    }
+def beyond_kernels(sizes: Sizes, device: torch.device) -> dict[str, str]:
+    """Why a call of these sizes on `device` is not for the kernels, by backend."""
+    limits = {"triton": (MAX_K, MAX_WIDTH, MAX_ITEMS)}
     reasons = {}
+    if device.type == "cpu":
+        limits["cpp"] = score_topk_cpu.MAX_K, score_topk_cpu.MAX_WIDTH, score_topk_cpu.MAX_ITEMS
+    elif (reason := score_topk_gpu.beyond(sizes, device)) is not None:
+        reasons["cpp"] = reason
     for backend, most in limits.items():
-        for name, value, limit in zip("KDN", (k, d, length - 1), most, strict=True):
+        for name, value, limit in zip("KDN", (sizes.k, sizes.d, sizes.items), most, strict=True):
             if value > limit:
                 reasons[backend] = f"its kernels take {name} up to {limit}, not {value}"
     return reasons
@@ -370,47 +382,20 @@ def _run_triton(
     table_bytes: ByteTable | None,
     overlap: bool,
 ) -> tuple[Tensor, Tensor]:
-    queries, table = tiles.queries.contiguous(), tiles.table.contiguous()
-    batch, items, device = len(queries), len(table) - 1, queries.device
-    if out is None:
-        out = (
-            torch.empty(batch, k, device=device),
-            torch.empty(batch, k, dtype=torch.int64, device=device),
-        )
-    if batch == 0 or items == 0:
-        out[0].fill_(-math.inf)
-        out[1].zero_()
-        return out
-    exclude = tiles.exclude if tiles.exclude is not None and len(tiles.exclude.ids) > 0 else None
-    needed = workspace_bytes(queries, table, k, 0 if exclude is None else len(exclude.ids), table_bytes)
-    if workspace is None:
-        workspace = torch.empty(needed, dtype=torch.uint8, device=device)
-    if workspace.dtype != torch.uint8 or workspace.numel() < needed or workspace.device != device:
-        raise ValueError(
-            f"workspace is {workspace.dtype} {list(workspace.shape)} on {workspace.device}; "
-            f"expected uint8 [{needed}] on {device}"
-        )
-    call = _KernelCall(
-        queries,
-        table,
-        None if deny is None else deny.contiguous(),
-        None if exclude is None else (exclude.ids.contiguous(), exclude.offsets.contiguous()),
-        k,
-        out,
-        workspace,
-        overlap and launches_overlap(device),
-    )
-    scanned = _scanned(batch, items, table_bytes)
+    call = _KernelCall.of(tiles, k, deny, out, workspace, table_bytes, overlap)
+    if call.empty:
+        return call.nothing()
+    scanned = _scanned(len(call.queries), len(call.table) - 1, table_bytes)
     if scanned is not None:
         _certified_lists(call, scanned)
     else:
         _plain_lists(call)
-    return out
+    return call.out
 
 
 @dataclass(frozen=True)
 class _KernelCall:
-    """One call of the kernels, its arguments contiguous."""
+    """One call of a GPU's kernels, its arguments contiguous."""
 
     queries: Tensor
     table: Tensor
@@ -420,6 +405,56 @@ class _KernelCall:
     out: _Out
     workspace: Tensor
     overlap: bool
+
+    @classmethod
+    def of(
+        cls,
+        tiles: Tiles,
+        k: int,
+        deny: Tensor | None,
+        out: _Out | None,
+        workspace: Tensor | None,
+        table_bytes: ByteTable | None,
+        overlap: bool,
+    ) -> _KernelCall:
+        """The arguments, with memory for what the caller gave none for."""
+        queries, table = tiles.queries.contiguous(), tiles.table.contiguous()
+        batch, device = len(queries), queries.device
+        if out is None:
+            out = (
+                torch.empty(batch, k, device=device),
+                torch.empty(batch, k, dtype=torch.int64, device=device),
+            )
+        exclude = tiles.exclude if tiles.exclude is not None and len(tiles.exclude.ids) > 0 else None
+        needed = workspace_bytes(queries, table, k, 0 if exclude is None else len(exclude.ids), table_bytes)
+        if workspace is None:
+            workspace = torch.empty(needed, dtype=torch.uint8, device=device)
+        if workspace.dtype != torch.uint8 or workspace.numel() < needed or workspace.device != device:
+            raise ValueError(
+                f"workspace is {workspace.dtype} {list(workspace.shape)} on {workspace.device}; "
+                f"expected uint8 [{needed}] on {device}"
+            )
+        return cls(
+            queries,
+            table,
+            None if deny is None else deny.contiguous(),
+            None if exclude is None else (exclude.ids.contiguous(), exclude.offsets.contiguous()),
+            k,
+            out,
+            workspace,
+            overlap and launches_overlap(device),
+        )
+
+    @property
+    def empty(self) -> bool:
+        """Whether there are no lists, or nothing for them."""
+        return len(self.queries) == 0 or len(self.table) == 1
+
+    def nothing(self) -> _Out:
+        """Lists without items."""
+        self.out[0].fill_(-math.inf)
+        self.out[1].zero_()
+        return self.out
 
     def plan(self, *, in_bytes: bool = False) -> _Plan:
         excluded = 0 if self.excluded is None else len(self.excluded[0])
@@ -488,6 +523,14 @@ def _run_cpp(
     table_bytes: ByteTable | None,
     overlap: bool,
 ) -> tuple[Tensor, Tensor]:
+    if tiles.queries.device.type == "cuda":
+        call = _KernelCall.of(tiles, k, deny, out, workspace, table_bytes, overlap)
+        if call.empty:
+            return call.nothing()
+        score_topk_gpu.run(
+            call.queries, call.table, call.deny, call.excluded, call.out, call.workspace, overlap=call.overlap
+        )
+        return call.out
     if out is None:
         count = tiles.queries.shape[0]
         out = torch.empty(count, k), torch.empty(count, k, dtype=torch.int64)
@@ -495,11 +538,15 @@ def _run_cpp(
     return out
 
 
+def _why_no_cpp(device: torch.device, dtype: torch.dtype) -> str | None:
+    return score_topk_gpu.why_not(device, dtype) if device.type == "cuda" else native.why_not(device, dtype)
+
+
 OP: Op[_Run] = Op(
     "score_topk",
     (
+        Implementation("cpp", _run_cpp, _why_no_cpp),
         Implementation("triton", _run_triton, triton_kernels, not_interpreted),
-        Implementation("cpp", _run_cpp, native.why_not),
         Implementation("reference", _run),
     ),
 )

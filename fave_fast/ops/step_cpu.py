@@ -18,6 +18,7 @@ from fave_fast.ops.encoder import OP as ENCODER
 from fave_fast.ops.encoder import EncoderWeights, InputPath
 from fave_fast.ops.score_topk import OP as SCORE_TOPK
 from fave_fast.ops.score_topk import beyond_kernels
+from fave_fast.ops.score_topk_gpu import Sizes
 from fave_fast.profiling import ranged
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class NativeStep:
         table = weights.model.item_embedding.weight.detach()
         if table.device.type != "cpu" or weights.native is None:
             return None
-        beyond = beyond_kernels(table.shape[1], 1, table.shape[0])
+        beyond = beyond_kernels(Sizes(1, table.shape[1], 1, len(table) - 1), table.device)
         for op, reasons in ((ENCODER, weights.beyond), (SCORE_TOPK, beyond)):
             if op.choose(backend, table.device, table.dtype, reasons).backend != "cpp":
                 return None

@@ -15,6 +15,7 @@
 
 #define __device__
 #define __global__
+#define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__
@@ -24,6 +25,9 @@ struct uint2 {
 };
 struct uint4 {
   std::uint32_t x, y, z, w;
+};
+struct int4 {
+  int x, y, z, w;
 };
 struct float2 {
   float x, y;
@@ -169,6 +173,16 @@ inline std::uint64_t __brevll(std::uint64_t v) {
 }
 inline int __popcll(std::uint64_t v) { return __builtin_popcountll(v); }
 inline float __saturatef(float v) { return v < 0.0f ? 0.0f : v > 1.0f ? 1.0f : v; }
+inline int __float_as_int(float v) {
+  int bits;
+  std::memcpy(&bits, &v, 4);
+  return bits;
+}
+inline float __int_as_float(int bits) {
+  float v;
+  std::memcpy(&v, &bits, 4);
+  return v;
+}
 inline float rsqrtf(float v) { return 1.0f / std::sqrt(v); }
 
 namespace fave_fast {
