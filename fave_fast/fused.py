@@ -7,7 +7,7 @@ are narrowed once a pass.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 import torch
@@ -21,8 +21,9 @@ from fave_fast.config import ModelConfig
 from fave_fast.losses import Share
 from fave_fast.model import FAVE, Block, Prediction, RMSNorm
 from fave_fast.ops.attention import Tables, rotary_by_age
+from fave_fast.ops.beside import Beside
 from fave_fast.ops.block import BlockDropout, BlockWeights, block, block_dual, last_block, normed, together
-from fave_fast.ops.input_modulation import Drawn, Draws, Times, input_modulation, input_modulation_dual
+from fave_fast.ops.input_modulation import ById, Drawn, Draws, Times, input_modulation, input_modulation_dual
 from fave_fast.ops.packed import DecoderWeights, Packed, decoder_hidden, own_items, padded_weights, pick, rows_of
 from fave_fast.profiling import ranged
 
@@ -42,6 +43,8 @@ class Network:
         lam: lambda [rows, D]; drawn by default.
         tables: of `rotary_of`, which is where they come from by default: a step would compute them again.
         share: where the batch is a rank's part of one.
+        beside: for what the chain of the blocks can do without for a while.
+        by_id: of the packed ids, where they were made beside; joined behind the blocks.
     """
 
     model: FAVE
@@ -52,6 +55,8 @@ class Network:
     lam: Tensor | None = None
     tables: Tables | None = None
     share: Share | None = None
+    beside: Beside = field(default_factory=Beside)
+    by_id: ById | None = None
 
     def embed(self, items: Tensor) -> Tensor:
         """The table's rows of items int64 [B], [B, D]."""
@@ -67,7 +72,7 @@ class Network:
         e = input_modulation(
             packed.ids, model.item_embedding.weight, norm.weight, norm.bias, x, time, self._lambda(),
             offsets=packed.offsets, draws=self._draws(), dropout=self._p(model.config.embedding_dropout),
-            eps=norm.eps, dtype=self.dtype, backend=self.backend,
+            eps=norm.eps, dtype=self.dtype, by_id=self.by_id, backend=self.backend,
         )  # fmt: skip
         return self._encode((e,), packed.offsets, x_t.dtype)[0]
 
@@ -84,7 +89,7 @@ class Network:
         e = input_modulation_dual(
             packed.ids, model.item_embedding.weight, norm.weight, norm.bias, x, dx, time, self._lambda(),
             offsets=packed.offsets, draws=self._draws(), dropout=self._p(model.config.embedding_dropout),
-            eps=norm.eps, dtype=self.dtype, backend=self.backend,
+            eps=norm.eps, dtype=self.dtype, by_id=self.by_id, backend=self.backend,
         )  # fmt: skip
         prediction, tangent = self._encode(e, packed.offsets, x_t.dtype)
         return prediction, cast(Tensor, tangent)
@@ -133,8 +138,19 @@ class Network:
         """L_src of eq. (13) for E_u [B, D], as `losses.source_loss` has it.
 
         One product gives the outputs of all N items, of which those that count are read; their gradients go back
-        through one product too, where gathering the items' rows would need a sort.
+        through one product too, where gathering the items' rows would need a sort. It is computed beside the current
+        stream, and so is its backward pass, which autograd runs where the forward pass ran.
         """
+        with self.beside.work(source):
+            return self._source_loss(source, kind, generator)
+
+    def settle(self) -> None:
+        """As `losses.Network`."""
+        self.beside.join()
+
+    def _source_loss(
+        self, source: Tensor, kind: Literal["sampled", "dense"], generator: torch.Generator | None
+    ) -> Tensor:
         packed, decoder, items = self.packed, self.model.history_decoder, self.model.num_items
         first, second = decoder.first, decoder.second
         weights = DecoderWeights(first.weight, first.bias, second.weight, second.bias)
@@ -178,7 +194,7 @@ class Network:
         source_index = config.source_block % config.blocks
         p = self._p(config.dropout)
         source = h[0]
-        for index, (weights, place) in enumerate(together(block_weights(self.model), self.dtype)):
+        for index, (weights, place) in enumerate(together(block_weights(self.model), self.dtype, self.beside)):
             dropout = BlockDropout(p, self.seed, index) if p > 0 else None
             options: Any = {
                 "causal": config.attention == "causal", "dropout": dropout, "place": place, "backend": self.backend,
@@ -194,6 +210,7 @@ class Network:
                 h = block_dual(h[0], h[1], weights, offsets, config.heads, tables, **options)
             if index == source_index < config.blocks - 2:
                 source = h[0].index_select(0, offsets[1:] - 1)
+        self.beside.join()
         return h, source[: self.packed.count].to(self.model.item_embedding.weight.dtype)
 
 

@@ -137,7 +137,10 @@ class Network(Protocol):
     def source_loss(
         self, source: Tensor, kind: Literal["sampled", "dense"], generator: torch.Generator | None
     ) -> Tensor:
-        """L_src of eq. (13) for E_u [B, D]."""
+        """L_src of eq. (13) for E_u [B, D]; not to be read before `settle`."""
+
+    def settle(self) -> None:
+        """Waits, on the device, for what is computed beside the current stream."""
 
 
 class ReferenceNetwork:
@@ -180,6 +183,9 @@ class ReferenceNetwork:
     ) -> Tensor:
         """By the function of this name."""
         return source_loss(self.model, source, self.history, kind, generator, self.share)
+
+    def settle(self) -> None:
+        """Nothing is."""
 
 
 Objective = Callable[[Network, FAVE, Config, Tensor, torch.Generator | None], Losses]
@@ -246,13 +252,12 @@ def _weigh(
     generator: torch.Generator | None,
 ) -> Losses:
     weights = config.loss
+    zero = x_1.new_zeros((), dtype=torch.promote_types(x_1.dtype, torch.float32))
+    source = network.source_loss(prediction.source, weights.source, generator) if weights.beta > 0 else zero
     match = matching_loss(prediction.endpoint, x_1, weights.reduction)
     target = target_loss(prediction.endpoint, model.item_embedding.weight, targets)
-    zero = torch.zeros_like(match)
-    source = zero
-    if weights.beta > 0:
-        source = network.source_loss(prediction.source, weights.source, generator)
     consistency = zero if tangent is None else consistency_loss(tangent, weights.reduction)
+    network.settle()
     parts = [(matching, match), (weights.alpha, target), (weights.beta, source), (weights.gamma, consistency)]
     # On a GPU each product and each sum here is a launch forward and another backward.
     counted = [part if weight == 1 else weight * part for weight, part in parts if weight > 0 and part is not zero]

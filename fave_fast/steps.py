@@ -22,7 +22,8 @@ from fave_fast.data import Interactions, gather_histories
 from fave_fast.fused import Network, rotary_of
 from fave_fast.model import FAVE
 from fave_fast.ops.adam import ClippedAdam
-from fave_fast.ops.input_modulation import KERNEL_CHANNELS
+from fave_fast.ops.beside import Beside
+from fave_fast.ops.input_modulation import KERNEL_CHANNELS, ById
 from fave_fast.ops.packed import pack_windows
 from fave_fast.ops.registry import Implementation, Op, triton_kernels
 from fave_fast.profiling import ranged
@@ -127,13 +128,15 @@ class FusedSteps:
         self._adam = ClippedAdam(self.optimiser, self.config.train.clip, self.backend)
         self._items = torch.from_numpy(self.data.items.copy()).to(device)  # a log's arrays may be read-only
         self._tables = rotary_of(self.config.model, device)
+        self._beside = Beside(device)
         self._capturing = self.capture and device.type == "cuda"
         if self._capturing:
             # Where each window starts and ends, and the seed: what the graphs read.
             whole = range(self.config.train.batch_size)
             size = len(whole[self.ranks.share(len(whole))[0]])
             self._input = torch.zeros(2 * size + 1, dtype=torch.int64, device=device)
-            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            # What runs beside its kernels gives way to them.
+            self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
             self._pool = torch.cuda.graph_pool_handle()
 
     @ranged("fave/step")
@@ -160,7 +163,7 @@ class FusedSteps:
         if held is None:
             graph, addresses = torch.cuda.CUDAGraph(), self._adam.addresses()
             # Of several ranks NCCL's watchdog asks after its events from a thread of its own all the while.
-            with torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
                 loss, gradients = self._step(self._input, rows, fillers, part, addresses)
             self._adam.bind(addresses, gradients)
             held = self._graphs[key] = graph, loss, addresses
@@ -186,7 +189,14 @@ class FusedSteps:
             self._items, starts, targets, self.config.model.max_length, rows, fillers, backend=self.backend
         )
         share = _share(self.ranks, part)
-        network = Network(self.model, packed, seed, self.dtype, self.backend, tables=self._tables, share=share)
+        table, by_id = self.model.item_embedding.weight, None
+        if table.requires_grad:
+            with self._beside.work(packed.ids):
+                by_id = ById.of(packed.ids, len(table))
+        network = Network(
+            self.model, packed, seed, self.dtype, self.backend,
+            tables=self._tables, share=share, beside=self._beside, by_id=by_id,
+        )  # fmt: skip
         objective = self.objective or losses.OBJECTIVES[self.stage - 1]
         wanted = self._items[targets].long()
         with torch.autocast(given.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
@@ -194,6 +204,7 @@ class FusedSteps:
         if share is not None:
             total = total * part
         total.backward()  # type: ignore[no-untyped-call]
+        self._beside.finish()
         if share is not None:
             self._sum_gradients()
             total = total * self.ranks.count

@@ -19,6 +19,7 @@ from fave_fast.fused import Network
 from fave_fast.losses import source_loss
 from fave_fast.model import FAVE
 from fave_fast.ops import pack_windows
+from fave_fast.ops.beside import Beside
 from fave_fast.ops.packed import Packed
 from fave_fast.steps import FusedSteps, ReferenceSteps, rounded_rows, steps_for
 from fave_fast.train import make_optimiser
@@ -276,3 +277,33 @@ def test_captured_steps_are_the_launched_ones(stage: int) -> None:
             trained(FusedSteps, stage, config, "cuda", torch.bfloat16, backend="triton"), launched, strict=True
         ):
             assert one == two if isinstance(one, float) else torch.equal(one, two)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_what_runs_beside_changes_no_bit(stage: int, dropout: float) -> None:
+    """At a size where branches overlap and memory goes from hand to hand: captured, launched, and all in one stream."""
+    values = {"model": {"dropout": dropout, "embedding_dropout": dropout}, "train": {"batch_size": 256}}
+    config = Config.from_dict(values, "test")
+    draws = np.random.default_rng(0)
+    items = draws.integers(1, 12_102, 256 * 60).astype(np.int32)
+    starts = np.arange(256) * 60
+    ids = IdMap(np.arange(1, 12_102))
+    data = Interactions(items, np.append(starts, len(items)), ids, IdMap(np.arange(256)), None, "made", ())
+
+    def results(capture: bool, beside: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = FAVE(config.model, 12_101).to("cuda").train()
+        model.item_embedding.weight.requires_grad_(stage == 1)
+        adam = make_optimiser(model, 0.001, 0.0, captured=True)
+        steps = FusedSteps(data, config, model, adam, stage, torch.bfloat16, backend="triton", capture=capture)
+        if not beside:
+            steps._beside = Beside()
+        taken = [steps.take(starts, starts + 50, seed).clone() for seed in range(5)]
+        return [*taken, *model.state_dict().values()]
+
+    want = results(capture=False, beside=False)
+    for capture in (False, True):
+        for one, two in zip(results(capture, beside=True), want, strict=True):
+            assert torch.equal(one, two)

@@ -1,0 +1,52 @@
+"""Work beside the current stream: what follows does not need it yet, and the GPU has room for both.
+
+Kernels of a training step are chains of small programs that leave most of an H200 idle. In a CUDA graph's capture what
+goes beside becomes a branch of the graph; on a CPU, and where nothing else is asked for, it is done in its turn.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+class Beside:
+    """A second stream. Who reads what was made there calls `join` before; so does a capture before its end."""
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        """On a CUDA `device`, else in the current stream."""
+        self._stream = None
+        if device is not None and device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._read: list[Tensor] = []
+
+    @contextlib.contextmanager
+    def work(self, *read: Tensor) -> Iterator[None]:
+        """What is launched within runs beside, behind what the current stream holds so far.
+
+        Its backward pass does so, too: autograd runs it where the forward pass ran, and waits where the two meet.
+
+        Args:
+            read: tensors of the current stream that are read there, and do not change; kept until `finish`, or others
+                would get their memory before.
+        """
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        self._read += read
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def join(self) -> None:
+        """Let the current stream wait for what runs beside it."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+
+    def finish(self) -> None:
+        """`join`, after which nothing reads what `work` was told, backward passes included."""
+        self.join()
+        self._read.clear()
