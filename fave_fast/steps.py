@@ -128,7 +128,7 @@ class FusedSteps:
         self._adam = ClippedAdam(self.optimiser, self.config.train.clip, self.backend)
         self._items = torch.from_numpy(self.data.items.copy()).to(device)  # a log's arrays may be read-only
         self._tables = rotary_of(self.config.model, device)
-        self._beside = Beside(device)
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._capturing = self.capture and device.type == "cuda"
         if self._capturing:
             # Where each window starts and ends, and the seed: what the graphs read.
@@ -189,13 +189,13 @@ class FusedSteps:
             self._items, starts, targets, self.config.model.max_length, rows, fillers, backend=self.backend
         )
         share = _share(self.ranks, part)
-        table, by_id = self.model.item_embedding.weight, None
+        beside, table, by_id = Beside(self._side), self.model.item_embedding.weight, None
         if table.requires_grad:
-            with self._beside.work(packed.ids):
+            with beside.work(packed.ids):
                 by_id = ById.of(packed.ids, len(table))
         network = Network(
             self.model, packed, seed, self.dtype, self.backend,
-            tables=self._tables, share=share, beside=self._beside, by_id=by_id,
+            tables=self._tables, share=share, beside=beside, by_id=by_id,
         )  # fmt: skip
         objective = self.objective or losses.OBJECTIVES[self.stage - 1]
         wanted = self._items[targets].long()
@@ -204,7 +204,7 @@ class FusedSteps:
         if share is not None:
             total = total * part
         total.backward()  # type: ignore[no-untyped-call]
-        self._beside.finish()
+        beside.finish()
         if share is not None:
             self._sum_gradients()
             total = total * self.ranks.count

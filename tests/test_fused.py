@@ -19,7 +19,6 @@ from fave_fast.fused import Network
 from fave_fast.losses import source_loss
 from fave_fast.model import FAVE
 from fave_fast.ops import pack_windows
-from fave_fast.ops.beside import Beside
 from fave_fast.ops.packed import Packed
 from fave_fast.steps import FusedSteps, ReferenceSteps, rounded_rows, steps_for
 from fave_fast.train import make_optimiser
@@ -299,7 +298,7 @@ def test_what_runs_beside_changes_no_bit(stage: int, dropout: float) -> None:
         adam = make_optimiser(model, 0.001, 0.0, captured=True)
         steps = FusedSteps(data, config, model, adam, stage, torch.bfloat16, backend="triton", capture=capture)
         if not beside:
-            steps._beside = Beside()
+            steps._side = None
         taken = [steps.take(starts, starts + 50, seed).clone() for seed in range(5)]
         return [*taken, *model.state_dict().values()]
 

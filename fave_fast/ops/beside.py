@@ -14,13 +14,15 @@ from torch import Tensor
 
 
 class Beside:
-    """A second stream. Who reads what was made there calls `join` before; so does a capture before its end."""
+    """Work of one pass on a second stream; who reads what was made there calls `join` before, and `finish` ends it.
 
-    def __init__(self, device: torch.device | None = None) -> None:
-        """On a CUDA `device`, else in the current stream."""
-        self._stream = None
-        if device is not None and device.type == "cuda":
-            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    A capture knows the second stream from the first `work` on: a `join` before does nothing.
+    """
+
+    def __init__(self, stream: torch.cuda.Stream | None = None) -> None:
+        """On `stream`, else in the current one."""
+        self._stream = stream
+        self._begun = False
         self._read: list[Tensor] = []
 
     @contextlib.contextmanager
@@ -37,16 +39,18 @@ class Beside:
             yield
             return
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        self._begun = True
         self._read += read
         with torch.cuda.stream(self._stream):
             yield
 
     def join(self) -> None:
         """Let the current stream wait for what runs beside it."""
-        if self._stream is not None:
+        if self._stream is not None and self._begun:
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
 
     def finish(self) -> None:
         """`join`, after which nothing reads what `work` was told, backward passes included."""
         self.join()
+        self._begun = False
         self._read.clear()
