@@ -23,7 +23,7 @@ from fave_fast.model import FAVE, Block, Prediction, RMSNorm
 from fave_fast.ops.attention import Tables, rotary_by_age
 from fave_fast.ops.beside import Beside
 from fave_fast.ops.block import BlockDropout, BlockWeights, block, block_dual, last_block, normed, together
-from fave_fast.ops.input_modulation import ById, Drawn, Draws, Times, input_modulation, input_modulation_dual
+from fave_fast.ops.input_modulation import Drawn, Draws, Times, input_modulation, input_modulation_dual
 from fave_fast.ops.packed import DecoderWeights, Packed, decoder_hidden, own_items, padded_weights, pick, rows_of
 from fave_fast.profiling import ranged
 
@@ -44,7 +44,6 @@ class Network:
         tables: of `rotary_of`, which is where they come from by default: a step would compute them again.
         share: where the batch is a rank's part of one.
         beside: for what the chain of the blocks can do without for a while.
-        by_id: of the packed ids, where they were made beside; joined behind the blocks.
     """
 
     model: FAVE
@@ -56,7 +55,6 @@ class Network:
     tables: Tables | None = None
     share: Share | None = None
     beside: Beside = field(default_factory=Beside)
-    by_id: ById | None = None
 
     def embed(self, items: Tensor) -> Tensor:
         """The table's rows of items int64 [B], [B, D]."""
@@ -72,7 +70,7 @@ class Network:
         e = input_modulation(
             packed.ids, model.item_embedding.weight, norm.weight, norm.bias, x, time, self._lambda(),
             offsets=packed.offsets, draws=self._draws(), dropout=self._p(model.config.embedding_dropout),
-            eps=norm.eps, dtype=self.dtype, by_id=self.by_id, backend=self.backend,
+            eps=norm.eps, dtype=self.dtype, beside=self.beside, backend=self.backend,
         )  # fmt: skip
         return self._encode((e,), packed.offsets, x_t.dtype)[0]
 
@@ -89,7 +87,7 @@ class Network:
         e = input_modulation_dual(
             packed.ids, model.item_embedding.weight, norm.weight, norm.bias, x, dx, time, self._lambda(),
             offsets=packed.offsets, draws=self._draws(), dropout=self._p(model.config.embedding_dropout),
-            eps=norm.eps, dtype=self.dtype, by_id=self.by_id, backend=self.backend,
+            eps=norm.eps, dtype=self.dtype, beside=self.beside, backend=self.backend,
         )  # fmt: skip
         prediction, tangent = self._encode(e, packed.offsets, x_t.dtype)
         return prediction, cast(Tensor, tangent)
@@ -141,30 +139,27 @@ class Network:
         through one product too, where gathering the items' rows would need a sort. It is computed beside the current
         stream, and so is its backward pass, which autograd runs where the forward pass ran.
         """
-        with self.beside.work(source):
-            return self._source_loss(source, kind, generator)
+        packed, decoder, items = self.packed, self.model.history_decoder, self.model.num_items
+        first, second, out = decoder.first, decoder.second, decoder.out
+        drawn = None
+        with torch.autocast(source.device.type, enabled=False):
+            with self.beside.ahead():
+                weight = padded_weights(out.weight, out.bias, _EIGHT, self.dtype, backend=self.backend)
+                if kind == "sampled":
+                    drawn = torch.randint(1, items + 1, packed.ids.shape, device=source.device, generator=generator)
+            with self.beside.work(source):
+                weights = DecoderWeights(first.weight, first.bias, second.weight, second.bias)
+                hidden = decoder_hidden(source, weights, _EIGHT, self.dtype, backend=self.backend)
+                outputs = F.linear(hidden, weight)
+                if drawn is None:
+                    wanted = own_items(packed, outputs.shape[1])
+                    return _wide(outputs - wanted.to(outputs.dtype))[:, 1 : items + 1].square().mean()
+                loss: Tensor = cast(Any, _Picked).apply(outputs, packed, drawn, self.share, self.backend)
+                return loss
 
     def settle(self) -> None:
         """As `losses.Network`."""
         self.beside.join()
-
-    def _source_loss(
-        self, source: Tensor, kind: Literal["sampled", "dense"], generator: torch.Generator | None
-    ) -> Tensor:
-        packed, decoder, items = self.packed, self.model.history_decoder, self.model.num_items
-        first, second = decoder.first, decoder.second
-        weights = DecoderWeights(first.weight, first.bias, second.weight, second.bias)
-        with torch.autocast(source.device.type, enabled=False):
-            hidden = decoder_hidden(source, weights, _EIGHT, self.dtype, backend=self.backend)
-        out = decoder.out
-        weight = padded_weights(out.weight, out.bias, _EIGHT, self.dtype, backend=self.backend)
-        outputs = F.linear(hidden, weight)
-        if kind == "dense":
-            wanted = own_items(packed, outputs.shape[1])
-            return _wide(outputs - wanted.to(outputs.dtype))[:, 1 : items + 1].square().mean()
-        drawn = torch.randint(1, items + 1, packed.ids.shape, device=source.device, generator=generator)
-        loss: Tensor = cast(Any, _Picked).apply(outputs, packed, drawn, self.share, self.backend)
-        return loss
 
     def _lambda(self) -> Tensor | Drawn:
         return Drawn(self.model.config.delta) if self.lam is None else self.lam
@@ -210,7 +205,6 @@ class Network:
                 h = block_dual(h[0], h[1], weights, offsets, config.heads, tables, **options)
             if index == source_index < config.blocks - 2:
                 source = h[0].index_select(0, offsets[1:] - 1)
-        self.beside.join()
         return h, source[: self.packed.count].to(self.model.item_embedding.weight.dtype)
 
 

@@ -23,7 +23,7 @@ from fave_fast.fused import Network, rotary_of
 from fave_fast.model import FAVE
 from fave_fast.ops.adam import ClippedAdam
 from fave_fast.ops.beside import Beside
-from fave_fast.ops.input_modulation import KERNEL_CHANNELS, ById
+from fave_fast.ops.input_modulation import KERNEL_CHANNELS
 from fave_fast.ops.packed import pack_windows
 from fave_fast.ops.registry import Implementation, Op, triton_kernels
 from fave_fast.profiling import ranged
@@ -189,14 +189,10 @@ class FusedSteps:
             self._items, starts, targets, self.config.model.max_length, rows, fillers, backend=self.backend
         )
         share = _share(self.ranks, part)
-        beside, table, by_id = Beside(self._side), self.model.item_embedding.weight, None
-        if table.requires_grad:
-            with beside.work(packed.ids):
-                by_id = ById.of(packed.ids, len(table))
+        beside = Beside(self._side)
         network = Network(
-            self.model, packed, seed, self.dtype, self.backend,
-            tables=self._tables, share=share, beside=beside, by_id=by_id,
-        )  # fmt: skip
+            self.model, packed, seed, self.dtype, self.backend, tables=self._tables, share=share, beside=beside
+        )
         objective = self.objective or losses.OBJECTIVES[self.stage - 1]
         wanted = self._items[targets].long()
         with torch.autocast(given.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):

@@ -35,18 +35,30 @@ class Beside:
             read: tensors of the current stream that are read there, and do not change; kept until `finish`, or others
                 would get their memory before.
         """
+        self._read += read
+        with self._within(wait=True):
+            yield
+
+    @contextlib.contextmanager
+    def ahead(self) -> Iterator[None]:
+        """As `work`, but behind what ran beside before alone: for what reads nothing of this pass, but parameters."""
+        with self._within(wait=not self._begun):
+            yield
+
+    @contextlib.contextmanager
+    def _within(self, wait: bool) -> Iterator[None]:
         if self._stream is None:
             yield
             return
-        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        if wait:
+            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         self._begun = True
-        self._read += read
         with torch.cuda.stream(self._stream):
             yield
 
     def join(self) -> None:
         """Let the current stream wait for what runs beside it."""
-        if self._stream is not None and self._begun:
+        if self._begun and self._stream is not None:
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
 
     def finish(self) -> None:

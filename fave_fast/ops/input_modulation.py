@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from fave_fast.ops import philox
+from fave_fast.ops.beside import Beside
 from fave_fast.ops.registry import Implementation, Op, not_interpreted, triton_kernels
 from fave_fast.ops.tuning import launches_overlap, tile_shapes
 from fave_fast.profiling import ranged
@@ -74,7 +75,7 @@ class HasTimeEmbedding(Protocol):
     time_embedding: nn.Module
 
 
-class ById(NamedTuple):
+class _ById(NamedTuple):
     """The rows of E in the order of their items, equal ones in theirs.
 
     Attributes:
@@ -86,7 +87,7 @@ class ById(NamedTuple):
     order: Tensor
 
     @classmethod
-    def of(cls, ids: Tensor, count: int) -> ById:
+    def of(cls, ids: Tensor, count: int) -> _ById:
         """Of ids below `count`, of any shape."""
         # As narrow as they fit: a pass over the keys for each 8 bits. 56 us for 204,800 ids of 32 bits, 91 of 64.
         narrow = next(one for one in (torch.int16, torch.int32, torch.int64) if count <= torch.iinfo(one).max)
@@ -113,7 +114,7 @@ class _Call:
     out: Tensor | None
     dout: Tensor | None
     workspace: Tensor | None
-    by_id: ById | None
+    beside: Beside
 
     @property
     def count(self) -> int:
@@ -142,7 +143,7 @@ def input_modulation(
     dtype: torch.dtype | None = None,
     out: Tensor | None = None,
     workspace: Tensor | None = None,
-    by_id: ById | None = None,
+    beside: Beside | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """E of eq. (9), differentiable in table, norm, x_t and the weights of `time`.
@@ -165,7 +166,7 @@ def input_modulation(
         dtype: of E, and of the operands in TimeEmb's products; by default the table's.
         out: E's memory. With it, or without gradients, nothing else is kept.
         workspace: float32 [B, D] for z, where `time` is `Times`; allocated by default.
-        by_id: the ids' `ById`, for the table's gradient; made there by default.
+        beside: for what the pass can do without for a while: the ids' sort, and the gradients of TimeEmb.
         backend: auto, reference or triton.
 
     Returns:
@@ -177,7 +178,7 @@ def input_modulation(
     """
     call = _Call(
         ids, offsets, table, norm_weight, norm_bias, eps, x_t, None, time, lam, draws, dropout,
-        dtype or table.dtype, out, None, workspace, by_id,
+        dtype or table.dtype, out, None, workspace, beside or Beside(),
     )  # fmt: skip
     _check(call)
     return _resolve(backend, call)(call)[0]
@@ -201,7 +202,7 @@ def input_modulation_dual(
     dtype: torch.dtype | None = None,
     out: tuple[Tensor, Tensor] | None = None,
     workspace: Tensor | None = None,
-    by_id: ById | None = None,
+    beside: Beside | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """E, and its derivative along (dx_t, dt = 1, dr = 0): dE = lambda * (dx_t + dz / dt); one pass over the rows.
@@ -219,7 +220,7 @@ def input_modulation_dual(
     first, second = out or (None, None)
     call = _Call(
         ids, offsets, table, norm_weight, norm_bias, eps, x_t, dx_t, time, lam, draws, dropout,
-        dtype or table.dtype, first, second, workspace, by_id,
+        dtype or table.dtype, first, second, workspace, beside or Beside(),
     )  # fmt: skip
     _check(call)
     value, tangent = _resolve(backend, call)(call)
@@ -538,23 +539,29 @@ class _Fused(torch.autograd.Function):
         # Held to be told of changes in place, which is what would make the second draw another one.
         ctx.save_for_backward(*(part for part in held if isinstance(part, Tensor)))
         value, tangent = _launch(call)
+        ctx.by_id = None
+        if ctx.needs_input_grad[1]:
+            with call.beside.work(call.ids):
+                ctx.by_id = _ById.of(call.ids, len(call.table))
         return value if tangent is None else (value, tangent)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, dgrad: Tensor | None = None) -> tuple[Tensor | None, ...]:
         _ = ctx.saved_tensors
-        return None, *_backward(ctx.call, ctx.needs_input_grad[1:], grad.contiguous(), dgrad)
+        return None, *_backward(ctx.call, ctx.by_id, ctx.needs_input_grad[1:], grad.contiguous(), dgrad)
 
 
-def _backward(call: _Call, needed: tuple[bool, ...], grad: Tensor, dgrad: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The gradients of `_parameters`, None where none is needed."""
+def _backward(
+    call: _Call, by_id: _ById | None, needed: tuple[bool, ...], grad: Tensor, dgrad: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The gradients of `_parameters`, None where none is needed; `by_id` is of a table that needs one."""
     from fave_fast.kernels import input_modulation as kernels
 
     count, d, device = call.count, call.table.shape[1], call.table.device
-    table_needed, norm_needed = needed[0], needed[1] or needed[2]
-    norm_part = torch.empty(count, 2 * d, device=device) if table_needed or norm_needed else None
-    row_grad = torch.empty_like(grad, dtype=call.table.dtype) if table_needed else None
+    norm_needed = needed[1] or needed[2]
+    norm_part = torch.empty(count, 2 * d, device=device) if by_id is not None or norm_needed else None
+    row_grad = torch.empty_like(grad, dtype=call.table.dtype) if by_id is not None else None
     shift_grad = torch.empty(count, d, device=device)
     dshift_grad = None if dgrad is None else torch.empty_like(shift_grad)
     if count > 0:
@@ -562,7 +569,11 @@ def _backward(call: _Call, needed: tuple[bool, ...], grad: Tensor, dgrad: Tensor
             *_rows_arguments(call), call.eps, *_lambda_arguments(call, kernels), call.dropout, grad, _whole(dgrad),
             shift_grad, dshift_grad, norm_part, row_grad, shapes=_shapes("rows_backward", call),
         )  # fmt: skip
-    table_grad = None if row_grad is None else _table_gradient(call, row_grad)
+    with call.beside.work(shift_grad, *(() if dshift_grad is None else (dshift_grad,))):
+        time_grads = _times_backward(call, any(needed[5:]), shift_grad, dshift_grad)
+    table_grad = None
+    if by_id is not None and row_grad is not None:
+        table_grad = _table_gradient(call, by_id, row_grad)
     norm_grads: tuple[Tensor | None, ...] = (None, None)
     if norm_part is not None and norm_needed:
         norm_grads = summed(norm_part, call.norm_weight.dtype).tensor_split(2)
@@ -570,15 +581,16 @@ def _backward(call: _Call, needed: tuple[bool, ...], grad: Tensor, dgrad: Tensor
         part.to(like.dtype) if wanted and part is not None and like is not None else None
         for part, like, wanted in zip((shift_grad, dshift_grad), _parameters(call)[3:5], needed[3:5], strict=True)
     )
-    return table_grad, *norm_grads, x_grad, dx_grad, *_times_backward(call, any(needed[5:]), shift_grad, dshift_grad)
+    call.beside.join()
+    return table_grad, *norm_grads, x_grad, dx_grad, *time_grads
 
 
-def _table_gradient(call: _Call, row_grad: Tensor) -> Tensor:
+def _table_gradient(call: _Call, by_id: _ById, row_grad: Tensor) -> Tensor:
     """The sum of the rows' gradients by id, in the order of the rows: no atomics, the same bits in every run."""
     from fave_fast.kernels import input_modulation as kernels
 
     shapes = _shapes("table_gradient", call)
-    ids, order = call.by_id or ById.of(call.ids, len(call.table))
+    ids, order = by_id
     table_grad = torch.zeros_like(call.table, memory_format=torch.contiguous_format)
     edges = torch.empty(-(-len(ids) // shapes["chunk"]), 2, table_grad.shape[1], device=ids.device)
     if len(edges) > 0:
