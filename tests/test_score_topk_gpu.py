@@ -205,6 +205,20 @@ def test_the_bits_are_those_of_triton(batch: int, items: int, d: int) -> None:
 
 
 @pytest.mark.gpu
+def test_tensors_that_are_not_contiguous_or_aligned() -> None:
+    queries, table = whole_numbers(2, 200, 128)
+    wanted = score_topk(queries[:, ::2], table[:, 1::2], 20, backend="reference")
+    assert torch.equal(score_topk(queries[:, ::2], table[:, 1::2], 20, backend="cpp")[1], wanted[1])
+    shifted = [
+        torch.empty(one.numel() + 1, dtype=one.dtype, device=DEVICE)[1:].view_as(one) for one in (queries, table)
+    ]
+    for one, other in zip(shifted, (queries, table), strict=True):
+        one.copy_(other)
+    wanted = score_topk(queries, table, 20, backend="reference")
+    assert torch.equal(score_topk(*shifted, 20, backend="cpp")[1], wanted[1])
+
+
+@pytest.mark.gpu
 def test_graph_replay_follows_its_inputs_and_allocates_nothing() -> None:
     queries, table = whole_numbers(3, 12_101, 128)
     exclude = exclusions(3, 12_101, (0, 50))

@@ -25,7 +25,7 @@ from fave_fast.ops.byte_table import ByteTable, KernelByteTable, NativeByteTable
 from fave_fast.ops.exclusions import Exclusions
 from fave_fast.ops.registry import Implementation, Op, not_interpreted, triton_kernels
 from fave_fast.ops.score_topk_gpu import Sizes
-from fave_fast.ops.tiles import Tiles
+from fave_fast.ops.tiles import Tiles, whole_rows
 from fave_fast.ops.tuning import Shapes, launches_overlap, multiprocessors, tile_shapes
 from fave_fast.profiling import ranged
 
@@ -527,9 +527,8 @@ def _run_cpp(
         call = _KernelCall.of(tiles, k, deny, out, workspace, table_bytes, overlap)
         if call.empty:
             return call.nothing()
-        score_topk_gpu.run(
-            call.queries, call.table, call.deny, call.excluded, call.out, call.workspace, overlap=call.overlap
-        )
+        rows = whole_rows(call.queries), whole_rows(call.table)
+        score_topk_gpu.run(*rows, call.deny, call.excluded, call.out, call.workspace, overlap=call.overlap)
         return call.out
     if out is None:
         count = tiles.queries.shape[0]

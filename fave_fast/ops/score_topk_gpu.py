@@ -72,7 +72,10 @@ def run(
     *,
     overlap: bool,
 ) -> None:
-    """Both launches on the current stream; nothing is allocated. All is contiguous; `excluded`: ids and offsets."""
+    """Both launches on the current stream; nothing is allocated.
+
+    All is contiguous, queries and table begin at multiples of 16 bytes; `excluded`: ids and offsets.
+    """
     scores, ids = out
     items = len(table) - 1
     arguments = {
