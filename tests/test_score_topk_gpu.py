@@ -11,6 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from test_score_topk import DEVICE, denied, exclusions, whole_numbers
 from torch import Tensor
 
 from fave_fast.errors import BackendError
@@ -20,7 +21,6 @@ from fave_fast.ops.score_topk_gpu import MAX_K, MAX_ROWS, MAX_TILE, Sizes
 from fave_fast.ops.tuning import multiprocessors
 
 GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if GPU else "cpu")
 REFUSED = score_topk_gpu.why_not(DEVICE, torch.bfloat16) if GPU else None
 pytestmark = pytest.mark.skipif(REFUSED is not None, reason=str(REFUSED))
 
@@ -76,19 +76,12 @@ def few(emulator: ctypes.CDLL | None, monkeypatch: pytest.MonkeyPatch) -> Few:
     return run
 
 
-def whole_numbers(batch: int, items: int, d: int, spread: int = 3, seed: int = 0) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    queries = torch.randint(-spread, spread + 1, (batch, d), generator=generator)
-    table = torch.randint(-spread, spread + 1, (items + 1, d), generator=generator)
-    table[0] = 100  # the padding would win nearly everywhere if it were a candidate
-    return queries.to(DEVICE, torch.bfloat16), table.to(DEVICE, torch.bfloat16)
+def numbers(batch: int, items: int, d: int, spread: int = 3, seed: int = 0) -> tuple[Tensor, Tensor]:
+    return whole_numbers(batch, items, d, seed, spread, torch.bfloat16)
 
 
-def exclusions(batch: int, items: int, lengths: tuple[int, ...], dtype: torch.dtype = torch.int64) -> Exclusions:
-    rng = np.random.default_rng(0)
-    # 0 and N + 1 are no items, and ids repeat
-    lists = Exclusions.from_lists([rng.integers(0, items + 2, rng.choice(lengths)).tolist() for _ in range(batch)])
-    return Exclusions(lists.ids.to(DEVICE, dtype), lists.offsets.to(DEVICE, dtype))
+def narrow(exclude: Exclusions) -> Exclusions:
+    return Exclusions(exclude.ids.int(), exclude.offsets.int())
 
 
 def assert_equals_the_reference(few: Few, queries: Tensor, table: Tensor, k: int, *rest: object) -> None:
@@ -110,20 +103,20 @@ def assert_equals_the_reference(few: Few, queries: Tensor, table: Tensor, k: int
     ],
 )
 def test_lists_equal_the_reference(few: Few, batch: int, items: int, d: int, k: int, spread: int) -> None:
-    assert_equals_the_reference(few, *whole_numbers(batch, items, d, spread), k)
+    assert_equals_the_reference(few, *numbers(batch, items, d, spread), k)
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("lengths", [(0, 3, 150), (400,)])
-def test_exclusions_and_a_deny_list(few: Few, lengths: tuple[int, ...], dtype: torch.dtype) -> None:
-    queries, table = whole_numbers(3, 700, 64)
-    deny = (torch.rand(701, generator=torch.Generator().manual_seed(0)) < 0.3).to(DEVICE)
-    assert_equals_the_reference(few, queries, table, 20, exclusions(3, 700, lengths, dtype))
-    assert_equals_the_reference(few, queries, table, 20, exclusions(3, 700, lengths, dtype), deny)
+def test_exclusions_and_a_deny_list(few: Few, lengths: tuple[int, ...]) -> None:
+    queries, table = numbers(3, 700, 64)
+    exclude = exclusions(3, 700, lengths)
+    for some in (exclude, narrow(exclude)):
+        assert_equals_the_reference(few, queries, table, 20, some)
+        assert_equals_the_reference(few, queries, table, 20, some, denied(700, 0.3))
 
 
 def test_of_few_candidates_the_list_ends_early(few: Few) -> None:
-    queries, table = whole_numbers(2, 97, 64)
+    queries, table = numbers(2, 97, 64)
     exclude = Exclusions.from_lists([range(1, 98), range(6, 98)]).to(DEVICE)
     scores, ids = few(queries, table, 8, exclude)
     assert ids[0].eq(0).all()
@@ -135,7 +128,7 @@ def test_of_few_candidates_the_list_ends_early(few: Few) -> None:
 
 def test_the_best_items_in_one_tile_and_none_elsewhere(few: Few) -> None:
     """All K lie in one tile, whose list is the only one that is read to its end."""
-    queries, table = whole_numbers(1, 700, 64)
+    queries, table = numbers(1, 700, 64)
     table[1:] = -queries[0]
     table[40:80] = torch.arange(40, device=DEVICE)[:, None] * queries[0]
     assert_equals_the_reference(few, queries, table, MAX_K)
@@ -143,7 +136,7 @@ def test_the_best_items_in_one_tile_and_none_elsewhere(few: Few) -> None:
 
 def test_nan_infinite_and_negative_zero_scores(few: Few) -> None:
     rng = np.random.default_rng(0)
-    queries, table = whole_numbers(2, 300, 64)
+    queries, table = numbers(2, 300, 64)
     queries[1] = 0  # half of its products are 0, half are -0
     for row in rng.choice(301, 200, replace=False):
         table[row, 0] = rng.choice([float("nan"), float("inf"), float("-inf"), -0.0])
@@ -181,7 +174,7 @@ def test_what_is_beyond_the_kernels_is_named() -> None:
 
 @pytest.mark.gpu
 def test_a_named_backend_refuses_what_it_does_not_take() -> None:
-    queries, table = whole_numbers(MAX_ROWS + 1, 97, 64)
+    queries, table = numbers(MAX_ROWS + 1, 97, 64)
     with pytest.raises(BackendError, match="up to 8 queries, not 9"):
         score_topk(queries, table, 20, backend="cpp")
     assert "cpp" in beyond_kernels(Sizes(MAX_ROWS + 1, 64, 20, 97), DEVICE)
@@ -195,7 +188,7 @@ def test_the_bits_are_those_of_triton(batch: int, items: int, d: int) -> None:
     """Of random floats: products of the tensor cores add up alike in both, so `auto` may choose by size."""
     generator = torch.Generator().manual_seed(0)
     queries, table = (torch.randn(n, d, generator=generator).to(DEVICE, torch.bfloat16) for n in (batch, items + 1))
-    exclude = exclusions(batch, items, (0, 50, 90), torch.int32)
+    exclude = narrow(exclusions(batch, items, (0, 50, 90)))
     want = score_topk(queries, table, 20, exclude, backend="triton")
     got = score_topk(queries, table, 20, exclude, backend="cpp")
     assert torch.equal(got[0], want[0])
@@ -206,7 +199,7 @@ def test_the_bits_are_those_of_triton(batch: int, items: int, d: int) -> None:
 
 @pytest.mark.gpu
 def test_tensors_that_are_not_contiguous_or_aligned() -> None:
-    queries, table = whole_numbers(2, 200, 128)
+    queries, table = numbers(2, 200, 128)
     wanted = score_topk(queries[:, ::2], table[:, 1::2], 20, backend="reference")
     assert torch.equal(score_topk(queries[:, ::2], table[:, 1::2], 20, backend="cpp")[1], wanted[1])
     shifted = [
@@ -220,7 +213,7 @@ def test_tensors_that_are_not_contiguous_or_aligned() -> None:
 
 @pytest.mark.gpu
 def test_graph_replay_follows_its_inputs_and_allocates_nothing() -> None:
-    queries, table = whole_numbers(3, 12_101, 128)
+    queries, table = numbers(3, 12_101, 128)
     exclude = exclusions(3, 12_101, (0, 50))
     out = torch.empty(3, 20, device=DEVICE), torch.empty(3, 20, dtype=torch.int64, device=DEVICE)
     room = workspace_bytes(queries, table, 20, len(exclude.ids))
@@ -239,7 +232,7 @@ def test_graph_replay_follows_its_inputs_and_allocates_nothing() -> None:
         queries.add_(0)  # a kernel, behind which the scan may start early
         call()
     for seed in (1, 2):
-        queries.copy_(whole_numbers(3, 1, 128, seed=seed)[0])
+        queries.copy_(numbers(3, 1, 128, seed=seed)[0])
         out[0].fill_(torch.nan)
         workspace.random_(0, 256)
         graph.replay()
