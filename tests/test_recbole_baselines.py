@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bench import recbole_baselines
-from bench.recbole_baselines import MODELS, Baseline, Counts, rank_all, ranks
+from bench.recbole_baselines import MODELS, Baseline, Counts, masked, rank_all, ranks
 from bench.summary import load_runs
 from fave_fast.config import Config
 from fave_fast.data import Interactions, load_interactions, split
@@ -54,6 +54,22 @@ def test_ranks_are_those_of_our_ranking(tiny_log: Path) -> None:
 def test_equal_scores_rank_the_lower_id_first() -> None:
     scores = torch.tensor([[9.0, 1.0, 2.0, 2.0, 2.0, -torch.inf]]).expand(4, -1)
     assert ranks(scores, torch.tensor([1, 2, 3, 4])).tolist() == [4, 1, 2, 3]
+
+
+def test_masks_hide_items_and_say_which() -> None:
+    rows = torch.arange(1, 21).repeat(2000, 1)
+    rows[:, 15:] = 0
+    changed, items, places = masked(rows, 0.2, 99)
+    hides = changed == 99
+    assert torch.equal(changed.masked_fill(hides, 0), rows.masked_fill(hides, 0))
+    assert not hides[:, 15:].any()
+    # 30,000 draws of probability 0.2: five standard deviations are 5 (0.2 0.8 / 30,000)^(1/2) = 0.012
+    assert abs(hides[:, :15].float().mean().item() - 0.2) < 0.012
+    assert items.shape == places.shape == (2000, 4)
+    for row in range(200):
+        last = hides[row].nonzero()[:, 0].tolist()[-4:]
+        assert places[row].tolist() == [0] * (4 - len(last)) + last
+        assert items[row].tolist() == [0] * (4 - len(last)) + [place + 1 for place in last]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("recbole") is not None, reason="RecBole is installed")
