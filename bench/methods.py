@@ -59,7 +59,8 @@ def diffurec_objective(
     noise = torch.randn(x.shape, device=x.device, generator=generator)
     time = (step / DIFFUREC_STEPS).to(x.dtype)
     prediction = network.predict((kept * x + spread * noise).to(x.dtype), time, torch.ones_like(time))
-    loss = target_loss(prediction.endpoint, model.item_embedding.weight, targets)
+    seen = network.seen() if config.loss.target == "unseen" else None
+    loss = target_loss(prediction.endpoint, model.item_embedding.weight, targets, seen)
     zero = torch.zeros_like(loss)
     return Losses(loss, zero, loss, zero, zero)
 

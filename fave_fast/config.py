@@ -129,6 +129,7 @@ class LossConfig:
     gamma: float = 0.1  # L_cons, stage 2
     rec: float = 1.0  # L_rec of eq. (11), stage 1
     match: float = 1.0  # L_match of eq. (21), stage 2; 0 is the paper's ablation "w/o L_match"
+    target: Literal["all", "unseen"] = "all"  # L_tgt's softmax: over all items as eq. (12), or without the history's
     source: Literal["sampled", "dense"] = "sampled"  # L_src over the history and as many absent items, or over all
     reduction: Literal["mean", "sum"] = "mean"  # of squared errors over channels; the batch is always averaged
 

@@ -23,6 +23,7 @@ from fave_fast.model import FAVE, Block, Prediction, RMSNorm
 from fave_fast.ops.attention import Tables, rotary_by_age
 from fave_fast.ops.beside import Beside
 from fave_fast.ops.block import BlockDropout, BlockWeights, block, block_dual, last_block, normed, together
+from fave_fast.ops.cross_entropy import Pairs
 from fave_fast.ops.input_modulation import Drawn, Draws, Times, input_modulation, input_modulation_dual
 from fave_fast.ops.packed import DecoderWeights, Packed, decoder_hidden, own_items, padded_weights, pick, rows_of
 from fave_fast.profiling import ranged
@@ -156,6 +157,10 @@ class Network:
                     return _wide(outputs - wanted.to(outputs.dtype))[:, 1 : items + 1].square().mean()
                 loss: Tensor = cast(Any, _Picked).apply(outputs, packed, drawn, self.share, self.backend)
                 return loss
+
+    def seen(self) -> Pairs:
+        """As `losses.Network`; fillers have none."""
+        return Pairs(self.packed.owners, self.packed.ids)
 
     def settle(self) -> None:
         """As `losses.Network`."""

@@ -14,6 +14,7 @@ from fave_fast import dual, flow
 from fave_fast.config import Config
 from fave_fast.model import FAVE, Prediction
 from fave_fast.ops import cross_entropy
+from fave_fast.ops.cross_entropy import Pairs
 
 Reduction = Literal["mean", "sum"]
 
@@ -57,15 +58,16 @@ def matching_loss(endpoint: Tensor, x_1: Tensor, reduction: Reduction = "mean") 
     return _squared(endpoint - x_1, reduction)
 
 
-def target_loss(endpoint: Tensor, embedding: Tensor, targets: Tensor) -> Tensor:
+def target_loss(endpoint: Tensor, embedding: Tensor, targets: Tensor, seen: Pairs | None = None) -> Tensor:
     """L_tgt of eq. (12): cross-entropy of f . e_j over items 1 to N.
 
     Args:
         endpoint: [B, D].
         embedding: [N + 1, D]; row 0 is padding and no candidate.
         targets: int64 [B], from 1 to N.
+        seen: items that j leaves out, row by row: those that a filtered ranking does not choose among either.
     """
-    return cross_entropy(endpoint, embedding, targets)
+    return cross_entropy(endpoint, embedding, targets, seen)
 
 
 def absent_items(history: Tensor, num_items: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
@@ -139,6 +141,9 @@ class Network(Protocol):
     ) -> Tensor:
         """L_src of eq. (13) for E_u [B, D]; not to be read before `settle`."""
 
+    def seen(self) -> Pairs:
+        """The histories' items."""
+
     def settle(self) -> None:
         """Waits, on the device, for what is computed beside the current stream."""
 
@@ -183,6 +188,11 @@ class ReferenceNetwork:
     ) -> Tensor:
         """By the function of this name."""
         return source_loss(self.model, source, self.history, kind, generator, self.share)
+
+    def seen(self) -> Pairs:
+        """Padding among them."""
+        users = torch.arange(len(self.history), device=self.history.device)
+        return Pairs(users.repeat_interleave(self.history.shape[1]), self.history.flatten())
 
     def settle(self) -> None:
         """Nothing is."""
@@ -255,7 +265,8 @@ def _weigh(
     zero = x_1.new_zeros((), dtype=torch.promote_types(x_1.dtype, torch.float32))
     source = network.source_loss(prediction.source, weights.source, generator) if weights.beta > 0 else zero
     match = matching_loss(prediction.endpoint, x_1, weights.reduction)
-    target = target_loss(prediction.endpoint, model.item_embedding.weight, targets)
+    seen = network.seen() if weights.target == "unseen" else None
+    target = target_loss(prediction.endpoint, model.item_embedding.weight, targets, seen)
     consistency = zero if tangent is None else consistency_loss(tangent, weights.reduction)
     network.settle()
     parts = [(matching, match), (weights.alpha, target), (weights.beta, source), (weights.gamma, consistency)]

@@ -4,6 +4,8 @@ Forward: each program keeps a running maximum and sum of exponentials of its row
 joins the spans. Backward: the products are computed again, once by rows for the endpoint's gradient and once by items
 for the table's, so that every sum has one owner and one order: no float atomics, the same bits in every run. All
 exponentials are powers of two.
+
+LEFT_OUT: items that are no candidates of a row are bits of its words, bit (i - 1) % 32 of word (i - 1) / 32 for item i.
 """
 
 import triton
@@ -27,9 +29,28 @@ def _add(scores, highest, total):
 
 
 @triton.jit
+def _mark(rows_ptr, items_ptr, targets_ptr, bits_ptr, P, B, N, words, BLOCK: tl.constexpr):
+    """Set the bits of P pairs; a row from B on, an item that is none and a row's target mean nothing."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(rows_ptr + at, at < P, B)
+    item = tl.load(items_ptr + at, at < P, 0)
+    there = (row < B) & (item > 0) & (item <= N)
+    there = there & (tl.load(targets_ptr + row, there, 0) != item)
+    bit = tl.full([BLOCK], 1, tl.int64) << ((item - 1) & 31)
+    tl.atomic_or(bits_ptr + row * words + ((item - 1) >> 5), bit.to(tl.int32), there)
+
+
+@triton.jit
+def _is_left_out(bits_ptr, row, place, words, there):
+    """Whether item `place` + 1 is no candidate of `row`; both broadcast to the shape of `there`."""
+    word = tl.load(bits_ptr + row.to(tl.int64) * words + (place >> 5), there, 0)
+    return ((word >> (place & 31)) & 1) != 0
+
+
+@triton.jit
 def _spans(
-    queries, table, highest_ptr, total_ptr, B, N, row_blocks, tiles, span_tiles,
-    M: tl.constexpr, T: tl.constexpr,
+    queries, table, bits_ptr, highest_ptr, total_ptr, B, N, words, row_blocks, tiles, span_tiles,
+    M: tl.constexpr, T: tl.constexpr, LEFT_OUT: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0) % row_blocks
     span = tl.program_id(0) // row_blocks
@@ -38,14 +59,21 @@ def _spans(
     query = queries.load([block * M, 0])
     highest = tl.full([M], -float("inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
+    row = block * M + tl.arange(0, M)
     for tile in range(start, tl.minimum(start + span_tiles, full)):
         scores = tl.dot(query, tl.trans(table.load([1 + tile * T, 0])), input_precision="ieee")
+        if LEFT_OUT:
+            place = tile * T + tl.arange(0, T)
+            out = _is_left_out(bits_ptr, row[:, None], place[None, :], words, (row < B)[:, None] & (place < N)[None, :])
+            scores = tl.where(out, -float("inf"), scores)
         highest, total = _add(scores, highest, total)
     if (start + span_tiles >= tiles) & (full < tiles):
         scores = tl.dot(query, tl.trans(table.load([1 + full * T, 0])), input_precision="ieee")
-        real = full * T + tl.arange(0, T) < N
-        highest, total = _add(tl.where(real[None, :], scores, -float("inf")), highest, total)
-    row = block * M + tl.arange(0, M)
+        place = full * T + tl.arange(0, T)
+        if LEFT_OUT:
+            out = _is_left_out(bits_ptr, row[:, None], place[None, :], words, (row < B)[:, None] & (place < N)[None, :])
+            scores = tl.where(out, -float("inf"), scores)
+        highest, total = _add(tl.where((place < N)[None, :], scores, -float("inf")), highest, total)
     place = span.to(tl.int64) * B + row
     tl.store(highest_ptr + place, highest, row < B)
     tl.store(total_ptr + place, total, row < B)
@@ -79,8 +107,8 @@ def _join(
 
 @triton.jit
 def _by_rows(
-    queries, table, targets_ptr, log_sum_ptr, parts_ptr, B, N, row_blocks, tiles, span_tiles,
-    M: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
+    queries, table, targets_ptr, bits_ptr, log_sum_ptr, parts_ptr, B, N, words, row_blocks, tiles, span_tiles,
+    M: tl.constexpr, T: tl.constexpr, D: tl.constexpr, LEFT_OUT: tl.constexpr,
 ):  # fmt: skip
     """Each span's part of (softmax - onehot) @ table, [B, D] float32."""
     block = tl.program_id(0) % row_blocks
@@ -99,6 +127,9 @@ def _by_rows(
         exponent = tl.minimum(scores * LOG2_E - log_sum[:, None], 0.0, propagate_nan=tl.PropagateNan.ALL)
         weights = tl.exp2(exponent)
         item = 1 + tile * T + tl.arange(0, T)
+        if LEFT_OUT:
+            there = live[:, None] & (item <= N)[None, :]
+            weights = tl.where(_is_left_out(bits_ptr, row[:, None], item[None, :] - 1, words, there), 0.0, weights)
         weights = tl.where(item[None, :] == target[:, None], weights - 1.0, weights)
         acc = tl.dot(weights.to(items.dtype), items, acc, input_precision="ieee")
     d = tl.arange(0, D)
@@ -120,8 +151,8 @@ def _sum_spans(parts_ptr, grad_ptr, result_ptr, B, spans, elements, BLOCK: tl.co
 
 @triton.jit
 def _by_items(
-    queries, table, targets_ptr, log_sum_ptr, grad_ptr, result_ptr, B, N, row_blocks,
-    M: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
+    queries, table, targets_ptr, bits_ptr, log_sum_ptr, grad_ptr, result_ptr, B, N, words, row_blocks,
+    M: tl.constexpr, T: tl.constexpr, D: tl.constexpr, LEFT_OUT: tl.constexpr,
 ):  # fmt: skip
     """(softmax - onehot)^T @ queries times grad / B for T items; the padding's row is zero."""
     first = 1 + tl.program_id(0) * T
@@ -136,6 +167,9 @@ def _by_items(
         log_sum = tl.load(log_sum_ptr + row, row < B, float("inf"))
         scores = tl.dot(items, tl.trans(query), input_precision="ieee")
         weights = tl.exp2(scores * LOG2_E - log_sum[None, :])
+        if LEFT_OUT:
+            there = (item <= N)[:, None] & (row < B)[None, :]
+            weights = tl.where(_is_left_out(bits_ptr, row[None, :], item[:, None] - 1, words, there), 0.0, weights)
         weights = tl.where(item[:, None] == target[None, :], weights - 1.0, weights)
         acc = tl.dot(weights.to(items.dtype), query, acc, input_precision="ieee")
     scale = tl.load(grad_ptr) / B
@@ -151,18 +185,34 @@ def _descriptors(queries, table, M, T):
     return TensorDescriptor(queries, [B, D], [D, 1], [M, D]), TensorDescriptor(table, [rows, D], [D, 1], [T, D])
 
 
-def forward(queries, table, targets, highest, total, log_sum, losses, *, M, T, span_tiles, num_warps, num_stages):
+def mark(rows, items, targets, bits, count):
+    """Set the bits, int32 [B, words] of zeros, of the pairs rows and items [P], int64, of `count` items."""
+    pairs, (batch, words) = len(rows), bits.shape
+    _mark[(triton.cdiv(pairs, 256),)](
+        rows, items, targets, bits, pairs, batch, count, words, BLOCK=256, num_warps=4
+    )  # fmt: skip
+
+
+def _left_out(bits, stand_in):
+    """What kernels take of bits, or of none."""
+    return (stand_in, 0, False) if bits is None else (bits, bits.shape[1], True)
+
+
+def forward(
+    queries, table, targets, bits, highest, total, log_sum, losses, *, M, T, span_tiles, num_warps, num_stages
+):  # fmt: skip
     """Losses [B] and log2 of the sums of exponentials [B], float32.
 
     queries [B, D] and table [N + 1, D]: contiguous, 16-byte base, D a power of two of 16 to 256. targets [B] int64.
-    highest and total: float32, [spans, B], overwritten; spans as `spans_of` says.
+    bits: as `mark` leaves them, or None. highest and total: float32, [spans, B], overwritten; spans as `spans_of` says.
     """
+    bits, words, left_out = _left_out(bits, targets)
     (B, D), N = queries.shape, len(table) - 1
     row_blocks, tiles = triton.cdiv(B, M), triton.cdiv(N, T)
     spans = triton.cdiv(tiles, span_tiles)
     _spans[(row_blocks * spans,)](
-        *_descriptors(queries, table, M, T), highest, total, B, N, row_blocks, tiles, span_tiles,
-        M=M, T=T, num_warps=num_warps, num_stages=num_stages,
+        *_descriptors(queries, table, M, T), bits, highest, total, B, N, words, row_blocks, tiles, span_tiles,
+        M=M, T=T, LEFT_OUT=left_out, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     _join[(triton.cdiv(B, JOIN_ROWS),)](
         queries, table, targets, highest, total, log_sum, losses, B, spans,
@@ -170,22 +220,26 @@ def forward(queries, table, targets, highest, total, log_sum, losses, *, M, T, s
     )  # fmt: skip
 
 
-def backward_queries(queries, table, targets, log_sum, grad, parts, result, *, M, T, span_tiles, num_warps, num_stages):
+def backward_queries(
+    queries, table, targets, bits, log_sum, grad, parts, result, *, M, T, span_tiles, num_warps, num_stages
+):  # fmt: skip
     """The gradient of the mean loss by the queries, [B, D]; parts: float32 [spans, B, D], overwritten."""
+    bits, words, left_out = _left_out(bits, targets)
     (B, D), N = queries.shape, len(table) - 1
     row_blocks, tiles = triton.cdiv(B, M), triton.cdiv(N, T)
     spans = triton.cdiv(tiles, span_tiles)
     _by_rows[(row_blocks * spans,)](
-        *_descriptors(queries, table, M, T), targets, log_sum, parts, B, N, row_blocks, tiles, span_tiles,
-        M=M, T=T, D=D, num_warps=num_warps, num_stages=num_stages,
+        *_descriptors(queries, table, M, T), targets, bits, log_sum, parts, B, N, words, row_blocks, tiles, span_tiles,
+        M=M, T=T, D=D, LEFT_OUT=left_out, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     _sum_spans[(triton.cdiv(B * D, 256),)](parts, grad, result, B, spans, B * D, BLOCK=256, num_warps=4)
 
 
-def backward_table(queries, table, targets, log_sum, grad, result, *, M, T, num_warps, num_stages):
+def backward_table(queries, table, targets, bits, log_sum, grad, result, *, M, T, num_warps, num_stages):
     """The gradient of the mean loss by the table, [N + 1, D]."""
+    bits, words, left_out = _left_out(bits, targets)
     (B, D), N = queries.shape, len(table) - 1
     _by_items[(triton.cdiv(N, T),)](
-        *_descriptors(queries, table, M, T), targets, log_sum, grad, result, B, N, triton.cdiv(B, M),
-        M=M, T=T, D=D, num_warps=num_warps, num_stages=num_stages,
+        *_descriptors(queries, table, M, T), targets, bits, log_sum, grad, result, B, N, words, triton.cdiv(B, M),
+        M=M, T=T, D=D, LEFT_OUT=left_out, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip

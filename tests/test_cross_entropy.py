@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from fave_fast.errors import BackendError
 from fave_fast.ops import cross_entropy, sampled_cross_entropy
+from fave_fast.ops.cross_entropy import Pairs
 from fave_fast.ops.registry import why_no_triton
 
 MODULE = importlib.import_module("fave_fast.ops.cross_entropy")
@@ -29,9 +30,29 @@ def inputs(batch: int, n: int, d: int, spread: float = 1.0, seed: int = 0) -> tu
     return endpoint, table, targets
 
 
-def formula(endpoint: Tensor, table: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def seen(targets: Tensor, n: int) -> Pairs:
+    """Some items of each row; among them the target, items twice, none at all, and some of rows that are not there."""
+    source, batch = torch.Generator(DEVICE).manual_seed(3), len(targets)
+    rows = torch.randint(0, batch + 2, (batch * n // 3,), device=DEVICE, generator=source)
+    items = torch.randint(0, n + 1, rows.shape, device=DEVICE, generator=source)
+    own = torch.arange(batch, device=DEVICE), targets
+    return Pairs(*(torch.cat((one, one[:5], more)) for one, more in zip((rows, items), own, strict=True)))
+
+
+def without(scores: Tensor, targets: Tensor, left_out: Pairs | None) -> Tensor:
+    """Scores [B, N], one by one."""
+    out = torch.zeros_like(scores, dtype=torch.bool)
+    for row, item in () if left_out is None else zip(*(one.tolist() for one in left_out), strict=True):
+        if row < len(targets) and item not in (0, int(targets[row])):
+            out[row, item - 1] = True
+    return scores.masked_fill(out, -torch.inf)
+
+
+def formula(
+    endpoint: Tensor, table: Tensor, targets: Tensor, left_out: Pairs | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Loss and both gradients."""
-    scores = endpoint @ table[1:].T
+    scores = without(endpoint @ table[1:].T, targets, left_out)
     weights = scores.softmax(1)
     loss = (scores.logsumexp(1) - scores.gather(1, targets[:, None] - 1)[:, 0]).mean()
     weights[torch.arange(len(targets)), targets - 1] -= 1
@@ -41,17 +62,20 @@ def formula(endpoint: Tensor, table: Tensor, targets: Tensor) -> tuple[Tensor, T
 
 
 def results(
-    endpoint: Tensor, table: Tensor, targets: Tensor, backend: str, scale: float = 1.0
+    endpoint: Tensor, table: Tensor, targets: Tensor, backend: str, scale: float = 1.0, left_out: Pairs | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     endpoint, table = endpoint.detach().requires_grad_(), table.detach().requires_grad_()
-    loss = cross_entropy(endpoint, table, targets, backend=backend)
+    loss = cross_entropy(endpoint, table, targets, left_out, backend=backend)
     by_endpoint, by_table = torch.autograd.grad(scale * loss, (endpoint, table))
     return loss.detach(), by_endpoint, by_table
 
 
-def plain(endpoint: Tensor, table: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def plain(
+    endpoint: Tensor, table: Tensor, targets: Tensor, left_out: Pairs | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     endpoint, table = endpoint.detach().requires_grad_(), table.detach().requires_grad_()
-    loss = F.cross_entropy(F.linear(endpoint, table[1:]).float(), targets - 1)
+    scores = without(F.linear(endpoint, table[1:]).float(), targets, left_out)
+    loss = F.cross_entropy(scores, targets - 1)
     by_endpoint, by_table = torch.autograd.grad(loss, (endpoint, table))
     return loss.detach(), by_endpoint, by_table
 
@@ -73,9 +97,11 @@ def test_the_reference_is_the_formula(
         monkeypatch.setattr(MODULE, "MAX_SCORES", 0)
         monkeypatch.setattr(MODULE, "_CHUNK_SCORES", chunk)
     case = inputs(batch, n, d, 2.0)
-    for found, expected in zip(results(*case, "reference"), formula(*case), strict=True):
-        # Sums of some hundred terms in fp64.
-        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    for left_out in (None, seen(case[2], n)):
+        expected = formula(*case, left_out)
+        for found, truth in zip(results(*case, "reference", left_out=left_out), expected, strict=True):
+            # Sums of some hundred terms in fp64.
+            torch.testing.assert_close(found, truth, rtol=1e-12, atol=1e-14)
 
 
 def test_chunks_take_narrow_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,6 +121,7 @@ def test_chunks_take_narrow_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_triton
+@pytest.mark.parametrize("some", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("spread", [0.1, 1.0, 8.0])
 @pytest.mark.parametrize(
@@ -104,13 +131,14 @@ def test_chunks_take_narrow_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     + [gpu(132, 1682, d) for d in (16, 32, 64, 256)],
 )
 def test_the_kernels_err_no_more_than_twice_what_pytorch_does(
-    batch: int, n: int, d: int, spread: float, dtype: torch.dtype
+    batch: int, n: int, d: int, spread: float, dtype: torch.dtype, some: bool
 ) -> None:
+    """Over all items, and without some of each row's."""
     endpoint, table, targets = inputs(batch, n, d, spread)
-    case = endpoint.to(dtype), table.to(dtype), targets
-    exact = formula(case[0].double(), case[1].double(), targets)
-    expected = plain(*case)
-    found = results(*case, "triton")
+    case, left_out = (endpoint.to(dtype), table.to(dtype), targets), seen(targets, n) if some else None
+    exact = formula(case[0].double(), case[1].double(), targets, left_out)
+    expected = plain(*case, left_out)
+    found = results(*case, "triton", left_out=left_out)
     for one, other, truth in zip(found, expected, exact, strict=True):
         assert one.dtype == other.dtype
         if n == 1:  # one item, probability 1: no loss, no gradient
@@ -118,10 +146,23 @@ def test_the_kernels_err_no_more_than_twice_what_pytorch_does(
             continue
         assert error(one, truth) <= 2 * error(other, truth) + 4 * torch.finfo(torch.float32).eps
     assert found[2][0].abs().max() == 0
-    for one, again in zip(found, results(*case, "triton"), strict=True):
+    for one, again in zip(found, results(*case, "triton", left_out=left_out), strict=True):
         assert torch.equal(one, again)
-    halved = results(*case, "triton", scale=0.5)
+    halved = results(*case, "triton", scale=0.5, left_out=left_out)
     torch.testing.assert_close(2 * halved[1], found[1], rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=needs_triton)])
+def test_a_row_of_which_only_the_target_is_left_has_no_loss(backend: str) -> None:
+    endpoint, table, targets = (one.half() if one.is_floating_point() else one for one in inputs(2, 70, 16))
+    every = torch.arange(71, device=DEVICE)
+    loss, by_endpoint, by_table = results(
+        endpoint, table, targets, backend, left_out=Pairs(torch.zeros_like(every), every)
+    )
+    alone = results(endpoint[1:], table, targets[1:], backend)
+    assert by_endpoint[0].abs().max() <= 1e-3  # a probability of 1 less 1, of fp32 sums
+    torch.testing.assert_close(2 * loss, alone[0], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(2 * by_table, alone[2], rtol=2**-9, atol=2e-3)  # fp16
 
 
 @needs_triton
@@ -201,6 +242,11 @@ def test_what_does_not_fit_is_refused(change: dict[str, Tensor], message: str) -
         cross_entropy(**{**GOOD, **change})
     with pytest.raises(ValueError, match=message):
         sampled_cross_entropy(**{**GOOD, **change}, negatives=torch.tensor([1]))
+
+
+def test_pairs_of_another_dtype_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"left_out's items are torch.int32 \[1\] on cpu; expected int64"):
+        cross_entropy(**GOOD, left_out=Pairs(torch.tensor([0]), torch.tensor([1], dtype=torch.int32)))
 
 
 def test_sampling_every_item_once_is_the_whole_sum() -> None:

@@ -232,11 +232,13 @@ def trained(kind: Any, stage: int, config: Config, device: str, dtype: torch.dty
     return [*taken, *model.state_dict().values()]
 
 
+@pytest.mark.parametrize("target", ["all", "unseen"])
 @pytest.mark.parametrize(("stage", "changes"), [(1, {}), (2, {}), *((2, one) for one in OTHER)])
-def test_steps_are_the_reference_steps(stage: int, changes: dict[str, Any]) -> None:
+def test_steps_are_the_reference_steps(stage: int, changes: dict[str, Any], target: str) -> None:
     """In fp64, where nothing is drawn by generators of their own."""
     still = replace(MODEL, delta=0.0, **changes)
-    config = Config(model=still).override({"loss": {"source": "dense"}, "train": {"batch_size": 8}}, "test")
+    values = {"loss": {"source": "dense", "target": target}, "train": {"batch_size": 8}}
+    config = Config(model=still).override(values, "test")
     ours = trained(FusedSteps, stage, config, "cpu", torch.float64, backend="reference")
     theirs = trained(ReferenceSteps, stage, config, "cpu", torch.float64)
     for one, two in zip(ours, theirs, strict=True):

@@ -72,11 +72,15 @@ def squared(difference: np.ndarray, reduction: str) -> float:
     return sum(rows) / len(rows)
 
 
-def cross_entropy(endpoint: np.ndarray, embedding: np.ndarray, targets: np.ndarray) -> float:
+def cross_entropy(
+    endpoint: np.ndarray, embedding: np.ndarray, targets: np.ndarray, seen: np.ndarray | None = None
+) -> float:
+    """Over all items, or without those of `seen` [B, L] that are not the target."""
     terms = []
-    for row, target in zip(endpoint, targets, strict=True):
-        scores = [float(row @ embedding[j]) for j in range(1, len(embedding))]
-        terms.append(np.log(np.sum(np.exp(scores))) - scores[target - 1])
+    for at, (row, target) in enumerate(zip(endpoint, targets, strict=True)):
+        out = () if seen is None else set(seen[at].tolist()) - {int(target)}
+        scores = {j: float(row @ embedding[j]) for j in range(1, len(embedding)) if j not in out}
+        terms.append(np.log(np.sum(np.exp(list(scores.values())))) - scores[int(target)])
     return float(np.mean(terms))
 
 
@@ -237,7 +241,12 @@ def expected(
     f = prediction.endpoint.detach().numpy()
     parts = {
         "match": squared(f - x_1.detach().numpy(), weights.reduction),
-        "target": cross_entropy(f, model.item_embedding.weight.detach().numpy(), TARGETS.numpy()),
+        "target": cross_entropy(
+            f,
+            model.item_embedding.weight.detach().numpy(),
+            TARGETS.numpy(),
+            HISTORY.numpy() if weights.target == "unseen" else None,
+        ),
         "source": sampled_source(model, prediction.source.detach().numpy(), HISTORY.numpy(), drawn.numpy()),
         "consistency": 0.0 if tangent is None else squared(tangent.numpy(), weights.reduction),
     }
@@ -255,7 +264,9 @@ def assert_losses(got: Losses, want: dict[str, float], rtol: float) -> None:
 WEIGHTS = {"alpha": 0.5, "beta": 0.3, "gamma": 0.7, "rec": 0.8, "match": 1.5}
 
 
-@pytest.mark.parametrize("changes", [WEIGHTS, WEIGHTS | {"reduction": "sum"}, {"rec": 0.0}, {"beta": 0.0}])
+@pytest.mark.parametrize(
+    "changes", [WEIGHTS, WEIGHTS | {"reduction": "sum"}, WEIGHTS | {"target": "unseen"}, {"rec": 0.0}, {"beta": 0.0}]
+)
 def test_stage1_losses(changes: dict[str, Any]) -> None:
     model, config = build(), CONFIG.override({"loss": changes}, "test")
     draws = generator(7)

@@ -22,7 +22,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -38,17 +38,33 @@ MAX_SCORES = 1 << 26  # 256 MiB of float32; autograd keeps about four times that
 _CHUNK_SCORES = 1 << 24
 _KERNEL_WIDTHS = (16, 32, 64, 128, 256)
 
-_Run = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+class Pairs(NamedTuple):
+    """Items that are no candidates of rows.
+
+    Attributes:
+        rows: int64 [P]; one from B on is nobody.
+        items: int64 [P]; 0 is none.
+    """
+
+    rows: Tensor
+    items: Tensor
+
+
+_Run = Callable[[Tensor, Tensor, Tensor, Pairs | None], Tensor]
 
 
 @ranged("fave/loss")
-def cross_entropy(endpoint: Tensor, table: Tensor, targets: Tensor, *, backend: str = "auto") -> Tensor:
+def cross_entropy(
+    endpoint: Tensor, table: Tensor, targets: Tensor, left_out: Pairs | None = None, *, backend: str = "auto"
+) -> Tensor:
     """Mean over rows of log sum_j exp(e . t_j) - e . t_target, j over the items 1 to N; differentiable once.
 
     Args:
         endpoint: [B, D] floating point. Under autocast both factors are taken in its dtype.
         table: [N + 1, D], same dtype and device; row 0 is the padding, no candidate, and gets a gradient of zero.
         targets: [B] int64, from 1 to N.
+        left_out: what j leaves out, row by row, but for the row's target. For the kernels it is made a bit an item.
         backend: auto, reference (scores in memory up to 2^26 of them, else computed again in the backward pass) or
             triton (16-bit; no score in memory, and the same bits in every run).
 
@@ -59,22 +75,28 @@ def cross_entropy(endpoint: Tensor, table: Tensor, targets: Tensor, *, backend: 
         ValueError: shapes, dtypes or devices that do not fit; or, on the CPU, a target that is no item.
         BackendError: the backend cannot run here.
     """
-    loss: Tensor = _cross_entropy(endpoint, table, targets, backend)
+    loss: Tensor = _cross_entropy(endpoint, table, targets, left_out, backend)
     return loss
 
 
 @uncompiled
-def _cross_entropy(endpoint: Tensor, table: Tensor, targets: Tensor, backend: str) -> Tensor:
+def _cross_entropy(endpoint: Tensor, table: Tensor, targets: Tensor, left_out: Pairs | None, backend: str) -> Tensor:
     device = endpoint.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         endpoint, table = endpoint.to(dtype), table.to(dtype)
     _check(endpoint, table, targets)
+    for name, one in zip(Pairs._fields, left_out or (), strict=False):
+        if one.dim() != 1 or one.dtype != torch.int64 or one.device != endpoint.device:
+            raise ValueError(
+                f"left_out's {name} are {one.dtype} {list(one.shape)} on {one.device}; expected int64 [P] on "
+                f"{endpoint.device}"
+            )
     d = endpoint.shape[1]
     beyond = {} if d in _KERNEL_WIDTHS else {"triton": f"its kernels take D of {_KERNEL_WIDTHS}, not {d}"}
     run = OP.resolve(backend, endpoint.device, endpoint.dtype, beyond)
     with torch.autocast(device, enabled=False):
-        loss: Tensor = run(endpoint, table, targets)
+        loss: Tensor = run(endpoint, table, targets, left_out)
         return loss
 
 
@@ -139,31 +161,51 @@ def _check(endpoint: Tensor, table: Tensor, targets: Tensor) -> None:
         raise ValueError(f"a target is outside the catalogue; expected ids from 1 to {len(table) - 1}")
 
 
-def _run(endpoint: Tensor, table: Tensor, targets: Tensor) -> Tensor:
+def _run(endpoint: Tensor, table: Tensor, targets: Tensor, left_out: Pairs | None) -> Tensor:
     if len(endpoint) * (len(table) - 1) <= MAX_SCORES:
-        loss: Tensor = F.cross_entropy(_wide(F.linear(endpoint, table[1:])), targets - 1)
+        scores = _wide(F.linear(endpoint, table[1:]))
+        if left_out is not None:
+            scores = scores.masked_fill(_mask(left_out, targets, 1, len(table)), -torch.inf)
+        loss: Tensor = F.cross_entropy(scores, targets - 1)
         return loss
-    return _apply(_Chunked, endpoint, table, targets)
+    return _apply(_Chunked, endpoint, table, targets, left_out)
 
 
-def _run_triton(endpoint: Tensor, table: Tensor, targets: Tensor) -> Tensor:
-    return _apply(_Fused, endpoint, table, targets)
+def _run_triton(endpoint: Tensor, table: Tensor, targets: Tensor, left_out: Pairs | None) -> Tensor:
+    return _apply(_Fused, endpoint, table, targets, left_out)
 
 
-def _apply(function: type[torch.autograd.Function], endpoint: Tensor, table: Tensor, targets: Tensor) -> Tensor:
-    loss: Tensor = cast(Any, function).apply(endpoint, table, targets)
+def _apply(
+    function: type[torch.autograd.Function], endpoint: Tensor, table: Tensor, targets: Tensor, left_out: Pairs | None
+) -> Tensor:
+    loss: Tensor = cast(Any, function).apply(endpoint, table, targets, left_out)
     return loss
+
+
+def _mask(left_out: Pairs, targets: Tensor, first: int, stop: int) -> Tensor:
+    """Which of the items from `first` to `stop`, not included, are no candidates: bool [B, stop - first]."""
+    rows, items = left_out
+    count, width = len(targets), stop - first
+    here = (rows < count) & (items >= first) & (items < stop)
+    here &= targets[rows.where(here, 0)] != items
+    places = (rows * width + items - first).where(here, count * width)
+    mask = torch.zeros(count * width + 1, dtype=torch.bool, device=targets.device)
+    return mask.index_fill_(0, places, True)[:-1].view(count, width)
 
 
 class _Chunked(torch.autograd.Function):
     """Plain PyTorch, the items a chunk at a time; scores are computed again for the gradients."""
 
     @staticmethod
-    def forward(ctx: Any, endpoint: Tensor, table: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, endpoint: Tensor, table: Tensor, targets: Tensor, left_out: Pairs | None) -> Tensor:
         log_sum = torch.full(targets.shape, -torch.inf, device=targets.device, dtype=_wide(endpoint[:0]).dtype)
-        for _, items in _chunks(endpoint, table):
-            log_sum = torch.logaddexp(log_sum, _wide(F.linear(endpoint, items)).logsumexp(1))
+        for first, items in _chunks(endpoint, table):
+            scores = _wide(F.linear(endpoint, items))
+            if left_out is not None:
+                scores.masked_fill_(_mask(left_out, targets, first, first + len(items)), -torch.inf)
+            log_sum = torch.logaddexp(log_sum, scores.logsumexp(1))
         ctx.save_for_backward(endpoint, table, targets, log_sum)
+        ctx.left_out = left_out
         return (log_sum - (_wide(endpoint) * _wide(table[targets])).sum(1)).mean()
 
     @staticmethod
@@ -176,6 +218,8 @@ class _Chunked(torch.autograd.Function):
         rows = torch.arange(len(endpoint), device=endpoint.device)
         for first, items in _chunks(endpoint, table):
             weights = (_wide(F.linear(endpoint, items)) - log_sum[:, None]).exp_()
+            if ctx.left_out is not None:
+                weights.masked_fill_(_mask(ctx.left_out, targets, first, first + len(items)), 0.0)
             column = targets - first
             here = (column >= 0) & (column < len(items))
             weights[rows, column.clamp(0, len(items) - 1)] -= here.to(weights.dtype)
@@ -183,7 +227,7 @@ class _Chunked(torch.autograd.Function):
             by_endpoint += narrow @ items
             if by_table is not None:
                 by_table[first : first + len(items)] = narrow.T @ endpoint
-        return by_endpoint.to(endpoint.dtype), by_table, None
+        return by_endpoint.to(endpoint.dtype), by_table, None, None
 
 
 def _chunks(endpoint: Tensor, table: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -194,10 +238,10 @@ def _chunks(endpoint: Tensor, table: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 
 class _Fused(torch.autograd.Function):
-    """The kernels; what they keep for the backward pass is one number a row."""
+    """The kernels; what they keep for the backward pass is one number a row, and the bits of what is left out."""
 
     @staticmethod
-    def forward(ctx: Any, endpoint: Tensor, table: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, endpoint: Tensor, table: Tensor, targets: Tensor, left_out: Pairs | None) -> Tensor:
         from fave_fast.kernels import cross_entropy as kernels
 
         endpoint, table, targets = whole_rows(endpoint), whole_rows(table), targets.contiguous()
@@ -205,8 +249,15 @@ class _Fused(torch.autograd.Function):
         length, spans = _spans(endpoint, table, shapes)
         highest, total = torch.empty(2, spans, len(endpoint), device=endpoint.device)
         log_sum, losses = torch.empty(2, len(endpoint), device=endpoint.device)
-        kernels.forward(endpoint, table, targets, highest, total, log_sum, losses, span_tiles=length, **_sizes(shapes))
-        ctx.save_for_backward(endpoint, table, targets, log_sum)
+        bits = None
+        if left_out is not None:
+            words = -(-(len(table) - 1) // 32)
+            bits = torch.zeros(len(endpoint), words, dtype=torch.int32, device=endpoint.device)
+            kernels.mark(*(one.contiguous() for one in left_out), targets, bits, len(table) - 1)
+        kernels.forward(
+            endpoint, table, targets, bits, highest, total, log_sum, losses, span_tiles=length, **_sizes(shapes)
+        )
+        ctx.save_for_backward(endpoint, table, targets, bits, log_sum)
         loss: Tensor = losses.mean()
         return loss
 
@@ -215,7 +266,7 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         from fave_fast.kernels import cross_entropy as kernels
 
-        endpoint, table, targets, log_sum = ctx.saved_tensors
+        endpoint, table, targets, bits, log_sum = ctx.saved_tensors
         grad = grads[0].contiguous()
         by_endpoint = by_table = None
         if ctx.needs_input_grad[0]:
@@ -224,13 +275,13 @@ class _Fused(torch.autograd.Function):
             parts = torch.empty(spans, *endpoint.shape, device=endpoint.device)
             by_endpoint = torch.empty_like(endpoint)
             kernels.backward_queries(
-                endpoint, table, targets, log_sum, grad, parts, by_endpoint, span_tiles=length, **_sizes(shapes)
+                endpoint, table, targets, bits, log_sum, grad, parts, by_endpoint, span_tiles=length, **_sizes(shapes)
             )
         if ctx.needs_input_grad[1]:
             shapes = _shapes("by_items", endpoint)
             by_table = torch.empty_like(table)
-            kernels.backward_table(endpoint, table, targets, log_sum, grad, by_table, **_sizes(shapes))
-        return by_endpoint, by_table, None
+            kernels.backward_table(endpoint, table, targets, bits, log_sum, grad, by_table, **_sizes(shapes))
+        return by_endpoint, by_table, None, None
 
 
 def _shapes(kernel: str, endpoint: Tensor) -> Shapes:
