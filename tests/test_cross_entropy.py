@@ -33,19 +33,21 @@ def inputs(batch: int, n: int, d: int, spread: float = 1.0, seed: int = 0) -> tu
 def seen(targets: Tensor, n: int) -> Pairs:
     """Some items of each row; among them the target, items twice, none at all, and some of rows that are not there."""
     source, batch = torch.Generator(DEVICE).manual_seed(3), len(targets)
-    rows = torch.randint(0, batch + 2, (batch * n // 3,), device=DEVICE, generator=source)
+    rows = torch.randint(0, batch + 2, (batch * min(n, 200) // 3,), device=DEVICE, generator=source)
     items = torch.randint(0, n + 1, rows.shape, device=DEVICE, generator=source)
     own = torch.arange(batch, device=DEVICE), targets
     return Pairs(*(torch.cat((one, one[:5], more)) for one, more in zip((rows, items), own, strict=True)))
 
 
 def without(scores: Tensor, targets: Tensor, left_out: Pairs | None) -> Tensor:
-    """Scores [B, N], one by one."""
-    out = torch.zeros_like(scores, dtype=torch.bool)
-    for row, item in () if left_out is None else zip(*(one.tolist() for one in left_out), strict=True):
-        if row < len(targets) and item not in (0, int(targets[row])):
-            out[row, item - 1] = True
-    return scores.masked_fill(out, -torch.inf)
+    """Scores [B, N] of the candidates."""
+    if left_out is None:
+        return scores
+    there = left_out.rows < len(targets)
+    out = torch.zeros(len(scores), scores.shape[1] + 1, dtype=torch.bool, device=DEVICE)
+    out[left_out.rows[there], left_out.items[there]] = True
+    out[torch.arange(len(targets)), targets] = False
+    return scores.masked_fill(out[:, 1:], -torch.inf)
 
 
 def formula(
