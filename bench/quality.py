@@ -82,7 +82,9 @@ SWEEPS: dict[str, Overrides] = {
     for section, key, values in ((*name.split("."), values) for name, values in _SWEPT.items())
     for value in values
 }
-SETTINGS: dict[str, Overrides] = {"preset": {}, **ABLATIONS, **PEERS, **CONDITIONINGS, **SWEEPS}
+# Without the history's items in L_tgt's softmax, as filtered rankings are.
+_UNSEEN = {"loss": {"target": "unseen"}}
+SETTINGS: dict[str, Overrides] = {"preset": {}, "unseen": _UNSEEN, **ABLATIONS, **PEERS, **CONDITIONINGS, **SWEEPS}
 _NOT_OF_THE_CONFIG = ("only", "method")
 
 
