@@ -162,11 +162,12 @@ def masked(rows: Tensor, ratio: float, mask: int) -> tuple[Tensor, Tensor, Tenso
     most = int(ratio * rows.shape[1])
     hides = (torch.rand(rows.shape, device=rows.device) < ratio) & (rows != 0)
     behind = hides.flip(1).cumsum(1).flip(1)  # hidden items from here on
-    row, place = (hides & (behind <= most)).nonzero(as_tuple=True)
-    to = most - behind[row, place]
-    items, places = torch.zeros(2, len(rows), most, dtype=rows.dtype, device=rows.device)
-    items[row, to], places[row, to] = rows[row, place], place
-    return rows.masked_fill(hides, mask), items, places
+    to = (most - behind).where(hides & (behind <= most), most)  # one column more than is returned takes the others
+    items, places = torch.zeros(2, len(rows), most + 1, dtype=rows.dtype, device=rows.device)
+    items.scatter_(1, to, rows)
+    places.scatter_(1, to, torch.arange(rows.shape[1], device=rows.device).expand_as(rows))
+    # RecBole's network takes views of them.
+    return rows.masked_fill(hides, mask), items[:, :most].contiguous(), places[:, :most].contiguous()
 
 
 def ranks(scores: Tensor, targets: Tensor) -> Tensor:

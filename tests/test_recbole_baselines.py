@@ -66,6 +66,7 @@ def test_masks_hide_items_and_say_which() -> None:
     # 30,000 draws of probability 0.2: five standard deviations are 5 (0.2 0.8 / 30,000)^(1/2) = 0.012
     assert abs(hides[:, :15].float().mean().item() - 0.2) < 0.012
     assert items.shape == places.shape == (2000, 4)
+    assert items.view(-1).shape == places.view(-1).shape  # which RecBole asks of them
     for row in range(200):
         last = hides[row].nonzero()[:, 0].tolist()[-4:]
         assert places[row].tolist() == [0] * (4 - len(last)) + last
