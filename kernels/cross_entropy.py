@@ -48,6 +48,16 @@ def _is_left_out(bits_ptr, row, place, words, there):
 
 
 @triton.jit
+def _candidates(scores, bits_ptr, row, place, B, N, words, LEFT_OUT: tl.constexpr):
+    """Scores [M, T] of rows and of items `place` + 1, -inf where an item is no candidate."""
+    if LEFT_OUT:
+        there = (row < B)[:, None] & (place < N)[None, :]
+        out = _is_left_out(bits_ptr, row[:, None], place[None, :], words, there)
+        scores = tl.where(out, -float("inf"), scores)
+    return scores
+
+
+@triton.jit
 def _spans(
     queries, table, bits_ptr, highest_ptr, total_ptr, B, N, words, row_blocks, tiles, span_tiles,
     M: tl.constexpr, T: tl.constexpr, LEFT_OUT: tl.constexpr,
@@ -62,17 +72,12 @@ def _spans(
     row = block * M + tl.arange(0, M)
     for tile in range(start, tl.minimum(start + span_tiles, full)):
         scores = tl.dot(query, tl.trans(table.load([1 + tile * T, 0])), input_precision="ieee")
-        if LEFT_OUT:
-            place = tile * T + tl.arange(0, T)
-            out = _is_left_out(bits_ptr, row[:, None], place[None, :], words, (row < B)[:, None] & (place < N)[None, :])
-            scores = tl.where(out, -float("inf"), scores)
+        scores = _candidates(scores, bits_ptr, row, tile * T + tl.arange(0, T), B, N, words, LEFT_OUT)
         highest, total = _add(scores, highest, total)
     if (start + span_tiles >= tiles) & (full < tiles):
         scores = tl.dot(query, tl.trans(table.load([1 + full * T, 0])), input_precision="ieee")
         place = full * T + tl.arange(0, T)
-        if LEFT_OUT:
-            out = _is_left_out(bits_ptr, row[:, None], place[None, :], words, (row < B)[:, None] & (place < N)[None, :])
-            scores = tl.where(out, -float("inf"), scores)
+        scores = _candidates(scores, bits_ptr, row, place, B, N, words, LEFT_OUT)
         highest, total = _add(tl.where((place < N)[None, :], scores, -float("inf")), highest, total)
     place = span.to(tl.int64) * B + row
     tl.store(highest_ptr + place, highest, row < B)

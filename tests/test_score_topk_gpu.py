@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from test_score_topk import DEVICE, denied, exclusions, whole_numbers
+from test_score_topk import DEVICE, assert_is_the_reference_s, denied, exclusions, poisoned, whole_numbers
 from torch import Tensor
 
 from fave_fast.errors import BackendError
@@ -63,12 +64,8 @@ def few(emulator: ctypes.CDLL | None, monkeypatch: pytest.MonkeyPatch) -> Few:
         strides[0] = stride
         sizes = Sizes(len(queries), queries.shape[1], k, len(table) - 1)
         assert score_topk_gpu.beyond(sizes, DEVICE) is None
-        out = (
-            torch.full((len(queries), k), torch.nan, device=DEVICE),
-            torch.full((len(queries), k), -7, dtype=torch.int64, device=DEVICE),
-        )
-        room = score_topk_gpu.workspace_bytes(sizes, DEVICE)
-        workspace = torch.randint(0, 256, (room,), dtype=torch.uint8, device=DEVICE)
+        out, workspace = poisoned(queries, table, k, exclude)
+        assert score_topk_gpu.workspace_bytes(sizes, DEVICE) <= len(workspace)
         excluded = None if exclude is None else (exclude.ids, exclude.offsets)
         score_topk_gpu.run(queries, table, deny, excluded, out, workspace, overlap=False)
         return out
@@ -84,11 +81,8 @@ def narrow(exclude: Exclusions) -> Exclusions:
     return Exclusions(exclude.ids.int(), exclude.offsets.int())
 
 
-def assert_equals_the_reference(few: Few, queries: Tensor, table: Tensor, k: int, *rest: object) -> None:
-    scores, ids = few(queries, table, k, *rest)
-    expected_scores, expected_ids = score_topk(queries, table, k, *rest, backend="reference")  # type: ignore[arg-type]
-    assert torch.equal(ids, expected_ids)
-    assert torch.equal(scores, expected_scores)
+def assert_equals_the_reference(few: Few, *case: Any) -> None:
+    assert_is_the_reference_s(few(*case), *case)
 
 
 @pytest.mark.parametrize(

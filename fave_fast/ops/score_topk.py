@@ -382,9 +382,10 @@ def _run_triton(
     table_bytes: ByteTable | None,
     overlap: bool,
 ) -> tuple[Tensor, Tensor]:
-    call = _KernelCall.of(tiles, k, deny, out, workspace, table_bytes, overlap)
+    call = _KernelCall.of(tiles, k, deny, out, overlap)
     if call.empty:
         return call.nothing()
+    call = call.within(workspace, workspace_bytes(call.queries, call.table, k, call.excluded_ids, table_bytes))
     scanned = _scanned(len(call.queries), len(call.table) - 1, table_bytes)
     if scanned is not None:
         _certified_lists(call, scanned)
@@ -413,11 +414,9 @@ class _KernelCall:
         k: int,
         deny: Tensor | None,
         out: _Out | None,
-        workspace: Tensor | None,
-        table_bytes: ByteTable | None,
         overlap: bool,
     ) -> _KernelCall:
-        """The arguments, with memory for what the caller gave none for."""
+        """The arguments, with memory for lists where the caller gave none; without workspace."""
         queries, table = tiles.queries.contiguous(), tiles.table.contiguous()
         batch, device = len(queries), queries.device
         if out is None:
@@ -426,14 +425,6 @@ class _KernelCall:
                 torch.empty(batch, k, dtype=torch.int64, device=device),
             )
         exclude = tiles.exclude if tiles.exclude is not None and len(tiles.exclude.ids) > 0 else None
-        needed = workspace_bytes(queries, table, k, 0 if exclude is None else len(exclude.ids), table_bytes)
-        if workspace is None:
-            workspace = torch.empty(needed, dtype=torch.uint8, device=device)
-        if workspace.dtype != torch.uint8 or workspace.numel() < needed or workspace.device != device:
-            raise ValueError(
-                f"workspace is {workspace.dtype} {list(workspace.shape)} on {workspace.device}; "
-                f"expected uint8 [{needed}] on {device}"
-            )
         return cls(
             queries,
             table,
@@ -441,9 +432,26 @@ class _KernelCall:
             None if exclude is None else (exclude.ids.contiguous(), exclude.offsets.contiguous()),
             k,
             out,
-            workspace,
+            queries.new_empty(0, dtype=torch.uint8),
             overlap and launches_overlap(device),
         )
+
+    def within(self, workspace: Tensor | None, needed: int) -> _KernelCall:
+        """The call with a workspace of `needed` bytes at least, the caller's or its own."""
+        device = self.queries.device
+        if workspace is None:
+            workspace = torch.empty(needed, dtype=torch.uint8, device=device)
+        if workspace.dtype != torch.uint8 or workspace.numel() < needed or workspace.device != device:
+            raise ValueError(
+                f"workspace is {workspace.dtype} {list(workspace.shape)} on {workspace.device}; "
+                f"expected uint8 [{needed}] on {device}"
+            )
+        return replace(self, workspace=workspace)
+
+    @property
+    def excluded_ids(self) -> int:
+        """How many, over all rows."""
+        return 0 if self.excluded is None else len(self.excluded[0])
 
     @property
     def empty(self) -> bool:
@@ -457,8 +465,8 @@ class _KernelCall:
         return self.out
 
     def plan(self, *, in_bytes: bool = False) -> _Plan:
-        excluded = 0 if self.excluded is None else len(self.excluded[0])
-        return _Plan.make(len(self.queries), len(self.table) - 1, self.queries, self.k, excluded, in_bytes=in_bytes)
+        batch, items = len(self.queries), len(self.table) - 1
+        return _Plan.make(batch, items, self.queries, self.k, self.excluded_ids, in_bytes=in_bytes)
 
 
 def _plain_lists(call: _KernelCall, flags: Tensor | None = None) -> None:
@@ -524,9 +532,11 @@ def _run_cpp(
     overlap: bool,
 ) -> tuple[Tensor, Tensor]:
     if tiles.queries.device.type == "cuda":
-        call = _KernelCall.of(tiles, k, deny, out, workspace, table_bytes, overlap)
+        call = _KernelCall.of(tiles, k, deny, out, overlap)
         if call.empty:
             return call.nothing()
+        sizes = Sizes(len(call.queries), call.queries.shape[1], k, len(call.table) - 1)
+        call = call.within(workspace, score_topk_gpu.workspace_bytes(sizes, call.queries.device))
         rows = whole_rows(call.queries), whole_rows(call.table)
         score_topk_gpu.run(*rows, call.deny, call.excluded, call.out, call.workspace, overlap=call.overlap)
         return call.out
