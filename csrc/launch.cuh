@@ -44,6 +44,7 @@ struct Grid {
 
 constexpr int kMostBytes = 227 << 10;  // of shared memory that a block may have
 
+// Launches `kernel` on `stream` (cudaStream_t) of `device`; with `overlap` beside the end of the kernel before it.
 template <auto kernel, typename Call>
 void launch(const Call& call, const Grid& grid, bool overlap, int device, std::uint64_t stream) {
   static std::atomic<bool> prepared[kDevices];
