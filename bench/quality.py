@@ -82,9 +82,12 @@ SWEEPS: dict[str, Overrides] = {
     for section, key, values in ((*name.split("."), values) for name, values in _SWEPT.items())
     for value in values
 }
-# Without the history's items in L_tgt's softmax, as filtered rankings are.
-_UNSEEN = {"loss": {"target": "unseen"}}
-SETTINGS: dict[str, Overrides] = {"preset": {}, "unseen": _UNSEEN, **ABLATIONS, **PEERS, **CONDITIONINGS, **SWEEPS}
+# L_tgt's softmax over all items, as eq. (12), and without the history's, as filtered rankings are.
+_TARGETS: dict[str, Overrides] = {
+    "all-items": {"loss": {"target": "all"}},
+    "unseen": {"loss": {"target": "unseen"}},
+}
+SETTINGS: dict[str, Overrides] = {"preset": {}, **_TARGETS, **ABLATIONS, **PEERS, **CONDITIONINGS, **SWEEPS}
 _NOT_OF_THE_CONFIG = ("only", "method")
 
 

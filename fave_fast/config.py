@@ -249,7 +249,11 @@ def _coerce(kind: Any, value: object, name: str) -> object:
 PRESETS: types.MappingProxyType[str, dict[str, dict[str, Any]]] = types.MappingProxyType(
     {
         "default": {},
-        "ml-100k": {"loss": {"source": "dense"}, "train": {"epochs": 60, "epochs_stage2": 5}},
+        "ml-100k": {
+            "model": {"dropout": 0.4, "embedding_dropout": 0.4},
+            "loss": {"source": "dense", "target": "unseen"},
+            "train": {"epochs": 80, "epochs_stage2": 5},
+        },
         "beauty": {
             "model": {"blocks": 2, "norm": "layer", "max_length": 20, "dropout": 0.4, "embedding_dropout": 0.6},
             "loss": {"alpha": 8.0},
