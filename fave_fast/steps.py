@@ -9,7 +9,7 @@ where the batch's windows lie, and never waits.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,7 @@ from fave_fast.data import Interactions, gather_histories
 from fave_fast.fused import Network, rotary_of
 from fave_fast.model import FAVE
 from fave_fast.ops.adam import ClippedAdam
+from fave_fast.ops.attention import SHORT
 from fave_fast.ops.beside import Beside
 from fave_fast.ops.input_modulation import KERNEL_CHANNELS
 from fave_fast.ops.packed import pack_windows
@@ -33,6 +34,14 @@ Positions = npt.NDArray[np.int64]
 
 _Captured = tuple[torch.cuda.CUDAGraph, Tensor, Tensor]  # its loss, and what Adam reads at each replay
 _LEAST_STEP = 256  # rows between two graphs, at least
+
+
+class _Shape(NamedTuple):
+    """What a step's kernels and memory depend on: of two batches of one shape, one graph serves both."""
+
+    rows: int
+    fillers: int
+    longest: int  # no history has more items
 
 
 class Steps(Protocol):
@@ -121,7 +130,7 @@ class FusedSteps:
     capture: bool = True
     ranks: Ranks = ALONE
     objective: losses.Objective | None = None  # None: the stage's
-    _graphs: dict[tuple[int, int], _Captured | None] = field(default_factory=dict, init=False)
+    _graphs: dict[_Shape, _Captured | None] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         device = self.model.item_embedding.weight.device
@@ -149,50 +158,58 @@ class FusedSteps:
         whole = len(starts) == self.config.train.batch_size
         mine, part = self.ranks.share(len(starts))
         starts, targets = starts[mine], targets[mine]
-        total = int(np.minimum(targets - starts, self.config.model.max_length).sum())
-        rows, fillers = rounded_rows(total, self.config.model.max_length)
+        shape = self._shape(targets - starts)
         host = torch.from_numpy(np.concatenate((starts, targets, [seed])))
         if not self._capturing or not whole or part == 0:
-            return self._step(host.to(device), rows, fillers, part, None)[0]
+            return self._step(host.to(device), shape, part, None)[0]
         self._input.copy_(host.pin_memory(), non_blocking=True)
-        key = rows, fillers
-        if key not in self._graphs:
-            self._graphs[key] = None
-            return self._aside(rows, fillers, part)
-        held = self._graphs[key]
+        if shape not in self._graphs:
+            self._graphs[shape] = None
+            return self._aside(shape, part)
+        held = self._graphs[shape]
         if held is None:
             graph, addresses = torch.cuda.CUDAGraph(), self._adam.addresses()
             # Of several ranks NCCL's watchdog asks after its events from a thread of its own all the while.
             with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
-                loss, gradients = self._step(self._input, rows, fillers, part, addresses)
+                loss, gradients = self._step(self._input, shape, part, addresses)
             self._adam.bind(addresses, gradients)
-            held = self._graphs[key] = graph, loss, addresses
+            held = self._graphs[shape] = graph, loss, addresses
         held[0].replay()
         return held[1]
 
-    def _aside(self, rows: int, fillers: int, part: float) -> Tensor:
+    def _shape(self, lengths: Positions) -> _Shape:
+        """Of a batch of windows of these lengths, which may go beyond L."""
+        longest = self.config.model.max_length
+        lengths = np.minimum(lengths, longest)
+        if self._tables is not None:
+            short = SHORT - (len(self._tables[0]) - longest)  # a token is a row more
+            longest = short if lengths.max(initial=0) <= short < longest else longest
+        return _Shape(*rounded_rows(int(lengths.sum()), longest), longest)
+
+    def _aside(self, shape: _Shape, part: float) -> Tensor:
         """A step launched as it comes, on a stream of its own as capturing wants it."""
         here = torch.cuda.current_stream()
         self._stream.wait_stream(here)
         with torch.cuda.stream(self._stream):
-            loss = self._step(self._input, rows, fillers, part, None)[0]
+            loss = self._step(self._input, shape, part, None)[0]
         here.wait_stream(self._stream)
         return loss
 
     def _step(
-        self, given: Tensor, rows: int, fillers: int, part: float, addresses: Tensor | None
+        self, given: Tensor, shape: _Shape, part: float, addresses: Tensor | None
     ) -> tuple[Tensor, list[Tensor | None]]:
         """The loss and the gradients, where `part` of the batch is here; `addresses` as `ClippedAdam.take` wants it."""
         count = len(given) // 2
         starts, targets, seed = given[:count], given[count:-1], given[-1:]
         packed = pack_windows(
-            self._items, starts, targets, self.config.model.max_length, rows, fillers, backend=self.backend
+            self._items, starts, targets, shape.longest, shape.rows, shape.fillers, backend=self.backend
         )
-        share = _share(self.ranks, part)
+        share, tables = _share(self.ranks, part), self._tables
+        if tables is not None:
+            ages = len(tables[0]) - self.config.model.max_length + shape.longest
+            tables = tables[0][:ages], tables[1][:ages]
         beside = Beside(self._side)
-        network = Network(
-            self.model, packed, seed, self.dtype, self.backend, tables=self._tables, share=share, beside=beside
-        )
+        network = Network(self.model, packed, seed, self.dtype, self.backend, tables=tables, share=share, beside=beside)
         objective = self.objective or losses.OBJECTIVES[self.stage - 1]
         wanted = self._items[targets].long()
         with torch.autocast(given.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):

@@ -308,7 +308,7 @@ def _forward_kernel(
     STRIDE_Q: tl.constexpr, STRIDE_KV: tl.constexpr, HEADS: tl.constexpr,
     C: tl.constexpr, HALF_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
     ROTARY: tl.constexpr, CAUSAL: tl.constexpr, DUAL: tl.constexpr, PADDED: tl.constexpr, LAST: tl.constexpr,
-    LONG: tl.constexpr,
+    LONGEST: tl.constexpr,
 ):  # fmt: skip
     D: tl.constexpr = HEADS * C
     user, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
@@ -336,12 +336,12 @@ def _forward_kernel(
         _zero_rows(o_ptr - before * D, before, D, C, C_BLOCK)
         if DUAL:
             _zero_rows(do_ptr - before * D, before, D, C, C_BLOCK)
-    if LONG and n > 64:
+    if LONGEST > 64 and n > 64:
         _forward_long(
             q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, o_ptr, do_ptr, cos_ptr, sin_ptr, n, count, scale,
             STRIDE_Q, STRIDE_KV, D, C, HALF_BLOCK, C_BLOCK, ROTARY, CAUSAL, DUAL, LAST, 16 if LAST else 64, 64,
         )  # fmt: skip
-    elif n > 16:
+    elif LONGEST > 16 and n > 16:
         _forward_tile(
             q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, o_ptr, do_ptr, cos_ptr, sin_ptr, n, count, scale,
             STRIDE_Q, STRIDE_KV, D, C, HALF_BLOCK, C_BLOCK, ROTARY, CAUSAL, DUAL, LAST, 16 if LAST else 64, 64,
@@ -552,7 +552,7 @@ def _backward_kernel(
     STRIDE_Q: tl.constexpr, STRIDE_KV: tl.constexpr, HEADS: tl.constexpr,
     C: tl.constexpr, HALF_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
     ROTARY: tl.constexpr, CAUSAL: tl.constexpr, DUAL: tl.constexpr, PADDED: tl.constexpr, LAST: tl.constexpr,
-    LONG: tl.constexpr,
+    LONGEST: tl.constexpr,
 ):  # fmt: skip
     D: tl.constexpr = HEADS * C
     user, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
@@ -595,13 +595,13 @@ def _backward_kernel(
                 _zero_rows(gdq_ptr - before * STRIDE_Q, before, STRIDE_Q, C, C_BLOCK)
     # No tile of 32 for the lengths between: its products (mma.sync, not wgmma) hold their operands in registers, 180 a
     # thread where 16 and 64 need 118, and every length would pay with 2 programs an SM instead of 4.
-    if LONG and n > 64:
+    if LONGEST > 64 and n > 64:
         _backward_long(
             q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, g_ptr, e_ptr,
             gq_ptr, gk_ptr, gv_ptr, gdq_ptr, gdk_ptr, gdv_ptr, cos_ptr, sin_ptr, stats_ptr, n, count, scale,
             STRIDE_Q, STRIDE_KV, D, HEADS, C, HALF_BLOCK, C_BLOCK, ROTARY, CAUSAL, DUAL, LAST, 16 if LAST else 32, 32,
         )  # fmt: skip
-    elif n > 16:
+    elif LONGEST > 16 and n > 16:
         _backward_tile(
             q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, g_ptr, e_ptr,
             gq_ptr, gk_ptr, gv_ptr, gdq_ptr, gdk_ptr, gdv_ptr, cos_ptr, sin_ptr, n, count, scale,
@@ -620,7 +620,12 @@ def _widths(channels):
     return {"HALF_BLOCK": half_block, "C_BLOCK": 2 * half_block}
 
 
-def attention_forward(inputs, outputs, bounds, tables, padded_length, heads, causal, last, shapes):
+def _tier(longest):
+    """16 or 64 where no history has more items: which tiles there are decides what registers every program has."""
+    return 128 if longest is None or longest > 64 else 64 if longest > 16 else 16
+
+
+def attention_forward(inputs, outputs, bounds, tables, padded_length, longest, heads, causal, last, shapes):
     """Launch the forward pass.
 
     Args:
@@ -630,6 +635,7 @@ def attention_forward(inputs, outputs, bounds, tables, padded_length, heads, cau
         bounds: offsets [B + 1], or lengths [B] where `padded_length` is given.
         tables: None, or cosines and sines float32 [longest, D / heads / 2] by age; no history may have more items.
         padded_length: L of padded histories, or None for packed ones.
+        longest: no history has more items; None where that is not known.
         heads: H; D / H is even.
         causal: whether an item sees only those before it.
         last: whether q has one row a history, the newest.
@@ -638,18 +644,19 @@ def attention_forward(inputs, outputs, bounds, tables, padded_length, heads, cau
     q, k, v, dq, dk, dv = (*inputs, *inputs)[:6]
     o, do = (*outputs, *outputs)[:2]
     cos, sin = tables or (q, q)
-    longest = padded_length if tables is None else len(cos)
     users = len(bounds) if padded_length is not None else len(bounds) - 1
     channels = q.shape[1] // heads
     _forward_kernel[(users * heads,)](
         q, k, v, dq, dk, dv, o, do, bounds, cos, sin, padded_length or 0, channels**-0.5, STRIDE_Q=q.stride(0),
         STRIDE_KV=k.stride(0), HEADS=heads, C=channels, **_widths(channels), ROTARY=tables is not None, CAUSAL=causal,
-        DUAL=len(inputs) == 6, PADDED=padded_length is not None, LAST=last, LONG=longest is None or longest > 64,
+        DUAL=len(inputs) == 6, PADDED=padded_length is not None, LAST=last, LONGEST=_tier(longest),
         num_stages=1, **shapes,
     )  # fmt: skip
 
 
-def attention_backward(inputs, upstream, gradients, stats, bounds, tables, padded_length, heads, causal, last, shapes):
+def attention_backward(
+    inputs, upstream, gradients, stats, bounds, tables, padded_length, longest, heads, causal, last, shapes
+):
     """Launch the backward pass; what is not named here is as for `attention_forward`.
 
     From `upstream`, (g,) or (g, e) [rows of q, D], it writes `gradients`: for each of `inputs` one, q's and dq's of
@@ -660,12 +667,11 @@ def attention_backward(inputs, upstream, gradients, stats, bounds, tables, padde
     g, e = (*upstream, *upstream)[:2]
     gq, gk, gv, gdq, gdk, gdv = (*gradients, *gradients)[:6]
     cos, sin = tables or (q, q)
-    longest = padded_length if tables is None else len(cos)
     users = len(bounds) if padded_length is not None else len(bounds) - 1
     channels = q.shape[1] // heads
     _backward_kernel[(users * heads,)](
         q, k, v, dq, dk, dv, g, e, gq, gk, gv, gdq, gdk, gdv, bounds, cos, sin, stats, padded_length or 0,
         channels**-0.5, STRIDE_Q=q.stride(0), STRIDE_KV=k.stride(0), HEADS=heads, C=channels, **_widths(channels),
         ROTARY=tables is not None, CAUSAL=causal, DUAL=len(inputs) == 6, PADDED=padded_length is not None, LAST=last,
-        LONG=longest is None or longest > 64, num_stages=1, **shapes,
+        LONGEST=_tier(longest), num_stages=1, **shapes,
     )  # fmt: skip

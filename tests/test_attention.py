@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fave_fast.errors import BackendError
-from fave_fast.ops.attention import Histories, attention, attention_dual, reference, rotary_by_age
+from fave_fast.ops.attention import SHORT, Histories, attention, attention_dual, reference, rotary_by_age
 
 pytest.importorskip("triton")
 
@@ -19,6 +19,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.usefixtures("poisoned")
 LENGTHS = [1, 0, 16, 17, 50]
+SHORT_LENGTHS = [1, 0, 16, 9]
 
 
 @dataclass
@@ -111,6 +112,14 @@ def test_values_and_gradients(
     if causal and last:
         pytest.skip("the newest item sees everything")
     check(Case(LENGTHS, heads, channels, dtype, rotary, causal, last, dual))
+
+
+@pytest.mark.parametrize("dual", [False, True])
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_histories_of_one_small_tile(dual: bool, last: bool, dtype: torch.dtype) -> None:
+    assert max(SHORT_LENGTHS) <= SHORT < max(LENGTHS)
+    check(Case(SHORT_LENGTHS, 2, 32, dtype, True, False, last, dual))
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -246,7 +246,10 @@ BAD: list[tuple[list[str], str]] = [
     ([], "error: --data and --out, or --summarise, are needed"),
     (["--data", "LOG", "beuty"], "expected one of the presets default, ml-100k"),
     (["--data", "LOG", "beauty", "--data", "LOG", "beauty"], "--data: two files of one name"),
-    (["--data", "LOG", "beauty", "--setting", "no"], "--setting 'no'; expected one of preset, all-items, unseen, without-stage-2"),
+    (
+        ["--data", "LOG", "beauty", "--setting", "no"],
+        "--setting 'no'; expected one of preset, all-items, unseen, without-stage-2",
+    ),
     (["--data", "LOG", "beauty", "--set", "lr=3"], "--set 'lr=3'; expected SECTION.KEY=VALUE"),
     (["--data", "LOG", "beauty", "--set", "train.lr=-1"], "--set: train.lr is -1.0; expected"),
     (["--data", "LOG", "beauty", "--expect", "log"], "--expect 'log'; expected DATASET=SECONDS"),

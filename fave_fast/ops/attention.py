@@ -35,9 +35,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fave_fast.ops.registry import Implementation, Op, not_interpreted, triton_kernels, uncompiled
-from fave_fast.ops.tuning import tile_shapes
+from fave_fast.ops.tuning import Shapes, tile_shapes
 
 Tables = tuple[Tensor, Tensor]
+# Items that a tile of 16 rows holds. Where tables end there kernels have no larger tile, and a program is one warp of few
+# registers: 17 find a place on a multiprocessor where the backward pass had 4, so that the 2,048 programs of 512
+# histories go through at once and not in four waves.
+SHORT = 16
 
 
 def rotary_tables(ages: Tensor, channels: int) -> tuple[Tensor, Tensor]:
@@ -93,6 +97,11 @@ class Histories:
 
     def __len__(self) -> int:
         return len(self.bounds) - (self.padded_length is None)
+
+    @property
+    def longest(self) -> int | None:
+        """No history has more items; None where nothing says so."""
+        return self.padded_length if self.tables is None else len(self.tables[0])
 
     def grid(self) -> tuple[Tensor, Tensor]:
         """Row of each place of a left-padded grid int64 [B, L], and whether an item is there; waits for the device."""
@@ -312,14 +321,20 @@ def views(stacked: tuple[Tensor, ...], queries: tuple[Tensor, ...]) -> tuple[Ten
     return tuple(result)
 
 
+def _shapes(kernel: str, dual: bool, histories: Histories, like: Tensor) -> Shapes:
+    short = histories.longest is not None and histories.longest <= SHORT
+    variant = kernel + ("_dual" if dual else "") + ("_short" if short else "")
+    return tile_shapes("attention", variant, like.device)
+
+
 def forward_into(inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...], histories: Histories) -> None:
     """Run the kernel on `views`, into `outputs` [rows of q, D]."""
     from fave_fast.kernels.attention import attention_forward
 
-    shapes = tile_shapes("attention", "forward_dual" if len(inputs) == 6 else "forward", outputs[0].device)
+    shapes = _shapes("forward", len(inputs) == 6, histories, outputs[0])
     attention_forward(
-        inputs, outputs, histories.bounds, histories.tables, histories.padded_length, histories.heads,
-        histories.causal, histories.last, shapes,
+        inputs, outputs, histories.bounds, histories.tables, histories.padded_length, histories.longest,
+        histories.heads, histories.causal, histories.last, shapes,
     )  # fmt: skip
 
 
@@ -332,10 +347,10 @@ def backward_into(
     g = upstream[0]
     # Only histories of more than 64 items write to it; the others leave it untouched.
     stats = torch.empty(len(g), histories.heads, 5, dtype=torch.float32, device=g.device)
-    shapes = tile_shapes("attention", "backward_dual" if len(inputs) == 6 else "backward", g.device)
+    shapes = _shapes("backward", len(inputs) == 6, histories, g)
     attention_backward(
         inputs, upstream, gradients, stats, histories.bounds, histories.tables, histories.padded_length,
-        histories.heads, histories.causal, histories.last, shapes,
+        histories.longest, histories.heads, histories.causal, histories.last, shapes,
     )  # fmt: skip
 
 
