@@ -20,7 +20,7 @@ from bench.sampling import DIFFUREC_STEPS, DiffuRec, FMRec, diffused
 from fave_fast.config import Config
 from fave_fast.data import Interactions, gather_histories
 from fave_fast.evaluate import Positions
-from fave_fast.losses import OBJECTIVES, Losses, Network, target_loss
+from fave_fast.losses import OBJECTIVES, Losses, Network
 from fave_fast.model import FAVE
 from fave_fast.train import Method
 
@@ -59,8 +59,7 @@ def diffurec_objective(
     noise = torch.randn(x.shape, device=x.device, generator=generator)
     time = (step / DIFFUREC_STEPS).to(x.dtype)
     prediction = network.predict((kept * x + spread * noise).to(x.dtype), time, torch.ones_like(time))
-    seen = network.seen() if config.loss.target == "unseen" else None
-    loss = target_loss(prediction.endpoint, model.item_embedding.weight, targets, seen)
+    loss = network.target_loss(prediction.endpoint, targets, config.loss.target)
     zero = torch.zeros_like(loss)
     return Losses(loss, zero, loss, zero, zero)
 

@@ -7,6 +7,7 @@ are narrowed once a pass.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -23,9 +24,10 @@ from fave_fast.model import FAVE, Block, Prediction, RMSNorm
 from fave_fast.ops.attention import Tables, rotary_by_age
 from fave_fast.ops.beside import Beside
 from fave_fast.ops.block import BlockDropout, BlockWeights, block, block_dual, last_block, normed, together
-from fave_fast.ops.cross_entropy import Pairs
+from fave_fast.ops.cross_entropy import Pairs, cross_entropy
 from fave_fast.ops.input_modulation import Drawn, Draws, Times, input_modulation, input_modulation_dual
 from fave_fast.ops.packed import DecoderWeights, Packed, decoder_hidden, own_items, padded_weights, pick, rows_of
+from fave_fast.ops.table_gradient import TableGradient, shared
 from fave_fast.profiling import ranged
 
 _EIGHT = 8  # elements of 16 bits that a matrix product wants rows to be multiples of
@@ -57,9 +59,15 @@ class Network:
     share: Share | None = None
     beside: Beside = field(default_factory=Beside)
 
+    @functools.cached_property
+    def _table(self) -> tuple[Tensor, TableGradient]:
+        """The item embeddings, and where the ops leave their gradient."""
+        return shared(self.model.item_embedding.weight, self.beside)
+
     def embed(self, items: Tensor) -> Tensor:
         """The table's rows of items int64 [B], [B, D]."""
-        return rows_of(self.model.item_embedding.weight, items, backend=self.backend)
+        table, gradient = self._table
+        return rows_of(table, items, gradient=gradient, backend=self.backend)
 
     def predict(self, x_t: Tensor, t: Tensor, r: Tensor) -> Prediction:
         """f(x_t, t, r) for x_t [B, D], t and r [B]."""
@@ -67,11 +75,11 @@ class Network:
         if model.config.conditioning != "add":
             return self._conditioned((x_t + model.time_features(t, r),), x_t.dtype)[0]
         x, time = self._filled(x_t), self._times(t, r)
-        norm = model.embedding_norm
+        norm, (table, gradient) = model.embedding_norm, self._table
         e = input_modulation(
-            packed.ids, model.item_embedding.weight, norm.weight, norm.bias, x, time, self._lambda(),
+            packed.ids, table, norm.weight, norm.bias, x, time, self._lambda(),
             offsets=packed.offsets, draws=self._draws(), dropout=self._p(model.config.embedding_dropout),
-            eps=norm.eps, dtype=self.dtype, beside=self.beside, backend=self.backend,
+            eps=norm.eps, dtype=self.dtype, beside=self.beside, gradient=gradient, backend=self.backend,
         )  # fmt: skip
         return self._encode((e,), packed.offsets, x_t.dtype)[0]
 
@@ -84,11 +92,11 @@ class Network:
             prediction, tangent = self._conditioned((x_t + z, v + dz), x_t.dtype)
             return prediction, cast(Tensor, tangent)
         x, dx, time = self._filled(x_t), self._filled(v), self._times(t, r)
-        norm = model.embedding_norm
+        norm, (table, gradient) = model.embedding_norm, self._table
         e = input_modulation_dual(
-            packed.ids, model.item_embedding.weight, norm.weight, norm.bias, x, dx, time, self._lambda(),
+            packed.ids, table, norm.weight, norm.bias, x, dx, time, self._lambda(),
             offsets=packed.offsets, draws=self._draws(), dropout=self._p(model.config.embedding_dropout),
-            eps=norm.eps, dtype=self.dtype, beside=self.beside, backend=self.backend,
+            eps=norm.eps, dtype=self.dtype, beside=self.beside, gradient=gradient, backend=self.backend,
         )  # fmt: skip
         prediction, tangent = self._encode(e, packed.offsets, x_t.dtype)
         return prediction, cast(Tensor, tangent)
@@ -158,9 +166,11 @@ class Network:
                 loss: Tensor = cast(Any, _Picked).apply(outputs, packed, drawn, self.share, self.backend)
                 return loss
 
-    def seen(self) -> Pairs:
-        """As `losses.Network`; fillers have none."""
-        return Pairs(self.packed.owners, self.packed.ids)
+    def target_loss(self, endpoint: Tensor, targets: Tensor, kind: Literal["all", "unseen"]) -> Tensor:
+        """As `losses.Network`; fillers have seen nothing."""
+        table, gradient = self._table
+        seen = Pairs(self.packed.owners, self.packed.ids) if kind == "unseen" else None
+        return cross_entropy(endpoint, table, targets, seen, gradient=gradient)
 
     def settle(self) -> None:
         """As `losses.Network`."""

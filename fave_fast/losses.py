@@ -141,8 +141,8 @@ class Network(Protocol):
     ) -> Tensor:
         """L_src of eq. (13) for E_u [B, D]; not to be read before `settle`."""
 
-    def seen(self) -> Pairs:
-        """The histories' items."""
+    def target_loss(self, endpoint: Tensor, targets: Tensor, kind: Literal["all", "unseen"]) -> Tensor:
+        """L_tgt of eq. (12), of int64 targets [B], over all items or without those of each history."""
 
     def settle(self) -> None:
         """Waits, on the device, for what is computed beside the current stream."""
@@ -189,10 +189,13 @@ class ReferenceNetwork:
         """By the function of this name."""
         return source_loss(self.model, source, self.history, kind, generator, self.share)
 
-    def seen(self) -> Pairs:
-        """Padding among them."""
-        users = torch.arange(len(self.history), device=self.history.device)
-        return Pairs(users.repeat_interleave(self.history.shape[1]), self.history.flatten())
+    def target_loss(self, endpoint: Tensor, targets: Tensor, kind: Literal["all", "unseen"]) -> Tensor:
+        """By the function of this name."""
+        table, seen = self.model.item_embedding.weight, None
+        if kind == "unseen":
+            users = torch.arange(len(self.history), device=self.history.device)
+            seen = Pairs(users.repeat_interleave(self.history.shape[1]), self.history.flatten())
+        return target_loss(endpoint, table, targets, seen)
 
     def settle(self) -> None:
         """Nothing is."""
@@ -265,8 +268,7 @@ def _weigh(
     zero = x_1.new_zeros((), dtype=torch.promote_types(x_1.dtype, torch.float32))
     source = network.source_loss(prediction.source, weights.source, generator) if weights.beta > 0 else zero
     match = matching_loss(prediction.endpoint, x_1, weights.reduction)
-    seen = network.seen() if weights.target == "unseen" else None
-    target = target_loss(prediction.endpoint, model.item_embedding.weight, targets, seen)
+    target = network.target_loss(prediction.endpoint, targets, weights.target)
     consistency = zero if tangent is None else consistency_loss(tangent, weights.reduction)
     network.settle()
     parts = [(matching, match), (weights.alpha, target), (weights.beta, source), (weights.gamma, consistency)]

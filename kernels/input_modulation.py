@@ -459,8 +459,8 @@ def _sums(part_ptr, sum_ptr, rows, columns, span, R: tl.constexpr, C: tl.constex
 def _same_ids(ids_ptr, order_ptr, rows_ptr, sum_ptr, edge_ptr, count, D: tl.constexpr, CHUNK: tl.constexpr):
     """Sums the rows of equal ids within CHUNK places of the sorted order, as a product with a matrix of 0 and 1.
 
-    A run of equal ids within the chunk goes to its id's row of the result; one that enters from the chunk before, to
-    edge[chunk, 0]; one that leaves into the next, to edge[chunk, 1].
+    A run of equal ids within the chunk is added to its id's row of the result; one that enters from the chunk before
+    goes to edge[chunk, 0]; one that leaves into the next, to edge[chunk, 1].
     """
     chunk = tl.program_id(0).to(tl.int64)
     first = chunk * CHUNK
@@ -476,7 +476,8 @@ def _same_ids(ids_ptr, order_ptr, rows_ptr, sum_ptr, edge_ptr, count, D: tl.cons
     begins = (item != before) & (item != 0)
     enters = (tl.arange(0, CHUNK) == 0) & (item == before) & (item != 0)
     leaves = begins & (item == after)
-    tl.store(sum_ptr + item[:, None] * D + channel[None, :], sums, (begins & (item != after))[:, None])
+    result, whole = sum_ptr + item[:, None] * D + channel[None, :], (begins & (item != after))[:, None]
+    tl.store(result, tl.load(result, whole, 0.0).to(tl.float32) + sums, whole)
     edge = edge_ptr + chunk * 2 * D + channel[None, :] + item[:, None] * 0
     tl.store(edge, sums, enters[:, None])
     tl.store(edge + D, sums, leaves[:, None])
@@ -484,7 +485,7 @@ def _same_ids(ids_ptr, order_ptr, rows_ptr, sum_ptr, edge_ptr, count, D: tl.cons
 
 @triton.jit
 def _joined(ids_ptr, sum_ptr, edge_ptr, count, D: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr):
-    """Sums a run of equal ids that leaves its chunk: its own edge, and those of the chunks that it enters, in order."""
+    """Adds a run of equal ids that leaves its chunk: its own edge, and those of the chunks that it enters, in order."""
     chunk = tl.program_id(0).to(tl.int64)
     first = chunk * CHUNK
     after = first + CHUNK
@@ -504,7 +505,8 @@ def _joined(ids_ptr, sum_ptr, edge_ptr, count, D: tl.constexpr, CHUNK: tl.conste
             going = tl.sum(same.to(tl.int32), 0) == STEP
             start += STEP
         own = tl.load(edge_ptr + chunk * 2 * D + D + channel)
-        tl.store(sum_ptr + item * D + channel, own + tl.sum(total, 0))
+        result = sum_ptr + item * D + channel
+        tl.store(result, tl.load(result).to(tl.float32) + (own + tl.sum(total, 0)))
 
 
 def _lanes(table, grad, shapes):
@@ -576,9 +578,9 @@ def launch_sums(part, total, *, span, shapes):
 
 
 def launch_table_gradient(ids, order, row_grad, table_grad, edges, *, shapes):
-    """Adds the rows of row_grad [total, D] up by id: ids sorted, with the `order` that sorts them.
+    """Adds the rows of row_grad [total, D] to those of table_grad [N + 1, D] by id.
 
-    table_grad [N + 1, D] holds zeros; edges is float32 [cdiv(total, chunk), 2, D].
+    ids are sorted, and `order` is what sorts them; edges is float32 [cdiv(total, chunk), 2, D], overwritten.
     """
     chunks, d = len(edges), table_grad.shape[1]
     _same_ids[(chunks,)](

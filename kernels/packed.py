@@ -133,7 +133,7 @@ def _decoder_backward(
 
 @triton.jit(do_not_specialize=["count"])
 def _add_rows(ids_ptr, grad_ptr, sum_ptr, count, D: tl.constexpr, CHUNK: tl.constexpr):
-    """All rows of one id added up in their order, by the program of the first of them."""
+    """All rows of one id, added up in their order, to its row of the result, by the program of the first of them."""
     own, channel = tl.program_id(0), tl.arange(0, D)
     item = tl.load(ids_ptr + own)
     before = 0
@@ -146,7 +146,8 @@ def _add_rows(ids_ptr, grad_ptr, sum_ptr, count, D: tl.constexpr, CHUNK: tl.cons
             place = start + tl.arange(0, CHUNK)
             same = tl.load(ids_ptr + place, place < count, -1) == item
             total += tl.load(grad_ptr + place[:, None] * D + channel[None, :], same[:, None], 0.0)
-        tl.store(sum_ptr + item * D + channel, tl.sum(total, 0))
+        result = sum_ptr + item * D + channel
+        tl.store(result, tl.load(result) + tl.sum(total, 0))
 
 
 @triton.jit
@@ -174,7 +175,7 @@ def _pad(
 
 
 def add_rows(ids, grad, total):
-    """Add the rows of grad float32 [B, D] up by ids int64 [B] into total [N + 1, D], which holds zeros; not of id 0."""
+    """Add the rows of grad float32 [B, D] by ids int64 [B] to those of total float32 [N + 1, D]; not of id 0."""
     count, d = grad.shape
     _add_rows[(count,)](ids, grad, total, count, D=d, CHUNK=32, num_warps=4)
 

@@ -19,6 +19,7 @@ error in the endpoint's gradient. So the kernels are our own.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from fave_fast.ops.registry import Implementation, Op, interpreting, not_interpreted, triton_kernels, uncompiled
+from fave_fast.ops.table_gradient import TableGradient
 from fave_fast.ops.tiles import whole_rows
 from fave_fast.ops.tuning import Shapes, tile_shapes
 from fave_fast.profiling import ranged
@@ -51,12 +53,18 @@ class Pairs(NamedTuple):
     items: Tensor
 
 
-_Run = Callable[[Tensor, Tensor, Tensor, Pairs | None], Tensor]
+_Run = Callable[[Tensor, Tensor, Tensor, Pairs | None, TableGradient | None], Tensor]
 
 
 @ranged("fave/loss")
 def cross_entropy(
-    endpoint: Tensor, table: Tensor, targets: Tensor, left_out: Pairs | None = None, *, backend: str = "auto"
+    endpoint: Tensor,
+    table: Tensor,
+    targets: Tensor,
+    left_out: Pairs | None = None,
+    *,
+    gradient: TableGradient | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Mean over rows of log sum_j exp(e . t_j) - e . t_target, j over the items 1 to N; differentiable once.
 
@@ -65,6 +73,7 @@ def cross_entropy(
         table: [N + 1, D], same dtype and device; row 0 is the padding, no candidate, and gets a gradient of zero.
         targets: [B] int64, from 1 to N.
         left_out: what j leaves out, row by row, but for the row's target. For the kernels it is made a bit an item.
+        gradient: of `shared` as the table is: where the kernels leave its gradient, computed beside and not rounded.
         backend: auto, reference (scores in memory up to 2^26 of them, else computed again in the backward pass) or
             triton (16-bit; no score in memory, and the same bits in every run).
 
@@ -75,12 +84,19 @@ def cross_entropy(
         ValueError: shapes, dtypes or devices that do not fit; or, on the CPU, a target that is no item.
         BackendError: the backend cannot run here.
     """
-    loss: Tensor = _cross_entropy(endpoint, table, targets, left_out, backend)
+    loss: Tensor = _cross_entropy(endpoint, table, targets, left_out, gradient, backend)
     return loss
 
 
 @uncompiled
-def _cross_entropy(endpoint: Tensor, table: Tensor, targets: Tensor, left_out: Pairs | None, backend: str) -> Tensor:
+def _cross_entropy(
+    endpoint: Tensor,
+    table: Tensor,
+    targets: Tensor,
+    left_out: Pairs | None,
+    gradient: TableGradient | None,
+    backend: str,
+) -> Tensor:
     device = endpoint.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -96,7 +112,7 @@ def _cross_entropy(endpoint: Tensor, table: Tensor, targets: Tensor, left_out: P
     beyond = {} if d in _KERNEL_WIDTHS else {"triton": f"its kernels take D of {_KERNEL_WIDTHS}, not {d}"}
     run = OP.resolve(backend, endpoint.device, endpoint.dtype, beyond)
     with torch.autocast(device, enabled=False):
-        loss: Tensor = run(endpoint, table, targets, left_out)
+        loss: Tensor = run(endpoint, table, targets, left_out, gradient)
         return loss
 
 
@@ -161,24 +177,23 @@ def _check(endpoint: Tensor, table: Tensor, targets: Tensor) -> None:
         raise ValueError(f"a target is outside the catalogue; expected ids from 1 to {len(table) - 1}")
 
 
-def _run(endpoint: Tensor, table: Tensor, targets: Tensor, left_out: Pairs | None) -> Tensor:
+def _run(
+    endpoint: Tensor, table: Tensor, targets: Tensor, left_out: Pairs | None, gradient: TableGradient | None
+) -> Tensor:
     if len(endpoint) * (len(table) - 1) <= MAX_SCORES:
         scores = _wide(F.linear(endpoint, table[1:]))
         if left_out is not None:
             scores = scores.masked_fill(_mask(left_out, targets, 1, len(table)), -torch.inf)
         loss: Tensor = F.cross_entropy(scores, targets - 1)
         return loss
-    return _apply(_Chunked, endpoint, table, targets, left_out)
+    chunked: Tensor = cast(Any, _Chunked).apply(endpoint, table, targets, left_out)
+    return chunked
 
 
-def _run_triton(endpoint: Tensor, table: Tensor, targets: Tensor, left_out: Pairs | None) -> Tensor:
-    return _apply(_Fused, endpoint, table, targets, left_out)
-
-
-def _apply(
-    function: type[torch.autograd.Function], endpoint: Tensor, table: Tensor, targets: Tensor, left_out: Pairs | None
+def _run_triton(
+    endpoint: Tensor, table: Tensor, targets: Tensor, left_out: Pairs | None, gradient: TableGradient | None
 ) -> Tensor:
-    loss: Tensor = cast(Any, function).apply(endpoint, table, targets, left_out)
+    loss: Tensor = cast(Any, _Fused).apply(endpoint, table, targets, left_out, gradient)
     return loss
 
 
@@ -241,7 +256,14 @@ class _Fused(torch.autograd.Function):
     """The kernels; what they keep for the backward pass is one number a row, and the bits of what is left out."""
 
     @staticmethod
-    def forward(ctx: Any, endpoint: Tensor, table: Tensor, targets: Tensor, left_out: Pairs | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        endpoint: Tensor,
+        table: Tensor,
+        targets: Tensor,
+        left_out: Pairs | None,
+        gradient: TableGradient | None,
+    ) -> Tensor:
         from fave_fast.kernels import cross_entropy as kernels
 
         endpoint, table, targets = whole_rows(endpoint), whole_rows(table), targets.contiguous()
@@ -258,6 +280,7 @@ class _Fused(torch.autograd.Function):
             endpoint, table, targets, bits, highest, total, log_sum, losses, span_tiles=length, **_sizes(shapes)
         )
         ctx.save_for_backward(endpoint, table, targets, bits, log_sum)
+        ctx.gradient = gradient
         loss: Tensor = losses.mean()
         return loss
 
@@ -269,6 +292,15 @@ class _Fused(torch.autograd.Function):
         endpoint, table, targets, bits, log_sum = ctx.saved_tensors
         grad = grads[0].contiguous()
         by_endpoint = by_table = None
+        if ctx.needs_input_grad[1]:
+            shapes, gradient = _shapes("by_items", endpoint), ctx.gradient
+            by_table = torch.empty_like(table) if gradient is None else gradient.empty()
+            read = [one for one in (endpoint, table, targets, bits, log_sum, grad) if one is not None]
+            with contextlib.nullcontext() if gradient is None else gradient.beside.work(*read):
+                kernels.backward_table(endpoint, table, targets, bits, log_sum, grad, by_table, **_sizes(shapes))
+            if gradient is not None:
+                gradient.fill(by_table)
+                by_table = None
         if ctx.needs_input_grad[0]:
             shapes = _shapes("by_rows", endpoint)
             length, spans = _spans(endpoint, table, shapes)
@@ -277,11 +309,7 @@ class _Fused(torch.autograd.Function):
             kernels.backward_queries(
                 endpoint, table, targets, bits, log_sum, grad, parts, by_endpoint, span_tiles=length, **_sizes(shapes)
             )
-        if ctx.needs_input_grad[1]:
-            shapes = _shapes("by_items", endpoint)
-            by_table = torch.empty_like(table)
-            kernels.backward_table(endpoint, table, targets, bits, log_sum, grad, by_table, **_sizes(shapes))
-        return by_endpoint, by_table, None, None
+        return by_endpoint, by_table, None, None, None
 
 
 def _shapes(kernel: str, endpoint: Tensor) -> Shapes:

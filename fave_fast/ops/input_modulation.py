@@ -10,6 +10,7 @@ is 0 gets zeros and passes no gradient on. The age of a position counts back fro
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, cast
@@ -22,6 +23,7 @@ from torch.nn import functional as F
 from fave_fast.ops import philox
 from fave_fast.ops.beside import Beside
 from fave_fast.ops.registry import Implementation, Op, not_interpreted, triton_kernels
+from fave_fast.ops.table_gradient import TableGradient
 from fave_fast.ops.tuning import launches_overlap, tile_shapes
 from fave_fast.profiling import ranged
 
@@ -115,6 +117,7 @@ class _Call:
     dout: Tensor | None
     workspace: Tensor | None
     beside: Beside
+    gradient: TableGradient | None
 
     @property
     def count(self) -> int:
@@ -144,6 +147,7 @@ def input_modulation(
     out: Tensor | None = None,
     workspace: Tensor | None = None,
     beside: Beside | None = None,
+    gradient: TableGradient | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """E of eq. (9), differentiable in table, norm, x_t and the weights of `time`.
@@ -167,6 +171,7 @@ def input_modulation(
         out: E's memory. With it, or without gradients, nothing else is kept.
         workspace: float32 [B, D] for z, where `time` is `Times`; allocated by default.
         beside: for what the pass can do without for a while: the ids' sort, and the gradients of TimeEmb.
+        gradient: of `shared` as the table is: where its gradient is left.
         backend: auto, reference or triton.
 
     Returns:
@@ -178,7 +183,7 @@ def input_modulation(
     """
     call = _Call(
         ids, offsets, table, norm_weight, norm_bias, eps, x_t, None, time, lam, draws, dropout,
-        dtype or table.dtype, out, None, workspace, beside or Beside(),
+        dtype or table.dtype, out, None, workspace, beside or Beside(), gradient,
     )  # fmt: skip
     _check(call)
     return _resolve(backend, call)(call)[0]
@@ -203,6 +208,7 @@ def input_modulation_dual(
     out: tuple[Tensor, Tensor] | None = None,
     workspace: Tensor | None = None,
     beside: Beside | None = None,
+    gradient: TableGradient | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """E, and its derivative along (dx_t, dt = 1, dr = 0): dE = lambda * (dx_t + dz / dt); one pass over the rows.
@@ -220,7 +226,7 @@ def input_modulation_dual(
     first, second = out or (None, None)
     call = _Call(
         ids, offsets, table, norm_weight, norm_bias, eps, x_t, dx_t, time, lam, draws, dropout,
-        dtype or table.dtype, first, second, workspace, beside or Beside(),
+        dtype or table.dtype, first, second, workspace, beside or Beside(), gradient,
     )  # fmt: skip
     _check(call)
     value, tangent = _resolve(backend, call)(call)
@@ -573,7 +579,11 @@ def _backward(
         time_grads = _times_backward(call, any(needed[5:]), shift_grad, dshift_grad)
     table_grad = None
     if by_id is not None and row_grad is not None:
-        table_grad = _table_gradient(call, by_id, row_grad)
+        add = functools.partial(_add_by_id, call, by_id, row_grad)
+        if call.gradient is None:
+            table_grad = add(torch.zeros_like(call.table, memory_format=torch.contiguous_format))
+        else:
+            call.gradient.add(add)
     norm_grads: tuple[Tensor | None, ...] = (None, None)
     if norm_part is not None and norm_needed:
         norm_grads = summed(norm_part, call.norm_weight.dtype).tensor_split(2)
@@ -585,17 +595,16 @@ def _backward(
     return table_grad, *norm_grads, x_grad, dx_grad, *time_grads
 
 
-def _table_gradient(call: _Call, by_id: _ById, row_grad: Tensor) -> Tensor:
-    """The sum of the rows' gradients by id, in the order of the rows: no atomics, the same bits in every run."""
+def _add_by_id(call: _Call, by_id: _ById, row_grad: Tensor, total: Tensor) -> Tensor:
+    """`total` with the rows' gradients added by id, in the rows' order: no atomics, the same bits in every run."""
     from fave_fast.kernels import input_modulation as kernels
 
     shapes = _shapes("table_gradient", call)
     ids, order = by_id
-    table_grad = torch.zeros_like(call.table, memory_format=torch.contiguous_format)
-    edges = torch.empty(-(-len(ids) // shapes["chunk"]), 2, table_grad.shape[1], device=ids.device)
+    edges = torch.empty(-(-len(ids) // shapes["chunk"]), 2, total.shape[1], device=ids.device)
     if len(edges) > 0:
-        kernels.launch_table_gradient(ids, order, row_grad, table_grad, edges, shapes=shapes)
-    return table_grad
+        kernels.launch_table_gradient(ids, order, row_grad, total, edges, shapes=shapes)
+    return total
 
 
 def _times_backward(call: _Call, needed: bool, grad: Tensor, dgrad: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from fave_fast.ops.input_modulation import KERNEL_CHANNELS, summed
 from fave_fast.ops.registry import Implementation, Op, not_interpreted, triton_kernels
+from fave_fast.ops.table_gradient import TableGradient
 from fave_fast.ops.tuning import Shapes, tile_shapes
 from fave_fast.profiling import ranged
 
@@ -129,11 +130,11 @@ def decoder_hidden(
     return run(source, weights, pad, dtype)
 
 
-def rows_of(table: Tensor, ids: Tensor, *, backend: str = "auto") -> Tensor:
+def rows_of(table: Tensor, ids: Tensor, *, gradient: TableGradient | None = None, backend: str = "auto") -> Tensor:
     """Rows of a table [N + 1, D] for a batch's ids int64 [B], [B, D]; differentiable once, row 0 a padding's.
 
     Of up to 3,072 ids PyTorch adds the gradients up in four programs, 14 us for 512; the triton backend in one each,
-    without atomics.
+    without atomics. With `gradient`, of `shared` as the table is, it leaves them there.
 
     Raises:
         BackendError: the backend cannot run here.
@@ -143,7 +144,7 @@ def rows_of(table: Tensor, ids: Tensor, *, backend: str = "auto") -> Tensor:
         beyond["triton"] = f"its kernels take D of {KERNEL_CHANNELS}, not {d}"
     elif table.dtype != torch.float32 or len(ids) > _MOST_ROWS:
         beyond["triton"] = f"its kernels take up to {_MOST_ROWS} float32 rows, not {len(ids)} of {table.dtype}"
-    return ROWS_OF.resolve(backend, table.device, table.dtype, beyond)(table, ids)
+    return ROWS_OF.resolve(backend, table.device, table.dtype, beyond)(table, ids, gradient)
 
 
 def padded_weights(weight: Tensor, bias: Tensor, pad: int, dtype: torch.dtype, *, backend: str = "auto") -> Tensor:
@@ -266,9 +267,9 @@ class _RowsOf(torch.autograd.Function):
     """The kernel under autograd."""
 
     @staticmethod
-    def forward(ctx: Any, table: Tensor, ids: Tensor) -> Tensor:
+    def forward(ctx: Any, gradient: TableGradient | None, table: Tensor, ids: Tensor) -> Tensor:
         ctx.save_for_backward(ids)
-        ctx.table = table.shape
+        ctx.table, ctx.gradient = table.shape, gradient
         return table.index_select(0, ids)
 
     @staticmethod
@@ -276,11 +277,17 @@ class _RowsOf(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         from fave_fast.kernels import packed as kernels
 
-        (ids,) = ctx.saved_tensors
-        total = torch.zeros(ctx.table, device=ids.device)
-        if len(ids):
-            kernels.add_rows(ids.contiguous(), grads[0].contiguous(), total)
-        return total, None
+        ids, grad = ctx.saved_tensors[0].contiguous(), grads[0].contiguous()
+
+        def add(total: Tensor) -> Tensor:
+            if len(ids):
+                kernels.add_rows(ids, grad, total)
+            return total
+
+        if ctx.gradient is None:
+            return None, add(torch.zeros(ctx.table, device=ids.device)), None
+        ctx.gradient.add(add)
+        return None, None, None
 
 
 class _Padded(torch.autograd.Function):
@@ -307,12 +314,12 @@ class _Padded(torch.autograd.Function):
         return None, None, weight, bias
 
 
-def _rows_reference(table: Tensor, ids: Tensor) -> Tensor:
+def _rows_reference(table: Tensor, ids: Tensor, gradient: TableGradient | None) -> Tensor:
     return F.embedding(ids, table, padding_idx=0)
 
 
-def _rows_triton(table: Tensor, ids: Tensor) -> Tensor:
-    rows: Tensor = cast(Any, _RowsOf).apply(table, ids)
+def _rows_triton(table: Tensor, ids: Tensor, gradient: TableGradient | None) -> Tensor:
+    rows: Tensor = cast(Any, _RowsOf).apply(gradient, table, ids)
     return rows
 
 
@@ -335,7 +342,7 @@ def _decoder_triton(source: Tensor, weights: DecoderWeights, pad: int, dtype: to
 
 
 Decode = Callable[[Tensor, DecoderWeights, int, torch.dtype], Tensor]
-Rows = Callable[[Tensor, Tensor], Tensor]
+Rows = Callable[[Tensor, Tensor, TableGradient | None], Tensor]
 PadWeights = Callable[[Tensor, Tensor, int, torch.dtype], Tensor]
 Pack = Callable[[Tensor, Tensor, Tensor, int, int, int], Packed]
 Pick = Callable[[Tensor, Packed, Tensor], Picked]
