@@ -46,15 +46,20 @@ class Share:
 def _squared(error: Tensor, reduction: Reduction) -> Tensor:
     """Squared error [B, D]: mean over the batch, mean or sum over the channels; in fp32 or above."""
     wide = error if error.dtype == torch.float64 else error.float()
-    return wide.square().mean() if reduction == "mean" else wide.square().sum(-1).mean()
+    return _averaged(wide.square(), reduction)
+
+
+def _averaged(squares: Tensor, reduction: Reduction) -> Tensor:
+    # Row by row first: PyTorch adds 65,536 numbers up in one program, 13 us of a training step (H200).
+    rows = squares.mean(-1) if reduction == "mean" else squares.sum(-1)
+    return rows.mean()
 
 
 def matching_loss(endpoint: Tensor, x_1: Tensor, reduction: Reduction = "mean") -> Tensor:
     """L_rec of eq. (11) and L_match of eq. (21): ||f(x_t, t, r) - x_1||^2 for [B, D] tensors."""
-    # By PyTorch's op for it: a difference, its square and their mean are seven launches, with their gradients.
-    if reduction == "mean" and endpoint.dtype == x_1.dtype and endpoint.itemsize > 2:
-        loss: Tensor = F.mse_loss(endpoint, x_1)
-        return loss
+    # By PyTorch's op for it: a difference and its square are three launches more, with their gradients.
+    if endpoint.dtype == x_1.dtype and endpoint.itemsize > 2:
+        return _averaged(F.mse_loss(endpoint, x_1, reduction="none"), reduction)
     return _squared(endpoint - x_1, reduction)
 
 

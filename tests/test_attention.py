@@ -116,7 +116,7 @@ def test_values_and_gradients(
 
 @pytest.mark.parametrize("dual", [False, True])
 @pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
 def test_histories_of_one_small_tile(dual: bool, last: bool, dtype: torch.dtype) -> None:
     assert max(SHORT_LENGTHS) <= SHORT < max(LENGTHS)
     check(Case(SHORT_LENGTHS, 2, 32, dtype, True, False, last, dual))
