@@ -23,7 +23,7 @@ from fave_fast.losses import Share
 from fave_fast.model import FAVE, Block, Prediction, RMSNorm
 from fave_fast.ops.attention import Tables, rotary_by_age
 from fave_fast.ops.beside import Beside
-from fave_fast.ops.block import BlockDropout, BlockWeights, block, block_dual, last_block, normed, together
+from fave_fast.ops.block import BlockDropout, BlockWeights, Place, block, block_dual, last_block, normed, together
 from fave_fast.ops.cross_entropy import Pairs, cross_entropy
 from fave_fast.ops.input_modulation import Drawn, Draws, Times, input_modulation, input_modulation_dual
 from fave_fast.ops.packed import DecoderWeights, Packed, decoder_hidden, own_items, padded_weights, pick, rows_of
@@ -74,6 +74,7 @@ class Network:
         packed, model = self.packed, self.model
         if model.config.conditioning != "add":
             return self._conditioned((x_t + model.time_features(t, r),), x_t.dtype)[0]
+        weights = self._weights()
         x, time = self._filled(x_t), self._times(t, r)
         norm, (table, gradient) = model.embedding_norm, self._table
         e = input_modulation(
@@ -81,7 +82,7 @@ class Network:
             offsets=packed.offsets, draws=self._draws(), dropout=self._p(model.config.embedding_dropout),
             eps=norm.eps, dtype=self.dtype, beside=self.beside, gradient=gradient, backend=self.backend,
         )  # fmt: skip
-        return self._encode((e,), packed.offsets, x_t.dtype)[0]
+        return self._encode((e,), weights, packed.offsets, x_t.dtype)[0]
 
     @ranged("fave/jvp")
     def predict_with_tangent(self, x_t: Tensor, t: Tensor, r: Tensor, v: Tensor) -> tuple[Prediction, Tensor]:
@@ -91,6 +92,7 @@ class Network:
             z, dz = dual.time_features(model.time_embedding, t, r)
             prediction, tangent = self._conditioned((x_t + z, v + dz), x_t.dtype)
             return prediction, cast(Tensor, tangent)
+        weights = self._weights()
         x, dx, time = self._filled(x_t), self._filled(v), self._times(t, r)
         norm, (table, gradient) = model.embedding_norm, self._table
         e = input_modulation_dual(
@@ -98,12 +100,13 @@ class Network:
             offsets=packed.offsets, draws=self._draws(), dropout=self._p(model.config.embedding_dropout),
             eps=norm.eps, dtype=self.dtype, beside=self.beside, gradient=gradient, backend=self.backend,
         )  # fmt: skip
-        prediction, tangent = self._encode(e, packed.offsets, x_t.dtype)
+        prediction, tangent = self._encode(e, weights, packed.offsets, x_t.dtype)
         return prediction, cast(Tensor, tangent)
 
     def _conditioned(self, c: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Prediction, Tensor | None]:
         """`_encode` of (c,) or (c, dc) [B, D] by the model's `conditioning`; all draws are PyTorch's."""
         packed, module, offsets = self.packed, self.model.conditioning, self.packed.offsets
+        weights = self._weights()
         embedded = self.model.embed_history(packed.ids)
         lam = embedded if self.lam is None else self.lam  # as good as any where none is read
         if self.lam is None and module.reads_lambda:
@@ -120,11 +123,19 @@ class Network:
             else:
                 e = [module(embedded, c[0], lam, spread)]
                 e += [module.tangent(embedded, dc, lam, spread) for dc in c[1:]]
-        return self._encode(tuple(one.to(self.dtype) for one in e), offsets, dtype)
+        return self._encode(tuple(one.to(self.dtype) for one in e), weights, offsets, dtype)
 
-    def _encode(self, e: tuple[Tensor, ...], offsets: Tensor, dtype: torch.dtype) -> tuple[Prediction, Tensor | None]:
+    def _weights(self) -> list[tuple[BlockWeights, Place]]:
+        """Of the blocks, to be asked for before the input path: autograd goes backward from what came last, and sums
+        and waits of the blocks' gradients are not to come before the input path's backward pass.
+        """
+        return together(block_weights(self.model), self.dtype, self.beside)
+
+    def _encode(
+        self, e: tuple[Tensor, ...], weights: list[tuple[BlockWeights, Place]], offsets: Tensor, dtype: torch.dtype
+    ) -> tuple[Prediction, Tensor | None]:
         """Prediction, and the tangent of (E, dE), in `dtype`; `offsets` [B + F + 1] says where the histories lie."""
-        h, source = self._blocks(e, offsets)
+        h, source = self._blocks(e, weights, offsets)
         final = cast("RMSNorm | nn.LayerNorm", self.model.final_norm)
         bias = final.bias if isinstance(final, nn.LayerNorm) else None
         endpoint, *tangent = normed(h, final.weight, bias, final.eps, self.packed.count, dtype, backend=self.backend)
@@ -197,14 +208,16 @@ class Network:
             time.scale,
         )  # fmt: skip
 
-    def _blocks(self, h: tuple[Tensor, ...], offsets: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    def _blocks(
+        self, h: tuple[Tensor, ...], placed: list[tuple[BlockWeights, Place]], offsets: Tensor
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
         """(E,) or (E, dE) [rows, D] through all blocks: the newest rows [B + F, D] of each, and E_u [B, D]."""
         config = self.model.config
         tables = self.tables or rotary_of(config, offsets.device)
         source_index = config.source_block % config.blocks
         p = self._p(config.dropout)
         source = h[0]
-        for index, (weights, place) in enumerate(together(block_weights(self.model), self.dtype, self.beside)):
+        for index, (weights, place) in enumerate(placed):
             dropout = BlockDropout(p, self.seed, index) if p > 0 else None
             options: Any = {
                 "causal": config.attention == "causal", "dropout": dropout, "place": place, "backend": self.backend,
