@@ -9,6 +9,7 @@ Sizes are the preset's where a model has them; dropout is the preset's too, ever
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import importlib.metadata
 import random
@@ -110,6 +111,9 @@ class Baseline:
             options["NEG_ITEMS"], options["MASK_INDEX"] = _HIDDEN, _PLACES
         counts = Counts(data.num_users + 1, data.num_items + 1)
         network = getattr(module, name)(options, counts).to(device)
+        if name == "Caser":
+            for convolution in (network.conv_v, *network.conv_h):
+                convolution.forward = functools.partial(convolved, convolution)
         return cls(network, options["mask_ratio"] if masks else None, counts, model.max_length)
 
     def batch(self, data: Interactions, starts: Positions, ends: Positions, targets: Positions) -> Any:
@@ -142,6 +146,19 @@ class Baseline:
         """Of the histories items[start:target], [B, N + 1]; column 0 is the padding's."""
         scores: Tensor = self.network.full_sort_predict(self.batch(data, starts, targets, targets))  # type: ignore[operator]
         return scores[:, : self.counts.item_num]
+
+
+def convolved(convolution: nn.Conv2d, rows: Tensor) -> Tensor:
+    """What a convolution of Caser gives for rows [B, 1, L, D]: its kernel is one channel wide, [L, 1] or [h, D].
+
+    As such cuDNN takes 7.2 s for a step's backward pass of 512 histories of 50 items (H200, fp32, 05b9dd0), an epoch of
+    ML-100k 23 minutes. Along the items, with D channels, it is the same sum.
+    """
+    weight, bias = convolution.weight[:, 0], convolution.bias
+    assert bias is not None
+    if convolution.kernel_size[1] == 1:
+        return (torch.matmul(weight[:, :, 0], rows[:, 0]) + bias[:, None]).unsqueeze(2)
+    return F.conv1d(rows[:, 0].transpose(1, 2), weight.transpose(1, 2), bias).unsqueeze(3)
 
 
 def masked(rows: Tensor, ratio: float, mask: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -259,6 +259,19 @@ PRESETS: types.MappingProxyType[str, dict[str, dict[str, Any]]] = types.MappingP
             "loss": {"alpha": 8.0},
             "train": {"epochs": 100, "epochs_stage2": 5, "evaluate_every": 2},
         },
+        # Half the blocks, on validation within the seeds' interval of the above.
+        "beauty-one-block": {
+            "model": {
+                "blocks": 1,
+                "source_block": -1,
+                "norm": "layer",
+                "max_length": 20,
+                "dropout": 0.4,
+                "embedding_dropout": 0.7,
+            },
+            "loss": {"alpha": 8.0},
+            "train": {"epochs": 120, "epochs_stage2": 5, "evaluate_every": 2},
+        },
         "steam": {
             "model": {"blocks": 2},
             "loss": {"alpha": 2.0},

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bench import recbole_baselines
-from bench.recbole_baselines import MODELS, Baseline, Counts, masked, rank_all, ranks
+from bench.recbole_baselines import MODELS, Baseline, Counts, convolved, masked, rank_all, ranks
 from bench.summary import load_runs
 from fave_fast.config import Config
 from fave_fast.data import Interactions, load_interactions, split
@@ -54,6 +54,14 @@ def test_ranks_are_those_of_our_ranking(tiny_log: Path) -> None:
 def test_equal_scores_rank_the_lower_id_first() -> None:
     scores = torch.tensor([[9.0, 1.0, 2.0, 2.0, 2.0, -torch.inf]]).expand(4, -1)
     assert ranks(scores, torch.tensor([1, 2, 3, 4])).tolist() == [4, 1, 2, 3]
+
+
+@pytest.mark.parametrize("kernel", [(1, 6), (3, 6), (8, 6), (8, 1)])
+def test_convolutions_along_the_items_are_the_same(kernel: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    convolution = torch.nn.Conv2d(1, 3, kernel).double()
+    rows = torch.randn(2, 1, 8, 6, dtype=torch.float64)
+    torch.testing.assert_close(convolved(convolution, rows), convolution(rows), rtol=0, atol=1e-13)  # 48 products of 1
 
 
 def test_masks_hide_items_and_say_which() -> None:
