@@ -49,11 +49,9 @@ def _diffused(device: torch.device) -> Tensor:
     return torch.tensor(diffused(DIFFUREC_STEPS), device=device)
 
 
-def diffurec_objective(
-    network: Network, model: FAVE, config: Config, targets: Tensor, generator: torch.Generator | None
-) -> Losses:
+def diffurec_objective(network: Network, config: Config, targets: Tensor, generator: torch.Generator | None) -> Losses:
     """Cross-entropy of the target's embedding predicted from the embedding after a uniform number of noising steps."""
-    x = model.item_embedding(targets)
+    x = network.embed(targets)
     step = torch.randint(DIFFUREC_STEPS, targets.shape, device=targets.device, generator=generator)
     kept, spread = _diffused(targets.device)[:, step, None]
     noise = torch.randn(x.shape, device=x.device, generator=generator)

@@ -206,12 +206,12 @@ class ReferenceNetwork:
         """Nothing is."""
 
 
-Objective = Callable[[Network, FAVE, Config, Tensor, torch.Generator | None], Losses]
-"""A network over one batch of histories, its model, the configuration, int64 targets [B], a generator: the losses."""
+Objective = Callable[[Network, Config, Tensor, torch.Generator | None], Losses]
+"""A network over one batch of histories, the configuration, int64 targets [B], a generator: the losses."""
 
 
 def stage1_objective(
-    network: Network, model: FAVE, config: Config, targets: Tensor, generator: torch.Generator | None = None
+    network: Network, config: Config, targets: Tensor, generator: torch.Generator | None = None
 ) -> Losses:
     """Stage 1: rec L_rec + alpha L_tgt + beta L_src with r = 1, heavy-tailed t and, in the paper, x_0 ~ N(0, I).
 
@@ -221,11 +221,11 @@ def stage1_objective(
     x_0 = _prior(config.flow.prior_stage1, network, config, x_1, generator)
     t = flow.mode_times(len(targets), config.flow.mode_scale, targets.device, generator).to(x_1.dtype)
     prediction = network.predict(flow.interpolate(x_0, x_1, t), t, torch.ones_like(t))
-    return _weigh(network, model, config, config.loss.rec, prediction, x_1, targets, None, generator)
+    return _weigh(network, config, config.loss.rec, prediction, x_1, targets, None, generator)
 
 
 def stage2_objective(
-    network: Network, model: FAVE, config: Config, targets: Tensor, generator: torch.Generator | None = None
+    network: Network, config: Config, targets: Tensor, generator: torch.Generator | None = None
 ) -> Losses:
     """Stage 2, eq. (24): match L_match + gamma L_cons + alpha L_tgt + beta L_src from the configured prior.
 
@@ -245,7 +245,7 @@ def stage2_objective(
             with torch.no_grad():
                 v = flow.learned_velocity(network.predict(x_t, t, r).endpoint, x_0).to(x_t.dtype)
         prediction, tangent = network.predict_with_tangent(x_t, t, r, v)
-    return _weigh(network, model, config, config.loss.match, prediction, x_1, targets, tangent, generator)
+    return _weigh(network, config, config.loss.match, prediction, x_1, targets, tangent, generator)
 
 
 def _prior(name: str, network: Network, config: Config, x_1: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -260,7 +260,6 @@ OBJECTIVES: tuple[Objective, Objective] = (stage1_objective, stage2_objective)
 
 def _weigh(
     network: Network,
-    model: FAVE,
     config: Config,
     matching: float,
     prediction: Prediction,

@@ -68,7 +68,7 @@ class TotalLoss(nn.Module):
         """History int64 [B, L] left-padded with 0, targets int64 [B]; `share`: where these are a rank's part."""
         with torch.autocast(history.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             network = losses.ReferenceNetwork(self.model, history, None, share)
-            return self.objective(network, self.model, self.config, targets, None).total
+            return self.objective(network, self.config, targets, None).total
 
 
 @dataclass
@@ -213,7 +213,7 @@ class FusedSteps:
         objective = self.objective or losses.OBJECTIVES[self.stage - 1]
         wanted = self._items[targets].long()
         with torch.autocast(given.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            total = objective(network, self.model, self.config, wanted, None).total
+            total = objective(network, self.config, wanted, None).total
         if share is not None:
             total = total * part
         total.backward()  # type: ignore[no-untyped-call]

@@ -151,7 +151,7 @@ def test_stage_1_from_the_anchor(tiny_config: Config) -> None:
     model, targets = build("add"), torch.tensor([4, 5, 6])
     config = tiny_config.override({"flow": {"prior_stage1": "anchor", "rho": 1.0}, "loss": {"beta": 0}}, "test")
     network = Asked(model, HISTORY, torch.Generator().manual_seed(3))
-    stage1_objective(network, model, config, targets, torch.Generator().manual_seed(3))
+    stage1_objective(network, config, targets, torch.Generator().manual_seed(3))
     x_t, t = network.asked
     table = model.item_embedding.weight
     for row, history in enumerate(HISTORY.tolist()):

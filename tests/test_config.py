@@ -183,7 +183,9 @@ def test_unreadable_files(tmp_path: Path) -> None:
 
 
 def test_unknown_preset() -> None:
-    with pytest.raises(ConfigError, match="unknown preset 'beuty'; expected one of default, ml-100k, beauty, beauty-one-block, steam"):
+    with pytest.raises(
+        ConfigError, match="unknown preset 'beuty'; expected one of default, ml-100k, beauty, beauty-one-block, steam"
+    ):
         preset("beuty")
 
 

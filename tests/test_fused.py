@@ -235,7 +235,13 @@ def trained(kind: Any, stage: int, config: Config, device: str, dtype: torch.dty
 @pytest.mark.parametrize("target", ["all", "unseen"])
 @pytest.mark.parametrize(
     ("stage", "changes"),
-    [(1, {}), (2, {}), *((2, one) for one in OTHER), *((2, one | {"max_length": 17}) for one in ({}, *OTHER))],
+    [
+        (1, {}),
+        (2, {}),
+        *((2, one) for one in OTHER),
+        (1, {"max_length": 17}),
+        (2, {"max_length": 17, "conditioning": "token"}),
+    ],
 )
 def test_steps_are_the_reference_steps(stage: int, changes: dict[str, Any], target: str) -> None:
     """In fp64, where nothing is drawn by generators of their own."""

@@ -44,7 +44,7 @@ def by_reference(objective: Objective) -> Callable[..., Losses]:
     def losses(
         model: FAVE, config: Config, history: Tensor, targets: Tensor, generator: torch.Generator | None = None
     ) -> Losses:
-        return objective(ReferenceNetwork(model, history, generator), model, config, targets, generator)
+        return objective(ReferenceNetwork(model, history, generator), config, targets, generator)
 
     return losses
 

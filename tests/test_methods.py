@@ -42,7 +42,7 @@ def test_diffurec_predicts_the_target_from_its_diffusion() -> None:
     model = FAVE(config.model, 9).eval()
     targets = torch.tensor([1, 4, 9, 2])
     network = Asked(model, torch.tensor([[0, 3, 5], [1, 2, 3], [0, 0, 7], [9, 8, 7]]), None)
-    losses = diffurec_objective(network, model, config, targets, torch.Generator().manual_seed(5))
+    losses = diffurec_objective(network, config, targets, torch.Generator().manual_seed(5))
     draws = torch.Generator().manual_seed(5)
     step, noise = torch.randint(32, (4,), generator=draws), torch.randn(4, 16, generator=draws)
     signal = (1 - torch.linspace(0.1 / 32 + 0.01, 20 / 32 + 0.01, 32, dtype=torch.float64)).cumprod(0)[step, None]

@@ -215,7 +215,7 @@ def test_padding_row_stays_zero_through_a_step() -> None:
     before = model.item_embedding.weight.detach().clone()
     optimiser = torch.optim.Adam(model.parameters(), lr=0.1, weight_decay=0.1)
     network = ReferenceNetwork(model, HISTORY, None)
-    stage1_objective(network, model, Config(model=BASE), torch.tensor([1, 2, 3]), None).total.backward()
+    stage1_objective(network, Config(model=BASE), torch.tensor([1, 2, 3]), None).total.backward()
     optimiser.step()
     assert not model.item_embedding.weight[0].any()
     assert (model.item_embedding.weight[1:] != before[1:]).all()

@@ -40,7 +40,7 @@ from fave_fast.ops.tuning import Shapes, tile_shapes
 Tables = tuple[Tensor, Tensor]
 # Items that a tile of 16 rows holds. Where tables end there kernels have no larger tile, and a program is one warp of
 # few registers: 17 find a place on a multiprocessor where the backward pass had 4, so that the 2,048 programs of 512
-# histories go through at once and not in four waves.
+# histories go through at once and not in four waves. Under longer tables the same history may have other last bits.
 SHORT = 16
 
 
