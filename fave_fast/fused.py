@@ -74,7 +74,7 @@ class Network:
         packed, model = self.packed, self.model
         if model.config.conditioning != "add":
             return self._conditioned((x_t + model.time_features(t, r),), x_t.dtype)[0]
-        weights = self._weights()
+        placed = self._placed()
         x, time = self._filled(x_t), self._times(t, r)
         norm, (table, gradient) = model.embedding_norm, self._table
         e = input_modulation(
@@ -82,7 +82,7 @@ class Network:
             offsets=packed.offsets, draws=self._draws(), dropout=self._p(model.config.embedding_dropout),
             eps=norm.eps, dtype=self.dtype, beside=self.beside, gradient=gradient, backend=self.backend,
         )  # fmt: skip
-        return self._encode((e,), weights, packed.offsets, x_t.dtype)[0]
+        return self._encode((e,), placed, packed.offsets, x_t.dtype)[0]
 
     @ranged("fave/jvp")
     def predict_with_tangent(self, x_t: Tensor, t: Tensor, r: Tensor, v: Tensor) -> tuple[Prediction, Tensor]:
@@ -92,7 +92,7 @@ class Network:
             z, dz = dual.time_features(model.time_embedding, t, r)
             prediction, tangent = self._conditioned((x_t + z, v + dz), x_t.dtype)
             return prediction, cast(Tensor, tangent)
-        weights = self._weights()
+        placed = self._placed()
         x, dx, time = self._filled(x_t), self._filled(v), self._times(t, r)
         norm, (table, gradient) = model.embedding_norm, self._table
         e = input_modulation_dual(
@@ -100,13 +100,13 @@ class Network:
             offsets=packed.offsets, draws=self._draws(), dropout=self._p(model.config.embedding_dropout),
             eps=norm.eps, dtype=self.dtype, beside=self.beside, gradient=gradient, backend=self.backend,
         )  # fmt: skip
-        prediction, tangent = self._encode(e, weights, packed.offsets, x_t.dtype)
+        prediction, tangent = self._encode(e, placed, packed.offsets, x_t.dtype)
         return prediction, cast(Tensor, tangent)
 
     def _conditioned(self, c: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Prediction, Tensor | None]:
         """`_encode` of (c,) or (c, dc) [B, D] by the model's `conditioning`; all draws are PyTorch's."""
         packed, module, offsets = self.packed, self.model.conditioning, self.packed.offsets
-        weights = self._weights()
+        placed = self._placed()
         embedded = self.model.embed_history(packed.ids)
         lam = embedded if self.lam is None else self.lam  # as good as any where none is read
         if self.lam is None and module.reads_lambda:
@@ -123,19 +123,21 @@ class Network:
             else:
                 e = [module(embedded, c[0], lam, spread)]
                 e += [module.tangent(embedded, dc, lam, spread) for dc in c[1:]]
-        return self._encode(tuple(one.to(self.dtype) for one in e), weights, offsets, dtype)
+        return self._encode(tuple(one.to(self.dtype) for one in e), placed, offsets, dtype)
 
-    def _weights(self) -> list[tuple[BlockWeights, Place]]:
-        """Of the blocks, to be asked for before the input path: autograd goes backward from what came last, and sums
-        and waits of the blocks' gradients are not to come before the input path's backward pass.
+    def _placed(self) -> list[tuple[BlockWeights, Place]]:
+        """The blocks' weights and places, to be asked for before the input path.
+
+        Autograd goes backward from what came last: sums of the blocks' gradients, and the wait for them, are not to
+        come before the input path's backward pass.
         """
         return together(block_weights(self.model), self.dtype, self.beside)
 
     def _encode(
-        self, e: tuple[Tensor, ...], weights: list[tuple[BlockWeights, Place]], offsets: Tensor, dtype: torch.dtype
+        self, e: tuple[Tensor, ...], placed: list[tuple[BlockWeights, Place]], offsets: Tensor, dtype: torch.dtype
     ) -> tuple[Prediction, Tensor | None]:
         """Prediction, and the tangent of (E, dE), in `dtype`; `offsets` [B + F + 1] says where the histories lie."""
-        h, source = self._blocks(e, weights, offsets)
+        h, source = self._blocks(e, placed, offsets)
         final = cast("RMSNorm | nn.LayerNorm", self.model.final_norm)
         bias = final.bias if isinstance(final, nn.LayerNorm) else None
         endpoint, *tangent = normed(h, final.weight, bias, final.eps, self.packed.count, dtype, backend=self.backend)

@@ -2,8 +2,8 @@
 
 `ReferenceSteps` gathers left-padded histories on the host and runs the reference network. `FusedSteps` keeps the log on
 the GPU, packs histories there, runs the network through the ops and replays the whole step (pack, losses, backward,
-clip, Adam) from a CUDA graph: one for each rounded number of rows that comes up more than once. The host only says
-where the batch's windows lie, and never waits.
+clip, Adam) from a CUDA graph: one for each `_Shape` of a batch that comes up more than once. The host only says where
+the batch's windows lie, and never waits.
 """
 
 from __future__ import annotations
@@ -177,12 +177,17 @@ class FusedSteps:
         held[0].replay()
         return held[1]
 
+    @property
+    def _tokens(self) -> int:
+        """Rows that a history has beside its items'."""
+        return int(self.config.model.conditioning == "token")
+
     def _shape(self, lengths: Positions) -> _Shape:
         """Of a batch of windows of these lengths, which may go beyond L."""
         longest = self.config.model.max_length
         lengths = np.minimum(lengths, longest)
         if self._tables is not None:
-            short = SHORT - (len(self._tables[0]) - longest)  # a token is a row more
+            short = SHORT - self._tokens
             longest = short if lengths.max(initial=0) <= short < longest else longest
         return _Shape(*rounded_rows(int(lengths.sum()), longest), longest)
 
@@ -206,7 +211,7 @@ class FusedSteps:
         )
         share, tables = _share(self.ranks, part), self._tables
         if tables is not None:
-            ages = len(tables[0]) - self.config.model.max_length + shape.longest
+            ages = shape.longest + self._tokens
             tables = tables[0][:ages], tables[1][:ages]
         beside = Beside(self._side)
         network = Network(self.model, packed, seed, self.dtype, self.backend, tables=tables, share=share, beside=beside)

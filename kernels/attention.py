@@ -620,7 +620,7 @@ def _widths(channels):
     return {"HALF_BLOCK": half_block, "C_BLOCK": 2 * half_block}
 
 
-def _tier(longest):
+def tier(longest):
     """16 or 64 where no history has more items: which tiles there are decides what registers every program has."""
     return 128 if longest is None or longest > 64 else 64 if longest > 16 else 16
 
@@ -649,7 +649,7 @@ def attention_forward(inputs, outputs, bounds, tables, padded_length, longest, h
     _forward_kernel[(users * heads,)](
         q, k, v, dq, dk, dv, o, do, bounds, cos, sin, padded_length or 0, channels**-0.5, STRIDE_Q=q.stride(0),
         STRIDE_KV=k.stride(0), HEADS=heads, C=channels, **_widths(channels), ROTARY=tables is not None, CAUSAL=causal,
-        DUAL=len(inputs) == 6, PADDED=padded_length is not None, LAST=last, LONGEST=_tier(longest),
+        DUAL=len(inputs) == 6, PADDED=padded_length is not None, LAST=last, LONGEST=tier(longest),
         num_stages=1, **shapes,
     )  # fmt: skip
 
@@ -673,5 +673,5 @@ def attention_backward(
         q, k, v, dq, dk, dv, g, e, gq, gk, gv, gdq, gdk, gdv, bounds, cos, sin, stats, padded_length or 0,
         channels**-0.5, STRIDE_Q=q.stride(0), STRIDE_KV=k.stride(0), HEADS=heads, C=channels, **_widths(channels),
         ROTARY=tables is not None, CAUSAL=causal, DUAL=len(inputs) == 6, PADDED=padded_length is not None, LAST=last,
-        LONGEST=_tier(longest), num_stages=1, **shapes,
+        LONGEST=tier(longest), num_stages=1, **shapes,
     )  # fmt: skip

@@ -322,8 +322,9 @@ def views(stacked: tuple[Tensor, ...], queries: tuple[Tensor, ...]) -> tuple[Ten
 
 
 def _shapes(kernel: str, dual: bool, histories: Histories, like: Tensor) -> Shapes:
-    short = histories.longest is not None and histories.longest <= SHORT
-    variant = kernel + ("_dual" if dual else "") + ("_short" if short else "")
+    from fave_fast.kernels.attention import tier
+
+    variant = kernel + ("_dual" if dual else "") + ("_short" if tier(histories.longest) == SHORT else "")
     return tile_shapes("attention", variant, like.device)
 
 
