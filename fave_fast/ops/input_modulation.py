@@ -459,12 +459,12 @@ def _lambda_arguments(call: _Call, kernels: Any) -> tuple[Tensor | None, int, fl
 
 
 def _shapes(kernel: str, call: _Call) -> dict[str, int]:
-    """Tile shapes; a float32 product needs more room than one of 16 bits, and drawing wants more warps."""
+    """Tile shapes; a float32 product needs more room than one of 16 bits, and drawing more programs."""
     variant = kernel
     if kernel.startswith("times") and call.dtype == torch.float32:
         variant += "_fp32"
     elif kernel == "rows" and isinstance(call.lam, Drawn):
-        variant += "_drawn"
+        variant += "_drawn" if call.dx_t is None else "_drawn_dual"
     return tile_shapes("input_modulation", variant, call.table.device)
 
 
