@@ -23,7 +23,7 @@ from fave_fast.losses import Share
 from fave_fast.model import FAVE, Block, Prediction, RMSNorm
 from fave_fast.ops.attention import Tables, rotary_by_age
 from fave_fast.ops.beside import Beside
-from fave_fast.ops.block import BlockDropout, BlockWeights, Place, block, block_dual, last_block, normed, together
+from fave_fast.ops.block import BlockDropout, BlockWeights, block, block_dual, last_block, normed, together
 from fave_fast.ops.cross_entropy import Pairs, cross_entropy
 from fave_fast.ops.input_modulation import Drawn, Draws, Times, input_modulation, input_modulation_dual
 from fave_fast.ops.packed import DecoderWeights, Packed, decoder_hidden, own_items, padded_weights, pick, rows_of
@@ -74,7 +74,6 @@ class Network:
         packed, model = self.packed, self.model
         if model.config.conditioning != "add":
             return self._conditioned((x_t + model.time_features(t, r),), x_t.dtype)[0]
-        placed = self._placed()
         x, time = self._filled(x_t), self._times(t, r)
         norm, (table, gradient) = model.embedding_norm, self._table
         e = input_modulation(
@@ -82,7 +81,7 @@ class Network:
             offsets=packed.offsets, draws=self._draws(), dropout=self._p(model.config.embedding_dropout),
             eps=norm.eps, dtype=self.dtype, beside=self.beside, gradient=gradient, backend=self.backend,
         )  # fmt: skip
-        return self._encode((e,), placed, packed.offsets, x_t.dtype)[0]
+        return self._encode((e,), packed.offsets, x_t.dtype)[0]
 
     @ranged("fave/jvp")
     def predict_with_tangent(self, x_t: Tensor, t: Tensor, r: Tensor, v: Tensor) -> tuple[Prediction, Tensor]:
@@ -92,7 +91,6 @@ class Network:
             z, dz = dual.time_features(model.time_embedding, t, r)
             prediction, tangent = self._conditioned((x_t + z, v + dz), x_t.dtype)
             return prediction, cast(Tensor, tangent)
-        placed = self._placed()
         x, dx, time = self._filled(x_t), self._filled(v), self._times(t, r)
         norm, (table, gradient) = model.embedding_norm, self._table
         e = input_modulation_dual(
@@ -100,13 +98,12 @@ class Network:
             offsets=packed.offsets, draws=self._draws(), dropout=self._p(model.config.embedding_dropout),
             eps=norm.eps, dtype=self.dtype, beside=self.beside, gradient=gradient, backend=self.backend,
         )  # fmt: skip
-        prediction, tangent = self._encode(e, placed, packed.offsets, x_t.dtype)
+        prediction, tangent = self._encode(e, packed.offsets, x_t.dtype)
         return prediction, cast(Tensor, tangent)
 
     def _conditioned(self, c: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Prediction, Tensor | None]:
         """`_encode` of (c,) or (c, dc) [B, D] by the model's `conditioning`; all draws are PyTorch's."""
         packed, module, offsets = self.packed, self.model.conditioning, self.packed.offsets
-        placed = self._placed()
         embedded = self.model.embed_history(packed.ids)
         lam = embedded if self.lam is None else self.lam  # as good as any where none is read
         if self.lam is None and module.reads_lambda:
@@ -123,21 +120,11 @@ class Network:
             else:
                 e = [module(embedded, c[0], lam, spread)]
                 e += [module.tangent(embedded, dc, lam, spread) for dc in c[1:]]
-        return self._encode(tuple(one.to(self.dtype) for one in e), placed, offsets, dtype)
+        return self._encode(tuple(one.to(self.dtype) for one in e), offsets, dtype)
 
-    def _placed(self) -> list[tuple[BlockWeights, Place]]:
-        """The blocks' weights and places, to be asked for before the input path.
-
-        Autograd goes backward from what came last: sums of the blocks' gradients, and the wait for them, are not to
-        come before the input path's backward pass.
-        """
-        return together(block_weights(self.model), self.dtype, self.beside)
-
-    def _encode(
-        self, e: tuple[Tensor, ...], placed: list[tuple[BlockWeights, Place]], offsets: Tensor, dtype: torch.dtype
-    ) -> tuple[Prediction, Tensor | None]:
+    def _encode(self, e: tuple[Tensor, ...], offsets: Tensor, dtype: torch.dtype) -> tuple[Prediction, Tensor | None]:
         """Prediction, and the tangent of (E, dE), in `dtype`; `offsets` [B + F + 1] says where the histories lie."""
-        h, source = self._blocks(e, placed, offsets)
+        h, source = self._blocks(e, offsets)
         final = cast("RMSNorm | nn.LayerNorm", self.model.final_norm)
         bias = final.bias if isinstance(final, nn.LayerNorm) else None
         endpoint, *tangent = normed(h, final.weight, bias, final.eps, self.packed.count, dtype, backend=self.backend)
@@ -210,16 +197,14 @@ class Network:
             time.scale,
         )  # fmt: skip
 
-    def _blocks(
-        self, h: tuple[Tensor, ...], placed: list[tuple[BlockWeights, Place]], offsets: Tensor
-    ) -> tuple[tuple[Tensor, ...], Tensor]:
+    def _blocks(self, h: tuple[Tensor, ...], offsets: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         """(E,) or (E, dE) [rows, D] through all blocks: the newest rows [B + F, D] of each, and E_u [B, D]."""
         config = self.model.config
         tables = self.tables or rotary_of(config, offsets.device)
         source_index = config.source_block % config.blocks
         p = self._p(config.dropout)
         source = h[0]
-        for index, (weights, place) in enumerate(placed):
+        for index, (weights, place) in enumerate(together(block_weights(self.model), self.dtype, self.beside)):
             dropout = BlockDropout(p, self.seed, index) if p > 0 else None
             options: Any = {
                 "causal": config.attention == "causal", "dropout": dropout, "place": place, "backend": self.backend,

@@ -292,6 +292,15 @@ class _Fused(torch.autograd.Function):
         endpoint, table, targets, bits, log_sum = ctx.saved_tensors
         grad = grads[0].contiguous()
         by_endpoint = by_table = None
+        if ctx.needs_input_grad[1]:
+            shapes, gradient = _shapes("by_items", endpoint), ctx.gradient
+            by_table = torch.empty_like(table) if gradient is None else gradient.empty()
+            read = [one for one in (endpoint, table, targets, bits, log_sum, grad) if one is not None]
+            with (Beside() if gradient is None else gradient.beside).work(*read):
+                kernels.backward_table(endpoint, table, targets, bits, log_sum, grad, by_table, **_sizes(shapes))
+            if gradient is not None:
+                gradient.fill(by_table)
+                by_table = None
         if ctx.needs_input_grad[0]:
             shapes = _shapes("by_rows", endpoint)
             length, spans = _spans(endpoint, table, shapes)
@@ -300,16 +309,6 @@ class _Fused(torch.autograd.Function):
             kernels.backward_queries(
                 endpoint, table, targets, bits, log_sum, grad, parts, by_endpoint, span_tiles=length, **_sizes(shapes)
             )
-        if ctx.needs_input_grad[1]:
-            shapes, gradient = _shapes("by_items", endpoint), ctx.gradient
-            by_table = torch.empty_like(table) if gradient is None else gradient.empty()
-            read = [one for one in (endpoint, table, targets, bits, log_sum, grad) if one is not None]
-            # Behind the rows' part, which is waited for: of both at once that one took longer (H200).
-            with (Beside() if gradient is None else gradient.beside).work(*read):
-                kernels.backward_table(endpoint, table, targets, bits, log_sum, grad, by_table, **_sizes(shapes))
-            if gradient is not None:
-                gradient.fill(by_table)
-                by_table = None
         return by_endpoint, by_table, None, None, None
 
 
