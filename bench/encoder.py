@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.measure import Row, shown, time_us
+from bench.measure import COLD, WARM, Row, shown, time_us
 from fave_fast.config import FlowConfig, ModelConfig
 from fave_fast.flow import InferenceNoise
 from fave_fast.model import FAVE
@@ -72,10 +72,10 @@ class Bench:
             raise AssertionError(f"{len(got)} endpoints are not the network's")
 
     def row(
-        self, case: str, who: str, call: Callable[[], object], lengths: Tensor, graph: bool = True, cold: bool = True
+        self, case: str, who: str, call: Callable[[], object], lengths: Tensor, graph: bool = True, clock: str = COLD
     ) -> Row:
-        count = operations(lengths, self.model.config)
-        return Row("encoder", case, who, time_us(call, 25, graph, cold), self.weights.matrices.nbytes, count)
+        count, size = operations(lengths, self.model.config), self.weights.matrices.nbytes
+        return Row("encoder", case, who, time_us(call, 25, graph, clock), size, count, clock)
 
     def uniform(self, batch: int) -> Iterator[Row]:
         """All histories of the longest length: from E, from ids, and PyTorch from E."""
@@ -112,7 +112,7 @@ class Bench:
             name = "cluster" if backend == "cpp" else backend
             call = partial(encode_ids, self.weights, self.path, ids, offsets, out=out, backend=backend)
             yield self.row(case, f"{name}, ids", call, lengths)
-            yield self.row(case, f"{name}, ids, warm L2", call, lengths, cold=False)
+            yield self.row(case, f"{name}, ids, warm L2", call, lengths, clock=WARM)
 
     def beauty(self, batch: int) -> Iterator[Row]:
         """Histories as short as Beauty's, planned, from ids."""

@@ -142,7 +142,7 @@ class Growth:
             call()
             torch.cuda.synchronize()
             peak = torch.cuda.max_memory_allocated()
-            spent, clock = time_us(call, 30, cold=False), WARM
+            spent, clock = time_us(call, 30, clock=WARM), WARM
         else:
             known = _reset_peak()
             call()

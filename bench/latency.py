@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from bench.measure import WARM, time_us
 from fave_fast.checkpoint import Checkpoint
 from fave_fast.compiled import CompiledOneStep, Mode
 from fave_fast.config import Config
@@ -139,23 +140,8 @@ def users_per_second(graphs: StepGraphs, requests: list[Histories], callers: int
     return sum(counts) / SECONDS
 
 
-def device_us(call: Callable[[], object]) -> float:
-    """Median of graph replays, everything warm: what the work takes on the device inside a request."""
-    call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    spans = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(200)]
-    for start, stop in spans:
-        start.record()
-        graph.replay()
-        stop.record()
-    torch.cuda.synchronize()
-    return float(np.median([1e3 * start.elapsed_time(stop) for start, stop in spans]))
-
-
 def breakdown(step: Step, request: Histories) -> dict[str, float]:
+    """Device microseconds: the encoder, the top K, both in one graph as a request has them, and an empty kernel."""
     ids, offsets = (torch.from_numpy(part).cuda() for part in request)
     exclude = Exclusions(ids, offsets)
     backend = step.encoder_backend(len(offsets) - 1)
@@ -166,11 +152,15 @@ def breakdown(step: Step, request: Histories) -> dict[str, float]:
     def encode() -> None:
         encode_ids(step.weights, step.path, ids, offsets, plan=plan, out=endpoint, backend=backend)
 
-    return {
-        "encoder": round(device_us(encode), 1),
-        "top-K": round(device_us(lambda: score_topk(endpoint, step.table, K, exclude, backend=step.backend)), 1),
-        "empty": round(device_us(lambda: endpoint[:1].zero_()), 1),
-    }
+    def top_k() -> None:
+        score_topk(endpoint, step.table, K, exclude, backend=step.backend)
+
+    def both() -> None:
+        encode()
+        top_k()
+
+    parts = {"encoder": encode, "top-K": top_k, "both": both, "empty": lambda: endpoint[:1].zero_()}
+    return {name: round(time_us(call, 200, clock=WARM).median, 1) for name, call in parts.items()}
 
 
 def padded(request: Histories, length: int) -> torch.Tensor:

@@ -21,7 +21,7 @@ import torch
 
 import fave_fast
 from bench.cpu import processor
-from bench.measure import CEILINGS, COLD, HOST, Row, ceilings
+from bench.measure import CEILINGS, COLD, DIRTY, HOST, Row, ceilings
 from bench.peers import version
 from fave_fast.errors import InputError
 from fave_fast.files import replacing
@@ -136,7 +136,7 @@ def plain(row: Row, limits: dict[str, float]) -> dict[str, Any]:
     if limits:
         # What a cache may hold from the call before has no floor in the memory's speed.
         kind = "bf16" if "bf16" in limits else "fp32"
-        read = row.floor_bytes if row.clock == COLD or row.floor_bytes > LARGEST_CACHES[kind] else 0
+        read = row.floor_bytes if row.clock in (COLD, DIRTY) or row.floor_bytes > LARGEST_CACHES[kind] else 0
         floor = 1e6 * max(read / limits["bytes"], row.floor_operations / limits[kind])
     values: dict[str, Any] = {"op": row.op, "case": row.case, "clock": row.clock, "who": row.who, "ours": row.ours}
     values["us"] = {name: round(value, 2) for name, value in vars(row.time).items()}

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.measure import COLD, WARM, Row, shown, time_us
+from bench.measure import COLD, Row, shown, time_us
 from fave_fast.ops import Exclusions, score_topk
 from fave_fast.ops.byte_table import ByteTable
 from fave_fast.ops.score_topk import BYTES_LEAST_ITEMS, BYTES_MOST_ROWS, OP, beyond_kernels, workspace_bytes
@@ -103,11 +103,8 @@ def by_bytes(queries: Tensor, items: Tensor, table_bytes: ByteTable) -> Callable
     return call
 
 
-def measure(batch: int, items: Tensor, cold: bool = True, table_bytes: ByteTable | None = None) -> Iterator[Row]:
-    """Ours, by each backend that takes the sizes, with and without exclusions and by bytes; its peers.
-
-    From a cold L2 cache or a warm one.
-    """
+def measure(batch: int, items: Tensor, clock: str = COLD, table_bytes: ByteTable | None = None) -> Iterator[Row]:
+    """Ours, by each backend that takes the sizes, with and without exclusions and by bytes; its peers."""
     n = len(items) - 1
     queries = torch.randn(batch, D, device="cuda").to(items.dtype)
     refused = OP.refusals(queries.device, queries.dtype) | beyond_kernels(Sizes(batch, D, K, n), queries.device)
@@ -119,7 +116,7 @@ def measure(batch: int, items: Tensor, cold: bool = True, table_bytes: ByteTable
     size: dict[str, Any] = {
         "floor_bytes": (n + batch) * D * items.dtype.itemsize + batch * K * 12,
         "floor_operations": 2 * batch * n * D,
-        "clock": COLD if cold else WARM,
+        "clock": clock,
     }
     for who, backend, some in kinds:
         check(batch, items, some, backend)
@@ -133,7 +130,7 @@ def measure(batch: int, items: Tensor, cold: bool = True, table_bytes: ByteTable
         ) -> None:
             score_topk(queries, items, K, some, out=out, workspace=workspace, backend=backend)
 
-        yield Row("score_topk", case, who, time_us(ours, cold=cold), **size)
+        yield Row("score_topk", case, who, time_us(ours, clock=clock), **size)
         del out, workspace, ours
     if table_bytes is not None and batch <= BYTES_MOST_ROWS:
         read = {"floor_bytes": n * (D + 4) + 2 * batch * D + batch * K * 12}
@@ -141,19 +138,19 @@ def measure(batch: int, items: Tensor, cold: bool = True, table_bytes: ByteTable
             "score_topk",
             case,
             "triton, bytes",
-            time_us(by_bytes(queries, items, table_bytes), cold=cold),
+            time_us(by_bytes(queries, items, table_bytes), clock=clock),
             **size | read,
         )
     slow = batch * n > SLOW
     repeats = 5 if slow else 30
     scores = torch.empty(batch, n, dtype=items.dtype, device="cuda")
-    alone = time_us(lambda: torch.mm(queries, items[1:].T, out=scores), repeats, not slow, cold)
+    alone = time_us(lambda: torch.mm(queries, items[1:].T, out=scores), repeats, not slow, clock)
     yield Row("score_topk", case, "torch.mm alone", alone, **size)
-    peer = time_us(lambda: torch.mm(queries, items[1:].T, out=scores).topk(K), repeats, not slow, cold)
+    peer = time_us(lambda: torch.mm(queries, items[1:].T, out=scores).topk(K), repeats, not slow, clock)
     yield Row("score_topk", case, "torch.mm + topk", peer, **size)
     top_k = flashinfer_top_k()
     if top_k is not None:
-        other = time_us(lambda: top_k(torch.mm(queries, items[1:].T, out=scores), K), repeats, not slow, cold)
+        other = time_us(lambda: top_k(torch.mm(queries, items[1:].T, out=scores), K), repeats, not slow, clock)
         yield Row("score_topk", case, "torch.mm + FlashInfer top_k", other, **size)
 
 

@@ -126,8 +126,8 @@ def _on_the_device(step: Step, case: str, request: Histories) -> Iterator[Row]:
     ids, offsets = (torch.from_numpy(part).to(step.table.device) for part in request)
     exclude = Exclusions(ids, offsets)
     plan = step.plan(len(offsets) - 1)
-    for cold, clock in ((True, COLD), (False, WARM)):
-        spent = time_us(lambda: step(ids, offsets, exclude, K, plan=plan), 50, cold=cold)
+    for clock in (COLD, WARM):
+        spent = time_us(lambda: step(ids, offsets, exclude, K, plan=plan), 50, clock=clock)
         yield Row("step", case, f"fave_fast {step.backend}", spent, clock=clock)
 
 
@@ -245,9 +245,9 @@ def _gpu_batches(items: int, batches: Sequence[int]) -> Sequence[int]:
 def _gpu_topk(items: int, batches: Sequence[int], options: Options) -> Iterator[Row]:
     table = topk_bench.catalogue(items)
     table_bytes = topk_bench.packed(table)
-    for cold in (True, False):
+    for clock in (COLD, WARM):
         for batch in batches:
-            yield from topk_bench.measure(batch, table, cold, table_bytes)
+            yield from topk_bench.measure(batch, table, clock, table_bytes)
     yield from _faiss(table, batches, f"N {items}, bfloat16", options, "cuda" if why_no_faiss_gpu() is None else "cpu")
 
 
