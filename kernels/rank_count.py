@@ -47,42 +47,25 @@ def _products(queries_ptr, table_ptr, rows, ids, P: tl.constexpr, D: tl.constexp
 
 
 @triton.jit
-def _own_thresholds(queries_ptr, table_ptr, row, target, P: tl.constexpr, D: tl.constexpr, BK: tl.constexpr):
-    """`below` and `level` of query rows and their targets [P], and which targets come after every lower id."""
-    t = _products(queries_ptr, table_ptr, row, target, P, D, BK)
+def _thresholds(
+    queries_ptr, table_ptr, targets_ptr, below_ptr, level_ptr, ranks_ptr, B, N,
+    P: tl.constexpr, D: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()  # the next kernel may start, and waits for this one where it must
+    row = tl.program_id(0) * P + tl.arange(0, P)
+    live = row < B
+    target = tl.load(targets_ptr + row, live, 0)
+    target = tl.where((target >= 1) & (target <= N), target, 0)
+    t = _products(queries_ptr, table_ptr, tl.where(live, row, 0), target, P, D, BK)
     lowest = (t != t) | (t == -float("inf"))
     t = tl.where(lowest, -float("inf"), t + 0.0)  # -0 would have another neighbour than 0
     bits = t.to(tl.int32, bitcast=True)
     neighbour = tl.where(t > 0, bits - 1, tl.where(t < 0, bits + 1, -0x7FFFFFFF))
     below = tl.where(lowest, float("inf"), neighbour.to(tl.float32, bitcast=True))
-    return below, t, lowest
-
-
-@triton.jit
-def _targets(targets_ptr, row, live, N):
-    """The rows' targets, 0 where there is none in the catalogue."""
-    target = tl.load(targets_ptr + row, live, 0)
-    return tl.where((target >= 1) & (target <= N), target, 0).to(tl.int32)
-
-
-@triton.jit
-def _thresholds(
-    queries_ptr, table_ptr, targets_ptr, below_ptr, level_ptr, ranks_ptr, B, N,
-    P: tl.constexpr, D: tl.constexpr, BK: tl.constexpr, INLINE: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Ranks to begin with, and the thresholds unless the scan has them INLINE."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()  # the next kernel may start, and waits for this one where it must
-    row = tl.program_id(0) * P + tl.arange(0, P)
-    live = row < B
-    first = tl.full([P], 1, tl.int64)
-    if not INLINE:
-        target = _targets(targets_ptr, row, live, N)
-        below, level, lowest = _own_thresholds(queries_ptr, table_ptr, tl.where(live, row, 0), target, P, D, BK)
-        tl.store(below_ptr + row, below, live)
-        tl.store(level_ptr + row, level, live)
-        first = tl.where(lowest, target, first)
-    tl.store(ranks_ptr + row, first, live)
+    tl.store(below_ptr + row, below, live)
+    tl.store(level_ptr + row, t, live)
+    tl.store(ranks_ptr + row, tl.where(lowest, target, 1), live)
 
 
 @triton.jit
@@ -114,7 +97,7 @@ def _rows_of(offsets_ptr, base, entry, B, rounds, W: tl.constexpr, NEAR: tl.cons
 @triton.jit
 def _leave_out(
     queries_ptr, table_ptr, targets_ptr, below_ptr, level_ptr, excluded_ptr, offsets_ptr, ranks_ptr, B, N, E, rounds,
-    P: tl.constexpr, D: tl.constexpr, BK: tl.constexpr, EARLIER: tl.constexpr, INLINE: tl.constexpr, PDL: tl.constexpr,
+    P: tl.constexpr, D: tl.constexpr, BK: tl.constexpr, EARLIER: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Take back what the scan counts of excluded ids, each once a row; it never counts the target itself."""
     base = tl.program_id(0).to(tl.int64) * P
@@ -123,17 +106,14 @@ def _leave_out(
     live = (entry < E) & (row < B)
     row = tl.where(live, row, 0)
     item = tl.load(excluded_ptr + entry, live, 0)
-    target = _targets(targets_ptr, row, row < B, N)
+    target = tl.load(targets_ptr + row)
     live &= (item >= 1) & (item <= N)
     item = tl.where(live, item, 0).to(tl.int32)
     score = _products(queries_ptr, table_ptr, row, item, P, D, BK)
-    if INLINE:
-        below, level, _ = _own_thresholds(queries_ptr, table_ptr, row, target, P, D, BK)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    if not INLINE:
-        below = tl.load(below_ptr + row)
-        level = tl.load(level_ptr + row)
+    below = tl.load(below_ptr + row)
+    level = tl.load(level_ptr + row)
     lower = item < target
     counted = live & ((score > tl.where(lower, below, level)) | (lower & (level == -float("inf"))))
     # A repeated id counts where it stands first. Comparing with all earlier entries of the row is quadratic in the
@@ -162,9 +142,8 @@ def _count_above(scores, threshold, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def _scan(
-    queries, table, queries_ptr, table_ptr, targets_ptr, below_ptr, level_ptr, ranks_ptr, program, B, N, row_blocks,
-    tiles, span_tiles, M: tl.constexpr, T: tl.constexpr, D: tl.constexpr, BK: tl.constexpr, INLINE: tl.constexpr,
-    PDL: tl.constexpr, INTERPRETED: tl.constexpr,
+    queries, table, targets_ptr, below_ptr, level_ptr, ranks_ptr, program, B, N, row_blocks, tiles, span_tiles,
+    M: tl.constexpr, T: tl.constexpr, D: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     # Row blocks of one span run side by side and share its items in the L2 cache.
     block = program % row_blocks
@@ -172,11 +151,7 @@ def _scan(
     stop = tl.minimum(start + span_tiles, tiles)
     row = block * M + tl.arange(0, M)
     live = row < B
-    target = _targets(targets_ptr, row, live, N)
-    count = tl.zeros([M], tl.int32)
-    if INLINE:
-        below, level, lowest = _own_thresholds(queries_ptr, table_ptr, tl.where(live, row, 0), target, M, D, BK)
-        count = tl.where(lowest & (start == 0), target - 1, 0)  # all that comes before a target at minus infinity
+    target = tl.load(targets_ptr + row, live, 0).to(tl.int32)
 
     # Bit i: tile i of this span holds some row's target, or ends the catalogue.
     place = (target - 1) // T - start
@@ -187,11 +162,11 @@ def _scan(
 
     if BK >= D:
         query = queries.load([block * M, 0])
-    if not INLINE:
-        if PDL:
-            tl.extra.cuda.gdc_wait()
-        below = tl.load(below_ptr + row, live, 0.0)
-        level = tl.load(level_ptr + row, live, 0.0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    below = tl.load(below_ptr + row, live, 0.0)
+    level = tl.load(level_ptr + row, live, 0.0)
+    count = tl.zeros([M], tl.int32)
     for tile in range(start, stop):
         first = 1 + tile * T
         if BK >= D:
@@ -211,8 +186,6 @@ def _scan(
             count += _count_above(scores, threshold, INTERPRETED)
         else:
             count += _count_above(scores, tl.where(first < target, below, level)[:, None], INTERPRETED)
-    if INLINE and PDL:
-        tl.extra.cuda.gdc_wait()
     # Whole numbers: the order in which the spans add does not matter.
     tl.atomic_add(ranks_ptr + row, count.to(tl.int64), live, sem="relaxed")
 
@@ -222,25 +195,24 @@ def _count(
     queries, table, queries_ptr, table_ptr, targets_ptr, below_ptr, level_ptr, excluded_ptr, offsets_ptr, ranks_ptr,
     B, N, E, rounds, exclusions, row_blocks, tiles, span_tiles,
     M: tl.constexpr, T: tl.constexpr, P: tl.constexpr, D: tl.constexpr, BK: tl.constexpr, EARLIER: tl.constexpr,
-    EXCLUDES: tl.constexpr, INLINE: tl.constexpr, PDL: tl.constexpr, INTERPRETED: tl.constexpr,
+    EXCLUDES: tl.constexpr, PDL: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """The scan, and before it in the same launch `exclusions` programs that take back what is excluded."""
     if EXCLUDES:
         if tl.program_id(0) < exclusions:
             _leave_out(
                 queries_ptr, table_ptr, targets_ptr, below_ptr, level_ptr, excluded_ptr, offsets_ptr, ranks_ptr,
-                B, N, E, rounds, P, D, BK, EARLIER, INLINE, PDL,
+                B, N, E, rounds, P, D, BK, EARLIER, PDL,
             )  # fmt: skip
         else:
             _scan(
-                queries, table, queries_ptr, table_ptr, targets_ptr, below_ptr, level_ptr, ranks_ptr,
-                tl.program_id(0) - exclusions, B, N, row_blocks, tiles, span_tiles,
-                M, T, D, BK, INLINE, PDL, INTERPRETED,
+                queries, table, targets_ptr, below_ptr, level_ptr, ranks_ptr, tl.program_id(0) - exclusions,
+                B, N, row_blocks, tiles, span_tiles, M, T, D, BK, PDL, INTERPRETED,
             )  # fmt: skip
     else:
         _scan(
-            queries, table, queries_ptr, table_ptr, targets_ptr, below_ptr, level_ptr, ranks_ptr,
-            tl.program_id(0), B, N, row_blocks, tiles, span_tiles, M, T, D, BK, INLINE, PDL, INTERPRETED,
+            queries, table, targets_ptr, below_ptr, level_ptr, ranks_ptr, tl.program_id(0),
+            B, N, row_blocks, tiles, span_tiles, M, T, D, BK, PDL, INTERPRETED,
         )  # fmt: skip
 
 
@@ -257,14 +229,14 @@ def span_tiles(tiles: int, row_blocks: int, resident: int) -> int:
 
 def rank_count(
     queries, table, targets, excluded, offsets, below, level, ranks,
-    *, M, T, BK, num_warps, num_stages, INLINE, PDL, resident, interpreted,
+    *, M, T, BK, num_warps, num_stages, PDL, resident, interpreted,
 ):  # fmt: skip
     """Launch the kernels; nothing is allocated, and every buffer is whole when the stream gets there.
 
     queries [B, D] and table [N + 1, D]: contiguous, rows and base of whole 16 bytes. targets [B] int64. excluded [E]
     and offsets [B + 1] int64, or None. below and level [B] float32: overwritten. ranks [B] int64: the result.
-    `resident`: how many programs of the scan the GPU holds at a time. INLINE: each program of the scan computes the
-    thresholds of its rows. PDL: the scan is launched beside what it waits for (compute capability 9.0).
+    `resident`: how many programs of the scan the GPU holds at a time. PDL: the scan is launched while the thresholds
+    are computed (compute capability 9.0).
     """
     (B, D), N = queries.shape, len(table) - 1
     row_blocks, tiles = triton.cdiv(B, M), triton.cdiv(N, T)
@@ -273,7 +245,7 @@ def rank_count(
     # So few that they all run beside the scan: one launch less to wait for.
     together = exclusions <= resident // 2
     PDL = bool(PDL) and (together or exclusions == 0)
-    shape = {"P": PAIRS, "D": D, "BK": BK, "INLINE": bool(INLINE)}
+    shape = {"P": PAIRS, "D": D, "BK": BK}
     _thresholds[(triton.cdiv(B, PAIRS),)](
         queries, table, targets, below, level, ranks, B, N, **shape, PDL=PDL, num_warps=4, num_stages=2
     )

@@ -134,7 +134,6 @@ def _run_triton(tiles: Tiles, targets: Tensor, ranks: Tensor, workspace: Tensor 
         BK=min(shapes["BK"], max(16, 1 << (queries.shape[1] - 1).bit_length())),
         num_warps=shapes["num_warps"],
         num_stages=shapes["num_stages"],
-        INLINE=shapes["INLINE"],
         PDL=shapes["PDL"],
         resident=shapes["per_multiprocessor"] * multiprocessors(queries.device),
         interpreted=interpreting(),
