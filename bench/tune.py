@@ -142,9 +142,10 @@ def _encoder() -> Iterable[Call]:
 
 
 def _input_modulation() -> Iterable[Call]:
-    inputs = modulation_bench.Inputs.make(4096)
-    for dual in (False, True):
-        yield lambda dual=dual: inputs.trained(lambda: inputs.ours("drawn", "computed", True, dual))
+    for count in (512, 4096):
+        inputs = modulation_bench.Inputs.make(count)
+        for dual in (False, True):
+            yield lambda inputs=inputs, dual=dual: inputs.trained(lambda: inputs.ours("drawn", "computed", True, dual))
 
 
 def _attention() -> Iterable[Call]:

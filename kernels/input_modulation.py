@@ -25,8 +25,8 @@ _SHARED = tl.constexpr(SHARED)
 _DRAWN = tl.constexpr(DRAWN)
 
 # Tiles of a program up to which its first need not wait for z. On one H200, by warps of 64 lanes and with drawn lambda,
-# 512 histories of 50 items with dropout take 15.5 us for 17.4 (16.4 for 17.5 with the tangent); 4,096, whose programs have
-# 13 tiles, 45.7 for 46.3, and 54.6 for 51.6 with the tangent: it takes registers.
+# 512 histories of 50 items with dropout take 15.5 us for 17.4 (16.4 for 17.5 with the tangent); 4,096, with 13 tiles a
+# program, 45.7 for 46.3, and 54.6 for 51.6 with the tangent: it takes registers.
 LATE_TILES = 4
 
 _TURN = tl.constexpr(6.283185307179586)

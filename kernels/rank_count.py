@@ -141,6 +141,41 @@ def _count_above(scores, threshold, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
+def _scores(
+    queries, table, query, first_row, first, M: tl.constexpr, T: tl.constexpr, D: tl.constexpr, BK: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Scores [M, T] of the rows and items from `first_row` and `first` on; `query` are the rows' first BK channels."""
+    if BK >= D:
+        scores = tl.dot(query, tl.trans(table.load([first, 0])), input_precision="ieee")
+    else:
+        scores = tl.zeros([M, T], tl.float32)
+        for k in range(0, D, BK):
+            part = queries.load([first_row, k])
+            scores = tl.dot(part, tl.trans(table.load([first, k])), scores, input_precision="ieee")
+    if not INTERPRETED:
+        # The pipeliner of Triton 3.6 fails on a product whose first use is inside a branch.
+        scores = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [scores], tl.float32, is_pure=True, pack=1)
+    return scores
+
+
+@triton.jit
+def _counted(scores, first, target, below, level, N, is_mixed, INTERPRETED: tl.constexpr):
+    """How many scores [M, T] of the items from `first` on come before each row's target.
+
+    `is_mixed`: some row's target is among them, or the catalogue's end.
+    """
+    if is_mixed:
+        item = first + tl.arange(0, scores.shape[1])
+        threshold = tl.where(item[None, :] < target[:, None], below[:, None], level[:, None])
+        threshold = tl.where(item[None, :] <= N, threshold, float("inf"))
+        count = _count_above(scores, threshold, INTERPRETED)
+    else:
+        count = _count_above(scores, tl.where(first < target, below, level)[:, None], INTERPRETED)
+    return count
+
+
+@triton.jit
 def _scan(
     queries, table, targets_ptr, below_ptr, level_ptr, ranks_ptr, program, B, N, row_blocks, tiles, span_tiles,
     M: tl.constexpr, T: tl.constexpr, D: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr, INTERPRETED: tl.constexpr,
@@ -160,32 +195,18 @@ def _scan(
     if (stop == tiles) & (N % T != 0):
         mixed |= tl.full([], 1, tl.int64) << (tiles - 1 - start).to(tl.int64)
 
-    if BK >= D:
-        query = queries.load([block * M, 0])
+    # The first product is made while the thresholds are computed.
+    query = queries.load([block * M, 0])
+    scores = _scores(queries, table, query, block * M, 1 + start * T, M, T, D, BK, INTERPRETED)
     if PDL:
         tl.extra.cuda.gdc_wait()
     below = tl.load(below_ptr + row, live, 0.0)
     level = tl.load(level_ptr + row, live, 0.0)
-    count = tl.zeros([M], tl.int32)
-    for tile in range(start, stop):
-        first = 1 + tile * T
-        if BK >= D:
-            scores = tl.dot(query, tl.trans(table.load([first, 0])), input_precision="ieee")
-        else:
-            scores = tl.zeros([M, T], tl.float32)
-            for k in range(0, D, BK):
-                part = queries.load([block * M, k])
-                scores = tl.dot(part, tl.trans(table.load([first, k])), scores, input_precision="ieee")
-        if not INTERPRETED:
-            # The pipeliner of Triton 3.6 fails on a product whose first use is inside a branch.
-            scores = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [scores], tl.float32, is_pure=True, pack=1)
-        if (mixed >> (tile - start)) & 1 != 0:
-            item = first + tl.arange(0, T)
-            threshold = tl.where(item[None, :] < target[:, None], below[:, None], level[:, None])
-            threshold = tl.where(item[None, :] <= N, threshold, float("inf"))
-            count += _count_above(scores, threshold, INTERPRETED)
-        else:
-            count += _count_above(scores, tl.where(first < target, below, level)[:, None], INTERPRETED)
+    count = _counted(scores, 1 + start * T, target, below, level, N, (mixed & 1) != 0, INTERPRETED)
+    for tile in range(start + 1, stop):
+        scores = _scores(queries, table, query, block * M, 1 + tile * T, M, T, D, BK, INTERPRETED)
+        is_mixed = ((mixed >> (tile - start)) & 1) != 0
+        count += _counted(scores, 1 + tile * T, target, below, level, N, is_mixed, INTERPRETED)
     # Whole numbers: the order in which the spans add does not matter.
     tl.atomic_add(ranks_ptr + row, count.to(tl.int64), live, sem="relaxed")
 

@@ -295,11 +295,12 @@ def test_normals_reach_both_tails() -> None:
 
 
 SMALL = [(1, 1, 64, False, 0.3, True), (3, 9, 32, False, 0.3, False), (2, 5, 32, True, 0.0, True)]
+MANY = pytest.param(2049, 6, 128, True, 0.3, True, marks=pytest.mark.gpu)
 
 
 @kernels
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("count", "longest", "d", "dual", "dropout", "packed"), SMALL)
+@pytest.mark.parametrize(("count", "longest", "d", "dual", "dropout", "packed"), [*SMALL, MANY])
 def test_errors_are_those_of_pytorch(
     count: int, longest: int, d: int, dual: bool, dropout: float, packed: bool, dtype: torch.dtype
 ) -> None:
@@ -312,7 +313,7 @@ def test_errors_are_those_of_pytorch(
 @pytest.mark.parametrize(("dual", "dropout"), [(False, 0.0), (False, 0.3), (True, 0.0), (True, 0.3)])
 @pytest.mark.parametrize("d", [16, 64, 128, 256])
 def test_errors_are_those_of_pytorch_on_the_gpu(d: int, dual: bool, dropout: float, dtype: torch.dtype) -> None:
-    for count, longest in ((1, 1), (1, 50), (2, 49), (3, 200), (63, 50), (132, 7), (513, 50)):
+    for count, longest in ((1, 1), (1, 50), (2, 49), (3, 200), (63, 50), (132, 7), (513, 50), (2049, 6)):
         # A norm's root is rounded once a row: of one row, equally exact code errs by more or less by chance.
         draws = 8 if count <= 3 else 1
         for packed in (False, True):
