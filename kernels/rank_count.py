@@ -294,6 +294,6 @@ def rank_count(
         targets if offsets is None else offsets, ranks,
         B, N, E, rounds, exclusions, row_blocks, tiles, length,
         M=M, T=T, **shape, EARLIER=32, EXCLUDES=exclusions > 0,
-        AHEAD=BK >= D and length <= AHEAD_TILES, PDL=PDL, INTERPRETED=interpreted,
+        AHEAD=int(BK >= D and length <= AHEAD_TILES), PDL=PDL, INTERPRETED=interpreted,
         num_warps=num_warps, num_stages=num_stages, **({"launch_pdl": True} if PDL else {}),
     )  # fmt: skip

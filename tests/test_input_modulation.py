@@ -340,14 +340,28 @@ def test_a_history_is_the_same_bits_in_any_batch(dtype: torch.dtype) -> None:
         assert torch.equal(padded[part][case.padded != 0], together[part])
         assert torch.equal(shuffled[part], padded[part][order])
     for user in range(case.count):
-        one = slice(user, user + 1)
-        rows = slice(*case.offsets[user : user + 2].tolist())
-        alone = input_modulation_dual(
-            case.packed[rows], p["table"], p["norm_weight"], p["norm_bias"], p["x_t"][one], p["dx_t"][one],
-            case.times(one), lam, offsets=case.offsets[user : user + 2] - case.offsets[user],
-            draws=Draws(case.draws.seed, case.draws.users[one]), dropout=0.3, backend="triton",
-        )  # fmt: skip
-        assert all(torch.equal(own, both[rows]) for own, both in zip(alone, together, strict=True))
+        check_alone(case, user, lam, together)
+
+
+def check_alone(case: Case, user: int, lam: Drawn, together: tuple[Tensor, ...]) -> None:
+    """A packed history's rows of E and its tangent have these bits where no other history is."""
+    p, one = case.parameters, slice(user, user + 1)
+    rows = slice(*case.offsets[user : user + 2].tolist())
+    alone = input_modulation_dual(
+        case.packed[rows], p["table"], p["norm_weight"], p["norm_bias"], p["x_t"][one], p["dx_t"][one],
+        case.times(one), lam, offsets=case.offsets[user : user + 2] - case.offsets[user],
+        draws=Draws(case.draws.seed, case.draws.users[one]), dropout=0.3, backend="triton",
+    )  # fmt: skip
+    assert all(torch.equal(own, both[rows]) for own, both in zip(alone, together, strict=True))
+
+
+@pytest.mark.gpu
+def test_a_history_is_the_same_bits_among_thousands() -> None:
+    """Whose programs have so many tiles that they wait for z first, where one of few waits in its first tile."""
+    case, lam = make(2500, 100, 128).to(torch.bfloat16), Drawn(0.5)
+    together = case.call(lam, packed=True, dual=True, dropout=0.3)
+    for user in (0, 1, 1300, 2499):
+        check_alone(case, user, lam, together)
 
 
 @kernels
