@@ -294,6 +294,8 @@ class _Fused(torch.autograd.Function):
         by_endpoint = by_table = None
         if ctx.needs_input_grad[1]:
             shapes, gradient = _shapes("by_items", endpoint), ctx.gradient
+            # First, though the chain waits for the rows' part: behind that, this ends late. A step of Beauty took 725
+            # to 731 us so, and takes 710 to 716 (H200).
             by_table = torch.empty_like(table) if gradient is None else gradient.empty()
             read = [one for one in (endpoint, table, targets, bits, log_sum, grad) if one is not None]
             with (Beside() if gradient is None else gradient.beside).work(*read):
