@@ -20,7 +20,7 @@ from bench.measure import COLD, Row, shown, time_us
 from fave_fast.ops import Exclusions, score_topk
 from fave_fast.ops.byte_table import ByteTable
 from fave_fast.ops.score_topk import BYTES_LEAST_ITEMS, BYTES_MOST_ROWS, OP, beyond_kernels, workspace_bytes
-from fave_fast.ops.score_topk_gpu import Sizes
+from fave_fast.ops.tiles import Sizes
 
 D, K = 128, 20
 CASES = (

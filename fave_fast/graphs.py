@@ -30,8 +30,8 @@ from fave_fast.ops.encoder import MAX_PLANNED, EncoderWeights, InputPath, Plan, 
 from fave_fast.ops.encoder import OP as ENCODER
 from fave_fast.ops.score_topk import OP as SCORE_TOPK
 from fave_fast.ops.score_topk import beyond_kernels, workspace_bytes
-from fave_fast.ops.score_topk_gpu import Sizes
 from fave_fast.ops.step_cpu import NativeStep
+from fave_fast.ops.tiles import Sizes
 from fave_fast.ops.tuning import launches_overlap, multiprocessors
 from fave_fast.profiling import ranged
 from fave_fast.submit import Completion, Submission

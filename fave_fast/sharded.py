@@ -61,7 +61,7 @@ from fave_fast.ops.encoder import Plan, encode_ids
 from fave_fast.ops.registry import why_no_triton
 from fave_fast.ops.score_topk import OP as SCORE_TOPK
 from fave_fast.ops.score_topk import beyond_kernels
-from fave_fast.ops.score_topk_gpu import Sizes
+from fave_fast.ops.tiles import Sizes
 from fave_fast.ranks import DONE, hear, say
 
 _logger = logging.getLogger(__name__)

@@ -18,7 +18,8 @@ from torch import Tensor
 from fave_fast.errors import BackendError
 from fave_fast.ops import Exclusions, score_topk, score_topk_gpu
 from fave_fast.ops.score_topk import beyond_kernels, workspace_bytes
-from fave_fast.ops.score_topk_gpu import MAX_K, MAX_ROWS, MAX_TILE, Sizes
+from fave_fast.ops.score_topk_gpu import MAX_K, MAX_ROWS, MAX_TILE
+from fave_fast.ops.tiles import Sizes
 from fave_fast.ops.tuning import multiprocessors
 
 GPU = torch.cuda.is_available()

@@ -24,8 +24,7 @@ from fave_fast.ops import native, score_topk_cpu, score_topk_gpu
 from fave_fast.ops.byte_table import ByteTable, KernelByteTable, NativeByteTable
 from fave_fast.ops.exclusions import Exclusions
 from fave_fast.ops.registry import Implementation, Op, not_interpreted, triton_kernels
-from fave_fast.ops.score_topk_gpu import Sizes
-from fave_fast.ops.tiles import Tiles, whole_rows
+from fave_fast.ops.tiles import Sizes, Tiles, whole_rows
 from fave_fast.ops.tuning import Shapes, launches_overlap, multiprocessors, tile_shapes
 from fave_fast.profiling import ranged
 

@@ -8,12 +8,12 @@ there before the queries are.
 from __future__ import annotations
 
 import importlib
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fave_fast.ops import encoder_hopper as hopper
+from fave_fast.ops.tiles import Sizes
 from fave_fast.ops.tuning import multiprocessors
 
 MAX_ROWS = 8  # columns of a product of the tensor cores
@@ -21,15 +21,6 @@ MAX_K = 32
 WIDTHS = (64, 128, 256)  # D
 STEP = 16  # items of a product
 LEAST_TILE, MAX_TILE = 32, 256  # items: a tile holds K, and each counts the others
-
-
-class Sizes(NamedTuple):
-    """What decides whether a call is for the kernels: B, D, K and N."""
-
-    rows: int
-    d: int
-    k: int
-    items: int
 
 
 def beyond(sizes: Sizes, device: torch.device) -> str | None:

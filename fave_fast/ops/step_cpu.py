@@ -18,7 +18,7 @@ from fave_fast.ops.encoder import OP as ENCODER
 from fave_fast.ops.encoder import EncoderWeights, InputPath
 from fave_fast.ops.score_topk import OP as SCORE_TOPK
 from fave_fast.ops.score_topk import beyond_kernels
-from fave_fast.ops.score_topk_gpu import Sizes
+from fave_fast.ops.tiles import Sizes
 from fave_fast.profiling import ranged
 
 if TYPE_CHECKING:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,15 @@ from torch.nn import functional
 from fave_fast.ops.exclusions import Exclusions
 
 MAX_TILE_ELEMENTS = 1 << 24  # 64 MiB of float32 scores
+
+
+class Sizes(NamedTuple):
+    """What decides which kernels take a call: B, D, K and N."""
+
+    rows: int
+    d: int
+    k: int
+    items: int
 
 
 @dataclass(frozen=True)
