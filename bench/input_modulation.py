@@ -155,12 +155,11 @@ def training(inputs: Inputs, who: str, packed: bool = False, dual: bool = False)
     # Forward as above; backward reads E's gradient and the row, and writes and reads the row's gradient.
     size = count * LENGTH * (16 + 2 * D * (6 + 2 * dual)) + 2 * ITEMS * D
     plain = torch.compile(inputs.plain, dynamic=False) if who == "torch.compile" else inputs.plain
-    if who == "triton":
-        time = time_us(
-            lambda: inputs.trained(lambda: inputs.ours("drawn", "computed", packed, dual)), repeats=20, clock=DIRTY
-        )
-    else:
-        time = time_us(lambda: inputs.trained(lambda: plain("drawn", "computed", dual)), repeats=20, clock=DIRTY)
+
+    def call() -> tuple[Tensor, ...]:
+        return inputs.ours("drawn", "computed", packed, dual) if who == "triton" else plain("drawn", "computed", dual)
+
+    time = time_us(lambda: inputs.trained(call), repeats=20, clock=DIRTY)
     return Row("input_modulation", case, who, time, floor_bytes=size, clock=DIRTY)
 
 

@@ -265,9 +265,9 @@ def _rows(
     # Rows are loaded one tile ahead, ids two: one after the other they take as long as a tile's arithmetic.
     real, e = _gathered(_items(first + row, begin, count, ids_ptr), table_ptr, channels, D)
     next_item = _items(first + step + row, begin, count, ids_ptr)
-    shift = x
-    dshift = x
-    if not LATE:
+    if LATE:
+        shift, dshift = x, x  # until z is there
+    else:
         if AFTER:
             gdc_wait()  # z comes from the kernel before this one, which still runs
         shift, dshift = _shifts(x, z_ptr, z_stride, dx_ptr, dz_ptr, user, channels, D)
