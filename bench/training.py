@@ -1,7 +1,8 @@
 """A training step of either stage: microseconds, and device memory at its peak.
 
-`python -m bench.training [--data FILE]`, meant for a GPU. Case `L 50` is B = 512 histories of 50 items, 12,101 items,
-four blocks, dropout 0.3, bf16; case `Beauty` the full batches of an epoch of its log, the network the same. A step is
+`python -m bench.training [--data FILE [--preset NAME ...]]`, meant for a GPU. Case `L 50` is B = 512 histories of 50
+items, 12,101 items, four blocks, dropout 0.3, bf16; case `Beauty` the full batches of an epoch of its log, the network
+the same, and with the name of a preset the same log by the preset's network. A step is
 everything from the windows' places on the host to changed weights; times are wall-clock over rounds of steps, the
 device waited for at the end of each.
 """
@@ -23,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bench.cpu import processor
 from bench.measure import Row, Time
 from fave_fast import dual, losses
-from fave_fast.config import Config
+from fave_fast.config import Config, preset
 from fave_fast.data import IdMap, Interactions, Windows, load_interactions, split
 from fave_fast.fused import Network
 from fave_fast.model import FAVE, Prediction
@@ -49,9 +50,9 @@ def full_length(n: int = N) -> tuple[Interactions, Config, list[Batch]]:
     return data, Config(), [(part, part + L) for part in starts]
 
 
-def real(path: Path) -> tuple[Interactions, Config, list[Batch]]:
-    """The batches of an epoch of Beauty, four blocks and 50 items as in the paper."""
-    data, config = load_interactions(path), Config()
+def real(path: Path, config: Config) -> tuple[Interactions, Config, list[Batch]]:
+    """The full batches of an epoch of Beauty."""
+    data = load_interactions(path)
     windows = Windows(data.offsets, split(data, config.data).train_end)
     numbers = epoch_batches(data, windows, config, (0, 1, 0))
     return data, config, [windows.positions(part) for part in numbers if len(part) == B]
@@ -171,14 +172,24 @@ def profile(steps: Steps, batch: Batch, times: int = 5) -> str:
     return "\n".join([f"{count} kernels, {total:.0f} us of the device", *lines])
 
 
-def cases(data: Path | None) -> Iterator[tuple[str, tuple[Interactions, Config, list[Batch]]]]:
+def cases(
+    data: Path | None, presets: Sequence[str] = ()
+) -> Iterator[tuple[str, tuple[Interactions, Config, list[Batch]]]]:
+    """The paper's network, four blocks and 50 items; and the presets' networks."""
     yield "L 50", full_length()
     if data is not None:
-        yield "Beauty", real(data)
+        yield "Beauty", real(data, Config())
+        for name in presets:
+            yield name, real(data, preset(name))
 
 
 def rows(
-    data: Path | None, seconds: float, device: torch.device, absent: dict[str, str], only: Sequence[str] | None = None
+    data: Path | None,
+    seconds: float,
+    device: torch.device,
+    absent: dict[str, str],
+    only: Sequence[str] | None = None,
+    presets: Sequence[str] = (),
 ) -> Iterator[Row]:
     """Every case, stage and contender; who cannot run is entered in `absent` with its reason.
 
@@ -204,7 +215,7 @@ def rows(
         named = who if on_gpu or who in PEERS else f"fave_fast {who}"
         yield Row("training_step", case, named, spent, clock=CLOCK, prepared_s=seconds_before, peak_bytes=memory)
 
-    made = list(cases(data)) if on_gpu else [("L 50", full_length())]
+    made = list(cases(data, presets)) if on_gpu else [("L 50", full_length())]
     kinds = ("fused", "fused, no graph", "eager", "fused, fp32", "eager, fp32") if on_gpu else ("eager", "eager, fp32")
     for case, (log, config, batches) in made:
         for stage in (1, 2):
@@ -237,13 +248,14 @@ def _some(batches: list[Batch], device: torch.device) -> list[Batch]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--data", type=Path, help="Beauty's log")
+    parser.add_argument("--preset", action="append", default=[], help="the network of this preset on that log, too")
     parser.add_argument("--seconds", type=float, default=1.0, help="of each timing")
     parser.add_argument("--only", help="leave out who is not among these, a / between two")
     parser.add_argument("--profile", action="store_true", help="list the kernels of steps launched one by one instead")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if arguments.profile:
-        for case, (log, config, batches) in cases(arguments.data):
+        for case, (log, config, batches) in cases(arguments.data, arguments.preset):
             for stage in (1, 2):
                 for who in ("fused, no graph", "eager"):
                     print(f"{case}, stage {stage}, {who}:")
@@ -251,7 +263,8 @@ def main() -> None:
         return
     absent: dict[str, str] = {}
     found = []
-    for row in rows(arguments.data, arguments.seconds, device, absent, arguments.only and arguments.only.split("/")):
+    only = arguments.only and arguments.only.split("/")
+    for row in rows(arguments.data, arguments.seconds, device, absent, only, arguments.preset):
         found.append(row)
         peak = "" if row.peak_bytes is None else f"{row.peak_bytes / 2**30:6.2f} GiB"
         print(f"{row.case:28} {row.who:24} {row.time.median:10.0f} us a step {peak}", flush=True)
