@@ -59,7 +59,7 @@ def diffurec_objective(network: Network, config: Config, targets: Tensor, genera
     prediction = network.predict((kept * x + spread * noise).to(x.dtype), time, torch.ones_like(time))
     loss = network.target_loss(prediction.endpoint, targets, config.loss.target)
     zero = torch.zeros_like(loss)
-    return Losses(loss, zero, loss, zero, zero)
+    return Losses(((1.0, loss),), zero, loss, zero, zero)
 
 
 METHODS = {

@@ -138,7 +138,7 @@ def check() -> None:
             grid_lam = lam[rows.clamp_min(0)].to(wide)
             with torch.autocast("cuda", torch.bfloat16, enabled=kind != "oracle"):
                 prediction, tangent = dual.predict(model, history, *inputs, grid_lam, v.to(wide))
-        loss = prediction.endpoint.square().sum() + prediction.source.square().sum() + tangent.square().sum()
+        loss = prediction.endpoint.square().sum() + prediction.source.to(wide).square().sum() + tangent.square().sum()
         leaves = [one for name, one in model.named_parameters() if not name.startswith("history_decoder")]
         return [prediction.endpoint, prediction.source, tangent, *torch.autograd.grad(loss, leaves)]
 

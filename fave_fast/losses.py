@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -19,15 +20,36 @@ from fave_fast.ops.cross_entropy import Pairs
 Reduction = Literal["mean", "sum"]
 
 
+@functools.cache
+def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A scalar; made before a step is captured, for the first of each kind is not."""
+    return torch.full((), value, dtype=dtype, device=device)
+
+
 @dataclass(frozen=True)
 class Losses:
-    """One batch's losses, scalars. `match` is L_rec in stage 1, L_match in stage 2; stage 1 has no `consistency`."""
+    """One batch's losses, scalars. `match` is L_rec in stage 1, L_match in stage 2; stage 1 has no `consistency`.
 
-    total: Tensor
+    Of a network that computes beside the current stream none is to be read before that is joined.
+    """
+
+    weighted: tuple[tuple[float, Tensor], ...]  # what the total consists of, with its weights
     match: Tensor
     target: Tensor
     source: Tensor
     consistency: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """The weighted sum."""
+        counted = [part if weight == 1 else weight * part for weight, part in self.weighted]
+        return sum(counted[1:], counted[0]) if counted else torch.zeros_like(self.match)
+
+    def backward(self, scale: float = 1.0) -> None:
+        """The gradients of `scale` times the total, which no gradient needs, nor do they need the losses' values."""
+        parts = [(weight, part) for weight, part in self.weighted if part.requires_grad]
+        factors = [_constant(scale * weight, part.dtype, part.device) for weight, part in parts]
+        torch.autograd.backward([part for _, part in parts], factors)
 
 
 @dataclass(frozen=True)
@@ -46,10 +68,11 @@ class Share:
 def _squared(error: Tensor, reduction: Reduction) -> Tensor:
     """Squared error [B, D]: mean over the batch, mean or sum over the channels; in fp32 or above."""
     wide = error if error.dtype == torch.float64 else error.float()
-    return _averaged(wide.square(), reduction)
+    return averaged(wide.square(), reduction)
 
 
-def _averaged(squares: Tensor, reduction: Reduction) -> Tensor:
+def averaged(squares: Tensor, reduction: Reduction) -> Tensor:
+    """Squares [B, D]: mean over the batch, mean or sum over the channels."""
     # Row by row first: PyTorch adds 65,536 numbers up in one program, 13 us of a training step (H200).
     rows = squares.mean(-1) if reduction == "mean" else squares.sum(-1)
     return rows.mean()
@@ -59,7 +82,7 @@ def matching_loss(endpoint: Tensor, x_1: Tensor, reduction: Reduction = "mean") 
     """L_rec of eq. (11) and L_match of eq. (21): ||f(x_t, t, r) - x_1||^2 for [B, D] tensors."""
     # By PyTorch's op for it: a difference and its square are three launches more, with their gradients.
     if endpoint.dtype == x_1.dtype and endpoint.itemsize > 2:
-        return _averaged(F.mse_loss(endpoint, x_1, reduction="none"), reduction)
+        return averaged(F.mse_loss(endpoint, x_1, reduction="none"), reduction)
     return _squared(endpoint - x_1, reduction)
 
 
@@ -144,13 +167,13 @@ class Network(Protocol):
     def source_loss(
         self, source: Tensor, kind: Literal["sampled", "dense"], generator: torch.Generator | None
     ) -> Tensor:
-        """L_src of eq. (13) for E_u [B, D]; not to be read before `settle`."""
+        """L_src of eq. (13) for E_u [B, D]."""
+
+    def matching_loss(self, endpoint: Tensor, x_1: Tensor, reduction: Reduction) -> Tensor:
+        """L_rec of eq. (11) and L_match of eq. (21) for [B, D] tensors."""
 
     def target_loss(self, endpoint: Tensor, targets: Tensor, kind: Literal["all", "unseen"]) -> Tensor:
         """L_tgt of eq. (12), of int64 targets [B], over all items or without those of each history."""
-
-    def settle(self) -> None:
-        """Waits, on the device, for what is computed beside the current stream."""
 
 
 class ReferenceNetwork:
@@ -194,6 +217,10 @@ class ReferenceNetwork:
         """By the function of this name."""
         return source_loss(self.model, source, self.history, kind, generator, self.share)
 
+    def matching_loss(self, endpoint: Tensor, x_1: Tensor, reduction: Reduction) -> Tensor:
+        """By the function of this name."""
+        return matching_loss(endpoint, x_1, reduction)
+
     def target_loss(self, endpoint: Tensor, targets: Tensor, kind: Literal["all", "unseen"]) -> Tensor:
         """By the function of this name."""
         table, seen = self.model.item_embedding.weight, None
@@ -201,9 +228,6 @@ class ReferenceNetwork:
             users = torch.arange(len(self.history), device=self.history.device)
             seen = Pairs(users.repeat_interleave(self.history.shape[1]), self.history.flatten())
         return target_loss(endpoint, table, targets, seen)
-
-    def settle(self) -> None:
-        """Nothing is."""
 
 
 Objective = Callable[[Network, Config, Tensor, torch.Generator | None], Losses]
@@ -271,11 +295,9 @@ def _weigh(
     weights = config.loss
     zero = x_1.new_zeros((), dtype=torch.promote_types(x_1.dtype, torch.float32))
     source = network.source_loss(prediction.source, weights.source, generator) if weights.beta > 0 else zero
-    match = matching_loss(prediction.endpoint, x_1, weights.reduction)
+    match = network.matching_loss(prediction.endpoint, x_1, weights.reduction)
     target = network.target_loss(prediction.endpoint, targets, weights.target)
     consistency = zero if tangent is None else consistency_loss(tangent, weights.reduction)
-    network.settle()
     parts = [(matching, match), (weights.alpha, target), (weights.beta, source), (weights.gamma, consistency)]
-    # On a GPU each product and each sum here is a launch forward and another backward.
-    counted = [part if weight == 1 else weight * part for weight, part in parts if weight > 0 and part is not zero]
-    return Losses(sum(counted[1:], counted[0]) if counted else zero, match, target, source, consistency)
+    weighted = tuple((weight, part) for weight, part in parts if weight > 0 and part is not zero)
+    return Losses(weighted, match, target, source, consistency)

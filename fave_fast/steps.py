@@ -137,15 +137,17 @@ class FusedSteps:
         self._adam = ClippedAdam(self.optimiser, self.config.train.clip, self.backend)
         self._items = torch.from_numpy(self.data.items.copy()).to(device)  # a log's arrays may be read-only
         self._tables = rotary_of(self.config.model, device)
-        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._sides: list[torch.cuda.Stream | None] = [None, None]
+        if device.type == "cuda":
+            # What the chain of kernels waits for first gets places first, and the update's share last.
+            self._sides = [torch.cuda.Stream(device, priority=one) for one in (-1, 0)]  # type: ignore[no-untyped-call]
         self._capturing = self.capture and device.type == "cuda"
         if self._capturing:
             # Where each window starts and ends, and the seed: what the graphs read.
             whole = range(self.config.train.batch_size)
             size = len(whole[self.ranks.share(len(whole))[0]])
             self._input = torch.zeros(2 * size + 1, dtype=torch.int64, device=device)
-            # What runs beside its kernels gives way to them.
-            self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+            self._stream = torch.cuda.Stream(device, priority=-2)  # type: ignore[no-untyped-call]
             self._pool = torch.cuda.graph_pool_handle()
 
     @ranged("fave/step")
@@ -206,30 +208,37 @@ class FusedSteps:
         """The loss and the gradients, where `part` of the batch is here; `addresses` as `ClippedAdam.take` wants it."""
         count = len(given) // 2
         starts, targets, seed = given[:count], given[count:-1], given[-1:]
-        packed = pack_windows(
-            self._items, starts, targets, shape.longest, shape.rows, shape.fillers, backend=self.backend
-        )
+        beside, behind = (Beside(one) for one in self._sides)
+        with beside.work(given):  # until the network reads it; meanwhile the targets are looked up, and noise is drawn
+            packed = pack_windows(
+                self._items, starts, targets, shape.longest, shape.rows, shape.fillers, backend=self.backend
+            )
         share, tables = _share(self.ranks, part), self._tables
         if tables is not None:
             ages = shape.longest + self._tokens
             tables = tables[0][:ages], tables[1][:ages]
-        beside = Beside(self._side)
-        network = Network(self.model, packed, seed, self.dtype, self.backend, tables=tables, share=share, beside=beside)
+        network = Network(
+            self.model, packed, seed, self.dtype, self.backend, tables=tables, share=share, beside=beside, behind=behind
+        )
         objective = self.objective or losses.OBJECTIVES[self.stage - 1]
-        wanted = self._items[targets].long()
+        wanted = self._items.index_select(0, targets).long()
         with torch.autocast(given.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            total = objective(network, self.config, wanted, None).total
-        if share is not None:
-            total = total * part
-        total.backward()  # type: ignore[no-untyped-call]
+            found = objective(network, self.config, wanted, None)
+        source_known = beside.so_far()
+        with behind.work():  # what was computed here is known there
+            pass
+        found.backward(1.0 if share is None else part)
+        with behind.ahead(), torch.no_grad():
+            source_known()
+            total = found.total if share is None else found.total * (part * self.ranks.count)
         beside.finish()
+        behind.finish()
         if share is not None:
             self._sum_gradients()
-            total = total * self.ranks.count
         gradients = [one.grad for one in self._adam.parameters]
         self._adam.take(addresses)
         self.optimiser.zero_grad(set_to_none=True)
-        return total.detach(), gradients
+        return total, gradients
 
     def _sum_gradients(self) -> None:
         """Over ranks, in one exchange."""

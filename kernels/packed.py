@@ -23,8 +23,11 @@ def _window_offsets(starts_ptr, ends_ptr, offsets_ptr, count, fillers, rows, lon
 
 
 @triton.jit(do_not_specialize=["count"])
-def _window_rows(items_ptr, ends_ptr, offsets_ptr, ids_ptr, owners_ptr, users_ptr, count, LONGEST: tl.constexpr):
-    """One history's items, and whose they are."""
+def _window_rows(
+    items_ptr, ends_ptr, offsets_ptr, ids_ptr, owners_ptr, users_ptr, newest_ptr, of_newest_ptr, count,
+    LONGEST: tl.constexpr,
+):  # fmt: skip
+    """One history's items, whose they are, and where the newest one is."""
     history = tl.program_id(0)
     begin, end = tl.load(offsets_ptr + history), tl.load(offsets_ptr + history + 1)
     row = begin + tl.arange(0, LONGEST)
@@ -33,6 +36,8 @@ def _window_rows(items_ptr, ends_ptr, offsets_ptr, ids_ptr, owners_ptr, users_pt
     tl.store(ids_ptr + row, item.to(tl.int64), row < end)
     tl.store(owners_ptr + row, tl.zeros([LONGEST], tl.int64) + history, row < end)
     tl.store(users_ptr + history, history)
+    tl.store(newest_ptr + history, tl.maximum(end - 1, 0))
+    tl.store(of_newest_ptr + row, tl.where(row == end - 1, history, -1), row < end)
 
 
 @triton.jit(do_not_specialize=["count", "rows"])
@@ -61,8 +66,10 @@ def _pick(
     tl.store(places_ptr + rows + row, beside, here)
     tl.store(errors_ptr + row, wanted, here)
     tl.store(errors_ptr + rows + row, unwanted, here)
-    tl.store(sums_ptr + 2 * history, tl.sum(wanted * wanted + unwanted * unwanted, 0))
-    tl.store(sums_ptr + 2 * history + 1, tl.sum(live.to(tl.float32) + lone.to(tl.float32), 0))
+    # Each kind of sum in a row: PyTorch adds up numbers that lie next to each other in half the time.
+    tl.store(sums_ptr + history, tl.sum(wanted * wanted + unwanted * unwanted, 0))
+    counted = tl.sum(live.to(tl.float32) + lone.to(tl.float32), 0)
+    tl.store(sums_ptr + tl.num_programs(0) + history, counted)
 
 
 @triton.jit
@@ -225,10 +232,10 @@ def decoder_backward(source, first, second, one, two, grad, source_grad, part, *
     )  # fmt: skip
 
 
-def pack_windows(items, starts, ends, offsets, ids, owners, users, *, longest):
-    """Write offsets [B + F + 1], ids and owners [rows] and users [B + F], all int64, for histories of up to `longest`.
+def pack_windows(items, starts, ends, offsets, ids, owners, users, newest, of_newest, *, longest):
+    """Write offsets [B + F + 1], ids and owners [rows], users and newest [B + F], and of_newest int32 [rows].
 
-    items integers [M]; starts and ends int64 [B].
+    All but the last are int64. Of histories of up to `longest` items; items integers [M]; starts and ends int64 [B].
     """
     count, users_count = len(starts), len(users)
     _window_offsets[(1,)](
@@ -236,17 +243,18 @@ def pack_windows(items, starts, ends, offsets, ids, owners, users, *, longest):
         BLOCK=triton.next_power_of_2(users_count), num_warps=4,
     )  # fmt: skip
     _window_rows[(users_count,)](
-        items, ends, offsets, ids, owners, users, count, LONGEST=triton.next_power_of_2(longest), num_warps=1
-    )
+        items, ends, offsets, ids, owners, users, newest, of_newest, count, LONGEST=triton.next_power_of_2(longest),
+        num_warps=1,
+    )  # fmt: skip
 
 
 def pick(outputs, ids, offsets, drawn, places, errors, sums, *, count, longest):
-    """Write places int64 [2 rows], errors float32 [2 rows] and sums float32 [B + F, 2] of outputs [B, width].
+    """Write places int64 [2 rows], errors float32 [2 rows] and sums float32 [2, B + F] of outputs [B, width].
 
     ids and drawn int64 [rows], offsets int64 [B + F + 1].
     """
     block = triton.next_power_of_2(longest)
-    _pick[(len(sums),)](
+    _pick[(sums.shape[1],)](
         outputs, ids, offsets, drawn, places, errors, sums, count, len(ids), outputs.shape[1],
         LONGEST=block, CHUNK=min(block, 32), num_warps=2,
     )  # fmt: skip

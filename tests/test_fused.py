@@ -290,13 +290,25 @@ def test_captured_steps_are_the_launched_ones(stage: int) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("loss", [{}, {"source": "dense"}, {"target": "unseen"}])
+@pytest.mark.parametrize("longest", [50, 7])
+@pytest.mark.parametrize("blocks", [1, 4])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("stage", [1, 2])
-def test_what_runs_beside_changes_no_bit(stage: int, dropout: float) -> None:
+def test_what_runs_beside_changes_no_bit(
+    stage: int, dropout: float, blocks: int, longest: int, loss: dict[str, Any]
+) -> None:
     """At a size where branches overlap and memory goes from hand to hand: captured, launched, and all in one stream."""
-    values = {"model": {"dropout": dropout, "embedding_dropout": dropout}, "train": {"batch_size": 256}}
+    values = {
+        "model": {
+            "dropout": dropout, "embedding_dropout": dropout, "blocks": blocks, "source_block": -min(blocks, 2)
+        },
+        "loss": loss,
+        "train": {"batch_size": 256},
+    }  # fmt: skip
     config = Config.from_dict(values, "test")
     draws = np.random.default_rng(0)
+    lengths = draws.integers(1, longest + 1, 256)
     items = draws.integers(1, 12_102, 256 * 60).astype(np.int32)
     starts = np.arange(256) * 60
     ids = IdMap(np.arange(1, 12_102))
@@ -309,8 +321,8 @@ def test_what_runs_beside_changes_no_bit(stage: int, dropout: float) -> None:
         adam = make_optimiser(model, 0.001, 0.0, captured=True)
         steps = FusedSteps(data, config, model, adam, stage, torch.bfloat16, backend="triton", capture=capture)
         if not beside:
-            steps._side = None
-        taken = [steps.take(starts, starts + 50, seed).clone() for seed in range(5)]
+            steps._sides = [None, None]
+        taken = [steps.take(starts, starts + lengths, seed).clone() for seed in range(5)]
         return [*taken, *model.state_dict().values()]
 
     want = results(capture=False, beside=False)

@@ -25,7 +25,6 @@ Without tangents e = 0 leaves the usual gradients. Rotary position embedding tur
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -76,6 +75,22 @@ def refuse_forward_mode(op: str, *tensors: Tensor) -> None:
 
 
 @dataclass(frozen=True)
+class Newest:
+    """Where the newest items of B histories are among all rows, and whose newest item a row is."""
+
+    rows: Tensor  # int64 [B]
+    owners: Tensor  # int32 [rows]; -1 of other rows
+
+
+def newest_of(offsets: Tensor, total: int) -> Newest:
+    """Of packed histories' offsets [B + 1]; of a history without items some row before it, or row 0."""
+    rows = (offsets[1:] - 1).clamp_min(0)
+    owners = torch.full((total,), -1, dtype=torch.int32, device=rows.device)
+    owners.index_copy_(0, rows, torch.arange(len(rows), dtype=torch.int32, device=rows.device))
+    return Newest(rows, owners)
+
+
+@dataclass(frozen=True)
 class Histories:
     """Where the histories lie among the rows, and what may attend to what.
 
@@ -114,13 +129,6 @@ class Histories:
         ages = torch.arange(length - 1, -1, -1, device=lengths.device)
         present = ages < lengths[:, None]
         return torch.where(present, ends[:, None] - 1 - ages, 0), present
-
-    @functools.cached_property
-    def newest_rows(self) -> Tensor:
-        """Row int64 [B] of each history's newest item; of one without items whatever row precedes it, or row 0."""
-        if self.padded_length is None:
-            return (self.bounds[1:] - 1).clamp_min(0)
-        return torch.arange(1, len(self) + 1, device=self.bounds.device) * self.padded_length - 1
 
 
 @uncompiled

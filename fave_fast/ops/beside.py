@@ -7,10 +7,13 @@ goes beside becomes a branch of the graph; on a CPU, and where nothing else is a
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+
+Wait = Callable[[], None]
+"""Lets the stream that is current when it is called wait for a piece of work."""
 
 
 class Beside:
@@ -29,7 +32,8 @@ class Beside:
     def work(self, *read: Tensor) -> Iterator[None]:
         """What is launched within runs beside, behind what the current stream holds so far.
 
-        Its backward pass does so, too: autograd runs it where the forward pass ran, and waits where the two meet.
+        Its backward pass does so, too: autograd runs it where the forward pass ran, and waits where the two meet, for
+        all that an op has launched there until it returned.
 
         Args:
             read: tensors of the current stream that are read there, and do not change; kept until `finish`, or others
@@ -55,6 +59,13 @@ class Beside:
         self._begun = True
         with torch.cuda.stream(self._stream):
             yield
+
+    def so_far(self) -> Wait:
+        """What waits for the work until now, and for none that comes later."""
+        if not self._begun or self._stream is None:
+            return lambda: None
+        stream, done = self._stream, self._stream.record_event()
+        return lambda: torch.cuda.current_stream(stream.device).wait_event(done)
 
     def join(self) -> None:
         """Let the current stream wait for what runs beside it."""

@@ -33,10 +33,12 @@ from torch.nn import functional as F
 
 from fave_fast.ops.attention import (
     Histories,
+    Newest,
     Tables,
     backward_into,
     check_values,
     forward_into,
+    newest_of,
     refuse_forward_mode,
     views,
 )
@@ -119,26 +121,34 @@ class Place:
     index: int
     weights: BlockWeights  # with matrices as the products want them
     sums: _Sums
-    beside: Beside  # where the matrices' gradients are computed
+    behind: Beside  # where the matrices' gradients are computed
 
 
 def together(
-    weights: list[BlockWeights], dtype: torch.dtype, beside: Beside | None = None
+    weights: list[BlockWeights], dtype: torch.dtype, behind: Beside | None = None, beside: Beside | None = None
 ) -> list[tuple[BlockWeights, Place]]:
     """The weights to give to `block`, and the places, of all the blocks of a network on rows of `dtype`.
 
-    All blocks are to be run once. `beside` is finished when the last of their gradients is there.
+    All blocks are to be run once.
+
+    Args:
+        weights: block by block.
+        dtype: of the rows.
+        behind: where the gradients of the weights are computed; to be finished before they are read.
+        beside: where the weights are narrowed, ahead; to be joined before the first block.
     """
-    beside = beside or Beside()
+    behind, beside = behind or Beside(), beside or Beside()
     sums = _Sums(2 * len(weights), 1 if weights[0].attention_bias is None else 2)
     given = [one for each in weights for one in (*each.norms, *each.matrices) if one is not None]
-    through: Iterator[Tensor] = iter(cast(Any, _Together).apply(sums, beside, *given))
+    through: Iterator[Tensor] = iter(cast(Any, _Together).apply(sums, behind, *given))
+    with beside.ahead():
+        narrowed = _narrowed(weights, dtype)
     result = []
-    for index, (each, narrow) in enumerate(zip(weights, _narrowed(weights, dtype), strict=True)):
+    for index, (each, narrow) in enumerate(zip(weights, narrowed, strict=True)):
         norms = [None if one is None else next(through) for one in each.norms]
         matrices = itertools.islice(through, len(each.matrices))
         changed = each.with_norms(*norms).with_matrices(*matrices)
-        result.append((changed, Place(index, narrow, sums, beside)))
+        result.append((changed, Place(index, narrow, sums, behind)))
     return result
 
 
@@ -146,8 +156,8 @@ class _Together(torch.autograd.Function):
     """Parameters as they are. Their gradients are there when all blocks' are; of norms sums of what blocks wrote."""
 
     @staticmethod
-    def forward(ctx: Any, sums: _Sums, beside: Beside, *given: Tensor) -> tuple[Tensor, ...]:
-        ctx.sums, ctx.beside = sums, beside
+    def forward(ctx: Any, sums: _Sums, behind: Beside, *given: Tensor) -> tuple[Tensor, ...]:
+        ctx.sums, ctx.behind = sums, behind
         ctx.norms = [one.dtype if one.dim() == 1 else None for one in given]
         ctx.set_materialize_grads(False)
         return tuple(one.view_as(one) for one in given)
@@ -155,10 +165,10 @@ class _Together(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        ctx.beside.finish()
         if not ctx.sums.written:
             return None, None, *grads
-        totals = iter(ctx.sums.totals())
+        with ctx.behind.work(*ctx.sums.shares.values()):
+            totals = iter(ctx.sums.totals())
         return (
             None,
             None,
@@ -301,16 +311,18 @@ def last_block(
     causal: bool = False,
     dropout: BlockDropout | None = None,
     place: Place | None = None,
+    newest: Newest | None = None,
     backend: str = "auto",
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """`block` of (x,), or `block_dual` of (x, dx), with `last_only`: the results, and the newest rows of x, [B, D].
 
     These rows' gradients join the residual stream's; of rows selected from x itself they would be a tensor as large as
-    x, filled and added, 13 us of 25,600 rows (H200).
+    x, filled and added, 13 us of 25,600 rows (H200). `newest`: of `newest_of`, where it is known.
     """
     histories = Histories(offsets, None, heads, rotary, causal, last=True)
-    *results, newest = _apply("block" if len(x) == 1 else "block_dual", x, weights, histories, dropout, place, backend)
-    return tuple(results), newest
+    op = "block" if len(x) == 1 else "block_dual"
+    *results, rows = _apply(op, x, weights, histories, dropout, place, backend, newest)
+    return tuple(results), rows
 
 
 def _apply(
@@ -321,6 +333,7 @@ def _apply(
     dropout: BlockDropout | None,
     place: Place | None,
     backend: str,
+    newest: Newest | None = None,
 ) -> tuple[Tensor, ...]:
     given = [one for one in weights if one is not None]
     refuse_forward_mode(op, *x, *given)
@@ -328,7 +341,7 @@ def _apply(
     if dropout is not None and dropout.p == 0:
         dropout = None
     run = OP.resolve(backend, x[0].device, x[0].dtype)
-    return run(x, weights, histories, dropout, place)
+    return run(x, weights, histories, dropout, place, newest)
 
 
 def _check(x: tuple[Tensor, ...], weights: BlockWeights, histories: Histories) -> None:
@@ -374,22 +387,29 @@ def norm_dual(x: tuple[Tensor, ...], gain: Tensor, bias: Tensor | None, eps: flo
 
 def normed(
     x: tuple[Tensor, ...], gain: Tensor, bias: Tensor | None, eps: float, count: int, dtype: torch.dtype, *,
-    backend: str = "auto",
+    behind: Beside | None = None, backend: str = "auto",
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """`norm_dual` of the first `count` rows of x [rows, D], in `dtype`; differentiable once with the triton backend.
 
-    In plain PyTorch the tangent and its gradients were some 60 launches.
+    In plain PyTorch the tangent and its gradients were some 60 launches. `behind`: where the gradients of gain and bias
+    are added up; to be finished before they are read.
 
     Raises:
         BackendError: the backend cannot run here.
     """
     beyond = {} if gain.dtype == dtype else {"triton": f"its kernels take a gain of {dtype}, not {gain.dtype}"}
     run = NORM.resolve(backend, x[0].device, x[0].dtype, beyond)
-    return run(x, gain, bias, eps, count, dtype)
+    return run(x, gain, bias, eps, count, dtype, behind or Beside())
 
 
 def _norm_reference(
-    x: tuple[Tensor, ...], gain: Tensor, bias: Tensor | None, eps: float, count: int, dtype: torch.dtype
+    x: tuple[Tensor, ...],
+    gain: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    count: int,
+    dtype: torch.dtype,
+    behind: Beside,
 ) -> tuple[Tensor, ...]:
     return norm_dual(tuple(one[:count].to(dtype) for one in x), gain, bias, eps)
 
@@ -414,6 +434,7 @@ def reference(
     histories: Histories,
     dropout: BlockDropout | None,
     place: Place | None = None,
+    newest: Newest | None = None,
 ) -> tuple[Tensor, ...]:
     """Plain PyTorch on (x,) or (x, dx), with casts of its own: gradients go through them.
 
@@ -431,7 +452,7 @@ def reference(
     n = norm_dual(x, weights.attention_gain, weights.attention_bias, weights.eps)
     residual = x
     if histories.last:
-        rows = histories.newest_rows
+        rows = (newest or newest_of(histories.bounds, len(x[0]))).rows
         residual = tuple(one[rows] for one in x)
         queries = linear_dual(tuple(one[rows] for one in n), weights.qkv[:d])
         o = attend(linear_dual(n, weights.qkv[d:]), queries, histories)
@@ -491,6 +512,7 @@ class _Block:
     d: int
     wide: torch.dtype  # of the weights' gradients
     place: Place | None
+    newest: Newest | None  # where the histories are asked for theirs
 
     def _mask(self) -> _Mask | None:
         if self.dropout is None:
@@ -510,12 +532,12 @@ class _Block:
 
         w, d = self.weights, self.d
         norm, ffn_norm = self._norms()
-        count, total, last = len(x), len(x[0]), self.histories.last
+        count, total = len(x), len(x[0])
         shapes = _shapes("norm_linear", self.dual, x[0])
         residual, queries = x, None
         weight = w.qkv
-        if last:
-            rows = self.histories.newest_rows
+        if self.newest is not None:
+            rows = self.newest.rows
             residual = tuple(one.index_select(0, rows) for one in x)
             queries = _Rows(x[0], count, len(rows), d)
             kernels.norm_linear(residual, norm, weight[:d], queries.parts, shapes)
@@ -530,7 +552,7 @@ class _Block:
             _shapes("tail", self.dual, x[0]),
         )  # fmt: skip
         saved = (projected.buffer, o.buffer, h.buffer) + (() if queries is None else (queries.buffer,))
-        return (*y.parts, residual[0]) if last else y.parts, saved
+        return y.parts if self.newest is None else (*y.parts, residual[0]), saved
 
     def backward(
         self,
@@ -542,7 +564,7 @@ class _Block:
         """Gradients of x (and dx) and, in their order, of the weights."""
         w, d = self.weights, self.d
         projected, o, h = saved[:3]
-        queries = saved[3] if self.histories.last else None
+        queries = None if self.newest is None else saved[3]
         gh, go, ffn = self._feed_forward_backward(h, upstream)
         g_projected = torch.empty_like(projected)
         g_queries = None if queries is None else torch.empty_like(queries)
@@ -550,19 +572,17 @@ class _Block:
         g_out = self._product(ffn.pop("gz"), o.flatten(0, 1))
         if of_newest is not None:  # after the products above, which are not to see it
             if self.dropout is None:  # gh itself is what they read
-                self._beside.join()
+                self._behind.join()
             gh.parts[0].add_(of_newest)
         gn = self._linear(g_projected, w.qkv if queries is None else w.qkv[d:])
         newest = None
-        if g_queries is not None:
-            rows = self.histories.newest_rows
-            owner = torch.full((len(x[0]),), -1, dtype=torch.int32, device=rows.device)
-            owner.index_copy_(0, rows, torch.arange(len(rows), dtype=torch.int32, device=rows.device))
-            newest = (owner, self._linear(g_queries, w.qkv[:d]).parts)
+        if g_queries is not None and self.newest is not None:
+            newest = (self.newest.owners, self._linear(g_queries, w.qkv[:d]).parts)
         gx, n, g_norm = self._norm_backward(gn, x, 0, gh.parts, newest, None, None)
         g_qkv = torch.empty(w.qkv.shape, dtype=self.wide, device=w.qkv.device)
-        if g_queries is not None:
-            newest_n = n.buffer.index_select(1, self.histories.newest_rows).flatten(0, 1)
+        if g_queries is not None and self.newest is not None:
+            with self._behind.work(n.buffer):
+                newest_n = n.buffer.index_select(1, self.newest.rows).flatten(0, 1)
             self._product(g_queries.flatten(0, 1), newest_n, g_qkv[:d])
         self._product(g_projected.flatten(0, 1), n.flat, g_qkv[3 * d - g_projected.shape[2] :])
         g_gain, g_bias = ffn["norm"]
@@ -592,8 +612,8 @@ class _Block:
         return gh, go, {"norm": g_norm, "in": self._product(ga.flat, n.flat), "out": g_out, "gz": attention_gz.flat}
 
     @property
-    def _beside(self) -> Beside:
-        return Beside() if self.place is None else self.place.beside
+    def _behind(self) -> Beside:
+        return Beside() if self.place is None else self.place.behind
 
     def _product(self, gradient: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
         """A matrix's gradient, of those of its results [rows, N] and of what it was applied to [rows, K]: [N, K].
@@ -603,7 +623,7 @@ class _Block:
         """
         if out is None:
             out = torch.empty(gradient.shape[1], x.shape[1], dtype=self.wide, device=x.device)
-        with self._beside.work(gradient, x):
+        with self._behind.work(gradient, x):
             if gradient.dtype == self.wide:
                 torch.mm(gradient.t(), x, out=out)
             elif gradient.device.type == "cuda":
@@ -663,6 +683,7 @@ class _BlockFunction(torch.autograd.Function):
         histories: Histories,
         dropout: BlockDropout | None,
         place: Place | None,
+        newest: Newest | None,
         dual: bool,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
@@ -670,7 +691,7 @@ class _BlockFunction(torch.autograd.Function):
         weights = BlockWeights(*(one if one is None else one.contiguous() for one in tensors[1 + dual :]))  # type: ignore[arg-type]
         wide = weights.qkv.dtype
         (weights,) = _narrowed([weights], x[0].dtype) if place is None else (place.weights,)
-        ctx.block = (histories, dropout, dual, x[0].shape[1], wide, place)
+        ctx.block = (histories, dropout, dual, x[0].shape[1], wide, place, newest)
         launches = _Block(weights, *ctx.block)
         outputs, saved = launches.forward(x)
         ctx.set_materialize_grads(False)
@@ -688,7 +709,7 @@ class _BlockFunction(torch.autograd.Function):
         shape = (len(histories) if histories.last else len(x[0])), x[0].shape[1]
         given = tuple(x[0].new_zeros(shape) if one is None else one.contiguous() for one in upstream[: 1 + dual])
         gx, gradients = launches.backward(x, saved, given, upstream[1 + dual] if histories.last else None)
-        return None, None, None, None, *gx, *gradients
+        return None, None, None, None, None, *gx, *gradients
 
 
 class _Norm(torch.autograd.Function):
@@ -696,7 +717,14 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, eps: float, count: int, dtype: torch.dtype, gain: Tensor, bias: Tensor | None, *x: Tensor
+        ctx: Any,
+        eps: float,
+        count: int,
+        dtype: torch.dtype,
+        behind: Beside,
+        gain: Tensor,
+        bias: Tensor | None,
+        *x: Tensor,
     ) -> tuple[Tensor, ...]:
         from fave_fast.kernels import block as kernels
 
@@ -704,7 +732,7 @@ class _Norm(torch.autograd.Function):
         y = tuple(torch.empty(count, one.shape[1], dtype=dtype, device=one.device) for one in x)
         kernels.norm(x, (gain, bias, eps), y, tile_shapes("block", "norm", gain.device))
         ctx.save_for_backward(gain, bias, *x)
-        ctx.eps = eps
+        ctx.eps, ctx.behind = eps, behind
         return y
 
     @staticmethod
@@ -722,18 +750,24 @@ class _Norm(torch.autograd.Function):
         sums = torch.empty(2, d, -(-count // shapes["BM"]), dtype=torch.float32, device=gain.device)
         grads = tuple(one.contiguous() for one in upstream)
         kernels.norm_backward(grads, tuple(x), (gain, bias, ctx.eps), None, None, None, gx, None, None, sums, shapes)
-        if bias is None:
-            return None, None, None, sums[0].sum(1), None, *gx
-        return None, None, None, *sums.sum(2), *gx
+        with ctx.behind.work(sums):
+            of_gain, of_bias = sums.sum(2)
+        return None, None, None, None, of_gain, None if bias is None else of_bias, *gx
 
 
-Normalise = Callable[[tuple[Tensor, ...], Tensor, Tensor | None, float, int, torch.dtype], tuple[Tensor, ...]]
+Normalise = Callable[[tuple[Tensor, ...], Tensor, Tensor | None, float, int, torch.dtype, Beside], tuple[Tensor, ...]]
 
 
 def _norm_triton(
-    x: tuple[Tensor, ...], gain: Tensor, bias: Tensor | None, eps: float, count: int, dtype: torch.dtype
+    x: tuple[Tensor, ...],
+    gain: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    count: int,
+    dtype: torch.dtype,
+    behind: Beside,
 ) -> tuple[Tensor, ...]:
-    result: tuple[Tensor, ...] = cast(Any, _Norm).apply(eps, count, dtype, gain, bias, *x)
+    result: tuple[Tensor, ...] = cast(Any, _Norm).apply(eps, count, dtype, behind, gain, bias, *x)
     return result
 
 
@@ -744,7 +778,9 @@ NORM: Op[Normalise] = Op(
         Implementation("reference", _norm_reference),
     ),
 )
-Run = Callable[[tuple[Tensor, ...], BlockWeights, Histories, BlockDropout | None, Place | None], tuple[Tensor, ...]]
+Run = Callable[
+    [tuple[Tensor, ...], BlockWeights, Histories, BlockDropout | None, Place | None, Newest | None], tuple[Tensor, ...]
+]
 
 
 def _run_triton(
@@ -753,11 +789,14 @@ def _run_triton(
     histories: Histories,
     dropout: BlockDropout | None,
     place: Place | None,
+    newest: Newest | None,
 ) -> tuple[Tensor, ...]:
     if len(x[0]) == 0:
         return reference(x, weights, histories, dropout)
+    if histories.last and newest is None:
+        newest = newest_of(histories.bounds, len(x[0]))
     function = cast(Any, _BlockFunction)
-    result: tuple[Tensor, ...] = function.apply(histories, dropout, place, len(x) == 2, *x, *weights)
+    result: tuple[Tensor, ...] = function.apply(histories, dropout, place, newest, len(x) == 2, *x, *weights)
     return result
 
 

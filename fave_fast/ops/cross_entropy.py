@@ -73,7 +73,8 @@ def cross_entropy(
         table: [N + 1, D], same dtype and device; row 0 is the padding, no candidate, and gets a gradient of zero.
         targets: [B] int64, from 1 to N.
         left_out: what j leaves out, row by row, but for the row's target. For the kernels it is made a bit an item.
-        gradient: of `shared` as the table is: where the kernels leave its gradient, computed beside and not rounded.
+        gradient: of `shared` as the table is: where the kernels leave its gradient, not rounded. That is computed on
+            its second stream, and so is the loss, from what the gradients need.
         backend: auto, reference (scores in memory up to 2^26 of them, else computed again in the backward pass) or
             triton (16-bit; no score in memory, and the same bits in every run).
 
@@ -98,10 +99,10 @@ def _cross_entropy(
     backend: str,
 ) -> Tensor:
     device = endpoint.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        endpoint, table = endpoint.to(dtype), table.to(dtype)
-    _check(endpoint, table, targets)
+    narrowed = torch.is_autocast_enabled(device)
+    if narrowed:
+        table = table.to(torch.get_autocast_dtype(device))
+    _check(endpoint, table, targets, narrowed)
     for name, one in zip(Pairs._fields, left_out or (), strict=False):
         if one.dim() != 1 or one.dtype != torch.int64 or one.device != endpoint.device:
             raise ValueError(
@@ -110,7 +111,7 @@ def _cross_entropy(
             )
     d = endpoint.shape[1]
     beyond = {} if d in _KERNEL_WIDTHS else {"triton": f"its kernels take D of {_KERNEL_WIDTHS}, not {d}"}
-    run = OP.resolve(backend, endpoint.device, endpoint.dtype, beyond)
+    run = OP.resolve(backend, endpoint.device, table.dtype, beyond)
     with torch.autocast(device, enabled=False):
         loss: Tensor = run(endpoint, table, targets, left_out, gradient)
         return loss
@@ -157,13 +158,15 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _check(endpoint: Tensor, table: Tensor, targets: Tensor) -> None:
+def _check(endpoint: Tensor, table: Tensor, targets: Tensor, narrowed: bool = False) -> None:
+    """`narrowed`: by autocast, so that the endpoint may be of another dtype yet."""
     if endpoint.dim() != 2 or table.dim() != 2 or endpoint.shape[1] != table.shape[1] or len(table) < 2:
         raise ValueError(
             f"endpoint {list(endpoint.shape)} and table {list(table.shape)}; expected [B, D] and [N + 1, D] with an "
             f"item"
         )
-    if endpoint.dtype != table.dtype or not endpoint.is_floating_point() or endpoint.device != table.device:
+    differ = endpoint.dtype != table.dtype and not narrowed
+    if differ or not endpoint.is_floating_point() or endpoint.device != table.device:
         raise ValueError(
             f"endpoint is {endpoint.dtype} on {endpoint.device} and table {table.dtype} on {table.device}; expected "
             f"one floating-point dtype on one device"
@@ -180,6 +183,7 @@ def _check(endpoint: Tensor, table: Tensor, targets: Tensor) -> None:
 def _run(
     endpoint: Tensor, table: Tensor, targets: Tensor, left_out: Pairs | None, gradient: TableGradient | None
 ) -> Tensor:
+    endpoint = endpoint.to(table.dtype)
     if len(endpoint) * (len(table) - 1) <= MAX_SCORES:
         scores = _wide(F.linear(endpoint, table[1:]))
         if left_out is not None:
@@ -266,7 +270,8 @@ class _Fused(torch.autograd.Function):
     ) -> Tensor:
         from fave_fast.kernels import cross_entropy as kernels
 
-        endpoint, table, targets = whole_rows(endpoint), whole_rows(table), targets.contiguous()
+        ctx.wide = endpoint.dtype  # of its gradient, which autograd would round to the products' dtype and back
+        endpoint, table, targets = whole_rows(endpoint.to(table.dtype)), whole_rows(table), targets.contiguous()
         shapes = _shapes("forward", endpoint)
         length, spans = _spans(endpoint, table, shapes)
         highest, total = torch.empty(2, spans, len(endpoint), device=endpoint.device)
@@ -281,7 +286,8 @@ class _Fused(torch.autograd.Function):
         )
         ctx.save_for_backward(endpoint, table, targets, bits, log_sum)
         ctx.gradient = gradient
-        loss: Tensor = losses.mean()
+        with _behind(gradient).work(losses):
+            loss: Tensor = losses.mean()
         return loss
 
     @staticmethod
@@ -298,7 +304,7 @@ class _Fused(torch.autograd.Function):
             # to 731 us so, and takes 710 to 716 (H200).
             by_table = torch.empty_like(table) if gradient is None else gradient.empty()
             read = [one for one in (endpoint, table, targets, bits, log_sum, grad) if one is not None]
-            with (Beside() if gradient is None else gradient.beside).work(*read):
+            with _behind(gradient).work(*read):
                 kernels.backward_table(endpoint, table, targets, bits, log_sum, grad, by_table, **_sizes(shapes))
             if gradient is not None:
                 gradient.fill(by_table)
@@ -307,11 +313,15 @@ class _Fused(torch.autograd.Function):
             shapes = _shapes("by_rows", endpoint)
             length, spans = _spans(endpoint, table, shapes)
             parts = torch.empty(spans, *endpoint.shape, device=endpoint.device)
-            by_endpoint = torch.empty_like(endpoint)
+            by_endpoint = torch.empty_like(endpoint, dtype=ctx.wide)
             kernels.backward_queries(
                 endpoint, table, targets, bits, log_sum, grad, parts, by_endpoint, span_tiles=length, **_sizes(shapes)
             )
         return by_endpoint, by_table, None, None, None
+
+
+def _behind(gradient: TableGradient | None) -> Beside:
+    return Beside() if gradient is None else gradient.behind
 
 
 def _shapes(kernel: str, endpoint: Tensor) -> Shapes:

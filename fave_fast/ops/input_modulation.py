@@ -174,7 +174,8 @@ def input_modulation(
         dtype: of E, and of the operands in TimeEmb's products; by default the table's.
         out: E's memory. With it, or without gradients, nothing else is kept.
         workspace: float32 [B, D] for z, where `time` is `Times`; allocated by default.
-        beside: for what the pass can do without for a while: the ids' sort, and the gradients of TimeEmb.
+        beside: for what the pass can do without for a while: the ids' sort, and the gradients of TimeEmb, before which
+            are read it is to be finished.
         gradient: of `shared` as the table is: where its gradient is left.
         backend: auto, reference or triton.
 
@@ -571,6 +572,7 @@ def _backward(
     from fave_fast.kernels import input_modulation as kernels
 
     count, d, device = call.count, call.table.shape[1], call.table.device
+    call.beside.join()  # the ids' sort
     norm_needed = needed[1] or needed[2]
     norm_part = torch.empty(count, 2 * d, device=device) if by_id is not None or norm_needed else None
     row_grad = torch.empty_like(grad, dtype=call.table.dtype) if by_id is not None else None
@@ -581,8 +583,12 @@ def _backward(
             *_rows_arguments(call), call.eps, *_lambda_arguments(call, kernels), call.dropout, grad, _whole(dgrad),
             shift_grad, dshift_grad, norm_part, row_grad, shapes=_shapes("rows_backward", call),
         )  # fmt: skip
-    with call.beside.work(shift_grad, *(() if dshift_grad is None else (dshift_grad,))):
+    read = [one for one in (shift_grad, dshift_grad, norm_part) if one is not None]
+    norm_grads: tuple[Tensor | None, ...] = (None, None)
+    with call.beside.work(*read):
         time_grads = _times_backward(call, any(needed[5:]), shift_grad, dshift_grad)
+        if norm_part is not None and norm_needed:
+            norm_grads = summed(norm_part, call.norm_weight.dtype).tensor_split(2)
     table_grad = None
     if by_id is not None and row_grad is not None:
         add = functools.partial(_add_by_id, call, by_id, row_grad)
@@ -590,14 +596,10 @@ def _backward(
             table_grad = add(torch.zeros_like(call.table, memory_format=torch.contiguous_format))
         else:
             call.gradient.add(add)
-    norm_grads: tuple[Tensor | None, ...] = (None, None)
-    if norm_part is not None and norm_needed:
-        norm_grads = summed(norm_part, call.norm_weight.dtype).tensor_split(2)
     x_grad, dx_grad = (
         part.to(like.dtype) if wanted and part is not None and like is not None else None
         for part, like, wanted in zip((shift_grad, dshift_grad), _parameters(call)[3:5], needed[3:5], strict=True)
     )
-    call.beside.join()
     return table_grad, *norm_grads, x_grad, dx_grad, *time_grads
 
 

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from fave_fast.ops.attention import Newest, newest_of
+from fave_fast.ops.beside import Beside
 from fave_fast.ops.input_modulation import KERNEL_CHANNELS, summed
 from fave_fast.ops.registry import Implementation, Op, not_interpreted, triton_kernels
 from fave_fast.ops.table_gradient import TableGradient
@@ -33,6 +35,7 @@ class Packed:
     offsets: Tensor  # int64 [B + F + 1], rising from 0 to rows
     owners: Tensor  # int64 [rows]: which history a row belongs to
     users: Tensor  # int64 [B + F]: the keys of what is drawn
+    newest: Newest  # of B + F histories
     count: int  # B
     longest: int  # no history has more rows
 
@@ -104,7 +107,13 @@ class DecoderWeights(NamedTuple):
 
 
 def decoder_hidden(
-    source: Tensor, weights: DecoderWeights, pad: int, dtype: torch.dtype, *, backend: str = "auto"
+    source: Tensor,
+    weights: DecoderWeights,
+    pad: int,
+    dtype: torch.dtype,
+    *,
+    behind: Beside | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """tanh(tanh(E_u W1^T + b1) W2^T + b2), as the outputs' product wants it; differentiable once.
 
@@ -113,6 +122,7 @@ def decoder_hidden(
         weights: of source's dtype.
         pad: columns beside: one of ones, for biases, and zeros; a power of two.
         dtype: of the result. Where it has 16 bits the triton backend multiplies in tf32.
+        behind: where the weights' gradients are added up; to be finished before they are read.
         backend: auto, reference or triton.
 
     Returns:
@@ -127,7 +137,7 @@ def decoder_hidden(
     elif source.dtype != torch.float32:
         beyond["triton"] = f"its kernels take float32, not {source.dtype}"
     run = DECODER_HIDDEN.resolve(backend, source.device, source.dtype, beyond)
-    return run(source, weights, pad, dtype)
+    return run(source, weights, pad, dtype, behind or Beside())
 
 
 def rows_of(table: Tensor, ids: Tensor, *, gradient: TableGradient | None = None, backend: str = "auto") -> Tensor:
@@ -147,16 +157,19 @@ def rows_of(table: Tensor, ids: Tensor, *, gradient: TableGradient | None = None
     return ROWS_OF.resolve(backend, table.device, table.dtype, beyond)(table, ids, gradient)
 
 
-def padded_weights(weight: Tensor, bias: Tensor, pad: int, dtype: torch.dtype, *, backend: str = "auto") -> Tensor:
+def padded_weights(
+    weight: Tensor, bias: Tensor, pad: int, dtype: torch.dtype, *, behind: Beside | None = None, backend: str = "auto"
+) -> Tensor:
     """Weights [N, D] and, as a column more, biases [N], in `dtype` and with zeros up to N of whole 8 and D + pad.
 
     N + 1 = 12,102 columns of 16 bits got kernels for rows of whole 4 bytes: 20 us forward, 14 and 12 backward, and the
-    biases' gradient, a sum of its own, 20 (H200, B = 512). Differentiable once.
+    biases' gradient, a sum of its own, 20 (H200, B = 512). Differentiable once. `behind`: where their gradients are
+    computed, to be finished before they are read; the result's may be computed there, too.
 
     Raises:
         BackendError: the backend cannot run here.
     """
-    return PADDED_WEIGHTS.resolve(backend, weight.device, dtype)(weight, bias, pad, dtype)
+    return PADDED_WEIGHTS.resolve(backend, weight.device, dtype)(weight, bias, pad, dtype, behind or Beside())
 
 
 def _beyond(histories: int, longest: int) -> dict[str, str]:
@@ -178,7 +191,8 @@ def _pack_reference(items: Tensor, starts: Tensor, ends: Tensor, max_length: int
     last = F.pad(ends, (0, fillers))[owners] - offsets[1:][owners]
     real = owners < count
     ids = torch.where(real, items[torch.where(real, last + row, 0)], 0).long()
-    return Packed(ids, offsets, owners, torch.arange(count + fillers, device=starts.device), count, max_length)
+    users = torch.arange(count + fillers, device=starts.device)
+    return Packed(ids, offsets, owners, users, newest_of(offsets, rows), count, max_length)
 
 
 def _pack_triton(items: Tensor, starts: Tensor, ends: Tensor, max_length: int, rows: int, fillers: int) -> Packed:
@@ -186,8 +200,12 @@ def _pack_triton(items: Tensor, starts: Tensor, ends: Tensor, max_length: int, r
 
     histories = len(starts) + fillers
     ids, owners, offsets, users = (starts.new_empty(n) for n in (rows, rows, histories + 1, histories))
-    kernels.pack_windows(items, starts.contiguous(), ends.contiguous(), offsets, ids, owners, users, longest=max_length)
-    return Packed(ids, offsets, owners, users, len(starts), max_length)
+    newest = Newest(torch.empty_like(users), torch.empty_like(ids, dtype=torch.int32))
+    kernels.pack_windows(
+        items, starts.contiguous(), ends.contiguous(), offsets, ids, owners, users, newest.rows, newest.owners,
+        longest=max_length,
+    )  # fmt: skip
+    return Packed(ids, offsets, owners, users, newest, len(starts), max_length)
 
 
 def places_of(packed: Packed, ids: Tensor, width: int) -> Tensor:
@@ -219,15 +237,15 @@ def _pick_triton(outputs: Tensor, packed: Packed, drawn: Tensor) -> Picked:
     rows, histories = len(packed.ids), len(packed.users)
     places = torch.empty(2 * rows, dtype=torch.int64, device=outputs.device)
     errors = torch.empty(2 * rows, dtype=torch.float32, device=outputs.device)
-    sums = torch.empty(histories, 2, dtype=torch.float32, device=outputs.device)
+    sums = torch.empty(2, histories, dtype=torch.float32, device=outputs.device)
     kernels.pick(
         outputs, packed.ids, packed.offsets, drawn, places, errors, sums, count=packed.count, longest=packed.longest
     )
-    squares, counted = sums.sum(0).unbind()
+    squares, counted = sums.sum(1).unbind()
     return Picked(places, errors, squares, counted)
 
 
-def _decoder_reference(source: Tensor, weights: DecoderWeights, pad: int, dtype: torch.dtype) -> Tensor:
+def _decoder_reference(source: Tensor, weights: DecoderWeights, pad: int, dtype: torch.dtype, behind: Beside) -> Tensor:
     one = F.linear(source, weights.first, weights.first_bias).tanh()
     two = F.linear(one, weights.second, weights.second_bias).tanh()
     return torch.cat((two, torch.ones_like(two[:, :1]), two.new_zeros(len(two), pad - 1)), 1).to(dtype)
@@ -237,7 +255,7 @@ class _Decoder(torch.autograd.Function):
     """The kernels under autograd."""
 
     @staticmethod
-    def forward(ctx: Any, pad: int, dtype: torch.dtype, source: Tensor, *weights: Tensor) -> Tensor:
+    def forward(ctx: Any, pad: int, dtype: torch.dtype, behind: Beside, source: Tensor, *weights: Tensor) -> Tensor:
         from fave_fast.kernels import packed as kernels
 
         source, weights = source.contiguous(), tuple(one.contiguous() for one in weights)
@@ -245,6 +263,7 @@ class _Decoder(torch.autograd.Function):
         out = torch.empty(len(source), source.shape[1] + pad, dtype=dtype, device=source.device)
         kernels.decoder(source, *weights, one, two, out, shapes=_decoder_shapes("forward", source))
         ctx.save_for_backward(source, weights[0], weights[2], one, two)
+        ctx.behind = behind
         return out
 
     @staticmethod
@@ -258,9 +277,10 @@ class _Decoder(torch.autograd.Function):
         part = torch.empty(-(-len(source) // shapes["users"]), 2 * d * d + 2 * d, device=source.device)
         grad = grads[0].contiguous()
         kernels.decoder_backward(source, first, second, one, two, grad, source_grad, part, shapes=shapes)
-        total = summed(part, source.dtype)
+        with ctx.behind.work(part):
+            total = summed(part, source.dtype)
         one_grad, two_grad, one_bias, two_bias = total.tensor_split((d * d, 2 * d * d, 2 * d * d + d))
-        return None, None, source_grad, one_grad.view(d, d), one_bias, two_grad.view(d, d), two_bias
+        return None, None, None, source_grad, one_grad.view(d, d), one_bias, two_grad.view(d, d), two_bias
 
 
 class _RowsOf(torch.autograd.Function):
@@ -294,13 +314,13 @@ class _Padded(torch.autograd.Function):
     """The kernel under autograd."""
 
     @staticmethod
-    def forward(ctx: Any, pad: int, dtype: torch.dtype, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, pad: int, dtype: torch.dtype, behind: Beside, weight: Tensor, bias: Tensor) -> Tensor:
         from fave_fast.kernels import packed as kernels
 
         rows, d = weight.shape
         padded = torch.empty(-(-rows // 8) * 8, d + pad, dtype=dtype, device=weight.device)
         kernels.pad(weight.contiguous(), bias.contiguous(), padded, back=False)
-        ctx.rows, ctx.d, ctx.wide = rows, d, weight.dtype
+        ctx.rows, ctx.d, ctx.wide, ctx.behind = rows, d, weight.dtype, behind
         return padded
 
     @staticmethod
@@ -308,10 +328,11 @@ class _Padded(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         from fave_fast.kernels import packed as kernels
 
-        weight = torch.empty(ctx.rows, ctx.d, dtype=ctx.wide, device=grads[0].device)
-        bias = torch.empty(ctx.rows, dtype=ctx.wide, device=grads[0].device)
-        kernels.pad(weight, bias, grads[0].contiguous(), back=True)
-        return None, None, weight, bias
+        with ctx.behind.work(*grads):
+            weight = torch.empty(ctx.rows, ctx.d, dtype=ctx.wide, device=grads[0].device)
+            bias = torch.empty(ctx.rows, dtype=ctx.wide, device=grads[0].device)
+            kernels.pad(weight, bias, grads[0].contiguous(), back=True)
+        return None, None, None, weight, bias
 
 
 def _rows_reference(table: Tensor, ids: Tensor, gradient: TableGradient | None) -> Tensor:
@@ -323,12 +344,12 @@ def _rows_triton(table: Tensor, ids: Tensor, gradient: TableGradient | None) -> 
     return rows
 
 
-def _padded_reference(weight: Tensor, bias: Tensor, pad: int, dtype: torch.dtype) -> Tensor:
+def _padded_reference(weight: Tensor, bias: Tensor, pad: int, dtype: torch.dtype, behind: Beside) -> Tensor:
     return F.pad(torch.cat((weight, bias[:, None]), 1).to(dtype), (0, pad - 1, 0, -len(weight) % 8))
 
 
-def _padded_triton(weight: Tensor, bias: Tensor, pad: int, dtype: torch.dtype) -> Tensor:
-    padded: Tensor = cast(Any, _Padded).apply(pad, dtype, weight, bias)
+def _padded_triton(weight: Tensor, bias: Tensor, pad: int, dtype: torch.dtype, behind: Beside) -> Tensor:
+    padded: Tensor = cast(Any, _Padded).apply(pad, dtype, behind, weight, bias)
     return padded
 
 
@@ -336,14 +357,14 @@ def _decoder_shapes(kernel: str, source: Tensor) -> Shapes:
     return tile_shapes("decoder", kernel, source.device)
 
 
-def _decoder_triton(source: Tensor, weights: DecoderWeights, pad: int, dtype: torch.dtype) -> Tensor:
-    out: Tensor = cast(Any, _Decoder).apply(pad, dtype, source, *weights)
+def _decoder_triton(source: Tensor, weights: DecoderWeights, pad: int, dtype: torch.dtype, behind: Beside) -> Tensor:
+    out: Tensor = cast(Any, _Decoder).apply(pad, dtype, behind, source, *weights)
     return out
 
 
-Decode = Callable[[Tensor, DecoderWeights, int, torch.dtype], Tensor]
+Decode = Callable[[Tensor, DecoderWeights, int, torch.dtype, Beside], Tensor]
 Rows = Callable[[Tensor, Tensor, TableGradient | None], Tensor]
-PadWeights = Callable[[Tensor, Tensor, int, torch.dtype], Tensor]
+PadWeights = Callable[[Tensor, Tensor, int, torch.dtype, Beside], Tensor]
 Pack = Callable[[Tensor, Tensor, Tensor, int, int, int], Packed]
 Pick = Callable[[Tensor, Packed, Tensor], Picked]
 

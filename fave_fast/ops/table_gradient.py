@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fave_fast.ops.beside import Beside
+from fave_fast.ops.beside import Beside, Wait
 
 
 class TableGradient:
     """Where the ops that were given it leave their parts of a table's gradient, in their backward passes."""
 
-    def __init__(self, table: Tensor, beside: Beside) -> None:
-        """`beside`: where the part that fills all of it may be computed until the others are there."""
+    def __init__(self, table: Tensor, behind: Beside) -> None:
+        """`behind`: where the part that fills all of it may be computed until the others are there."""
         self.shape, self.dtype, self.device = table.shape, table.dtype, table.device
-        self.beside = beside
-        self._whole: Tensor | None = None
+        self.behind = behind
+        self._whole: tuple[Tensor, Wait] | None = None
         self._parts: list[Callable[[Tensor], object]] = []
 
     def empty(self) -> Tensor:
@@ -31,11 +31,17 @@ class TableGradient:
         return torch.empty(self.shape, dtype=self.dtype, device=self.device)
 
     def fill(self, whole: Tensor) -> None:
-        """A part as large as the table, which may still be computed beside."""
+        """A part as large as the table, whose computation `behind` has begun."""
+        made = self.behind.so_far()
         if self._whole is None:
-            self._whole = whole
-        else:
-            self.add(lambda total: total.add_(whole))
+            self._whole = whole, made
+            return
+
+        def add(total: Tensor) -> None:
+            made()
+            total.add_(whole)
+
+        self.add(add)
 
     def add(self, part: Callable[[Tensor], object]) -> None:
         """A function that adds a part to the gradient, on the current stream."""
@@ -43,21 +49,23 @@ class TableGradient:
 
     def total(self, rest: Tensor | None) -> Tensor | None:
         """All parts and `rest`, the gradient that autograd has of other ops, in the order in which they came."""
-        self.beside.join()
-        whole, parts = self._whole, self._parts
+        filled, parts = self._whole, self._parts
         self._whole, self._parts = None, []
-        if whole is None:
+        if filled is None:
             if not parts:
                 return rest
             whole = self.empty().zero_()
+        else:
+            whole, made = filled
+            made()
         for part in parts:
             part(whole)
         return whole if rest is None else whole.add_(rest)
 
 
-def shared(table: Tensor, beside: Beside) -> tuple[Tensor, TableGradient]:
+def shared(table: Tensor, behind: Beside) -> tuple[Tensor, TableGradient]:
     """The table [N + 1, D] for one pass's ops, and what those that know of it are to be given with it."""
-    gradient = TableGradient(table, beside)
+    gradient = TableGradient(table, behind)
     through: Tensor = cast(Any, _Shared).apply(gradient, table)
     return through, gradient
 
