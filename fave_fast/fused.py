@@ -30,6 +30,7 @@ from fave_fast.ops.block import (
     block,
     block_dual,
     last_block,
+    narrowed,
     normed,
     together,
 )
@@ -86,9 +87,15 @@ class Network:
     def _ready(self) -> list[tuple[BlockWeights, Place]]:
         """The blocks' weights; what was made ahead may be read from here on."""
         # Before the other ops of a pass, as the sums of their gradients come after them.
-        blocks = together(block_weights(self.model), self.dtype, self.behind, self.beside)
+        blocks = together(block_weights(self.model), self._narrow_weights, self.behind)
         self.beside.join()
         return blocks
+
+    @functools.cached_property
+    def _narrow_weights(self) -> list[BlockWeights]:
+        """What the blocks' products take, for all passes: beside, whose memory one pass's would be the next one's."""
+        with self.beside.ahead():
+            return narrowed(block_weights(self.model), self.dtype)
 
     def embed(self, items: Tensor) -> Tensor:
         """The table's rows of items int64 [B], [B, D]."""
@@ -345,9 +352,11 @@ class _Matched(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, endpoint: Tensor, x_1: Tensor, reduction: Reduction, behind: Beside) -> Tensor:
         error = endpoint - x_1
+        scaled = torch.empty_like(error)  # this stream's memory, for it is read here
         with behind.work(error):
-            ctx.save_for_backward(error * (2 / (error.numel() if reduction == "mean" else len(error))))
+            torch.mul(error, 2 / (error.numel() if reduction == "mean" else len(error)), out=scaled)
             ctx.scaled = behind.so_far()
+            ctx.save_for_backward(scaled)
             return averaged(error.square(), reduction)
 
     @staticmethod

@@ -137,17 +137,17 @@ class FusedSteps:
         self._adam = ClippedAdam(self.optimiser, self.config.train.clip, self.backend)
         self._items = torch.from_numpy(self.data.items.copy()).to(device)  # a log's arrays may be read-only
         self._tables = rotary_of(self.config.model, device)
-        self._sides: list[torch.cuda.Stream | None] = [None, None]
-        if device.type == "cuda":
-            # What the chain of kernels waits for first gets places first, and the update's share last.
-            self._sides = [torch.cuda.Stream(device, priority=one) for one in (-1, 0)]  # type: ignore[no-untyped-call]
         self._capturing = self.capture and device.type == "cuda"
         if self._capturing:
             # Where each window starts and ends, and the seed: what the graphs read.
             whole = range(self.config.train.batch_size)
             size = len(whole[self.ranks.share(len(whole))[0]])
             self._input = torch.zeros(2 * size + 1, dtype=torch.int64, device=device)
-            self._stream = torch.cuda.Stream(device, priority=-2)  # type: ignore[no-untyped-call]
+            # Of the chain of kernels, of what it will wait for, and of what the update alone reads.
+            self._stream, self._beside, self._behind = (
+                torch.cuda.Stream(device, priority=one)  # type: ignore[no-untyped-call]
+                for one in (-2, -1, 0)
+            )
             self._pool = torch.cuda.graph_pool_handle()
 
     @ranged("fave/step")
@@ -208,7 +208,7 @@ class FusedSteps:
         """The loss and the gradients, where `part` of the batch is here; `addresses` as `ClippedAdam.take` wants it."""
         count = len(given) // 2
         starts, targets, seed = given[:count], given[count:-1], given[-1:]
-        beside, behind = (Beside(one) for one in self._sides)
+        beside, behind = self._lanes(addresses is not None)
         with beside.work(given):  # until the network reads it; meanwhile the targets are looked up, and noise is drawn
             packed = pack_windows(
                 self._items, starts, targets, shape.longest, shape.rows, shape.fillers, backend=self.backend
@@ -239,6 +239,13 @@ class FusedSteps:
         self._adam.take(addresses)
         self.optimiser.zero_grad(set_to_none=True)
         return total, gradients
+
+    def _lanes(self, captured: bool) -> tuple[Beside, Beside]:
+        """What runs beside a step's chain of kernels, and behind it, in streams of their own where it is captured.
+
+        The kernels of a step that is launched as it comes wait for the host, one after the other.
+        """
+        return (Beside(self._beside), Beside(self._behind)) if captured else (Beside(), Beside())
 
     def _sum_gradients(self) -> None:
         """Over ranks, in one exchange."""
