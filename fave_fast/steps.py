@@ -230,7 +230,9 @@ class FusedSteps:
         found.backward(1.0 if share is None else part)
         with behind.ahead(), torch.no_grad():
             source_known()
-            total = found.total if share is None else found.total * (part * self.ranks.count)
+            total = found.total.detach()  # of one loss, that itself
+            if share is not None:
+                total = total * (part * self.ranks.count)
         beside.finish()
         behind.finish()
         if share is not None:
