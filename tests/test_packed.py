@@ -46,6 +46,10 @@ def test_pack_windows(backend: str, lengths: list[int], longest: int, data: st.D
         assert not part.any()
     assert packed.owners.tolist() == [owner for owner, part in enumerate(parts) for _ in part]
     assert packed.users.tolist() == list(range(len(lengths) + fillers))
+    last = [row for row, owner in enumerate(packed.owners.tolist()) if row + 1 in packed.offsets[owner + 1 :]]
+    assert packed.newest.rows.tolist() == last
+    assert [row for row, owner in enumerate(packed.newest.owners.tolist()) if owner >= 0] == last
+    assert packed.newest.owners[last].tolist() == packed.users.tolist()
     assert (packed.count, packed.longest, packed.offsets[0], packed.offsets[-1]) == (
         len(lengths), longest, 0, total + rest,
     )  # fmt: skip
@@ -68,6 +72,8 @@ def test_full_sizes_are_the_reference(device: str, count: int, longest: int, fil
     )
     for name in ("ids", "offsets", "owners", "users"):
         assert torch.equal(getattr(mine, name), getattr(other, name)), name
+    assert torch.equal(mine.newest.rows, other.newest.rows)
+    assert torch.equal(mine.newest.owners, other.newest.owners)
     assert (mine.count, mine.longest) == (other.count, other.longest)
 
 

@@ -174,8 +174,8 @@ def input_modulation(
         dtype: of E, and of the operands in TimeEmb's products; by default the table's.
         out: E's memory. With it, or without gradients, nothing else is kept.
         workspace: float32 [B, D] for z, where `time` is `Times`; allocated by default.
-        beside: for what the pass can do without for a while: the ids' sort, and the gradients of TimeEmb, before which
-            are read it is to be finished.
+        beside: for what the pass can do without for a while: the ids' sort, and the gradients of TimeEmb and of the
+            norm; to be finished before those are read.
         gradient: of `shared` as the table is: where its gradient is left.
         backend: auto, reference or triton.
 
