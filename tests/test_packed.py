@@ -46,7 +46,7 @@ def test_pack_windows(backend: str, lengths: list[int], longest: int, data: st.D
         assert not part.any()
     assert packed.owners.tolist() == [owner for owner, part in enumerate(parts) for _ in part]
     assert packed.users.tolist() == list(range(len(lengths) + fillers))
-    last = [row for row, owner in enumerate(packed.owners.tolist()) if row + 1 in packed.offsets[owner + 1 :]]
+    last = [row for row, owner in enumerate(packed.owners.tolist()) if row + 1 == packed.offsets[owner + 1]]
     assert packed.newest.rows.tolist() == last
     assert [row for row, owner in enumerate(packed.newest.owners.tolist()) if owner >= 0] == last
     assert packed.newest.owners[last].tolist() == packed.users.tolist()
