@@ -12,11 +12,14 @@ from hypothesis import strategies as st
 from fave_fast.errors import BackendError
 from fave_fast.ops import pack_windows, pick
 from fave_fast.ops.packed import DecoderWeights, Packed, decoder_hidden, padded_weights, rows_of
-from fave_fast.ops.registry import why_no_triton
+from fave_fast.ops.registry import interpreting, why_no_triton
 
 needs_triton = pytest.mark.skipif(why_no_triton() is not None, reason=str(why_no_triton()))
-each_backend = pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=needs_triton)])
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+on_cpu = pytest.mark.skipif(
+    why_no_triton() is not None or not interpreting(), reason="kernels take CPU tensors interpreted"
+)
+each_backend = pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=on_cpu)])
+DEVICES = [pytest.param("cpu", marks=on_cpu), pytest.param("cuda", marks=pytest.mark.gpu)]
 property_test = settings(max_examples=40, deadline=None)
 LOGS = st.lists(st.integers(1, 12), min_size=1, max_size=8)
 
@@ -106,7 +109,7 @@ def test_pick_is_the_reference(device: str, dtype: torch.dtype, count: int, long
     assert abs(float(mine.squares) - float(other.squares)) <= 2 * total * 2**-23 * float(other.squares)
 
 
-@needs_triton
+@on_cpu
 def test_more_than_the_kernels_take_goes_to_the_reference() -> None:
     items, starts, ends = log([3, 2], 9)
     with pytest.raises(BackendError, match="its kernels take up to 16384 histories of 4096 items, not 2 of 5000"):
@@ -146,6 +149,7 @@ def test_decoder_hidden(device: str, count: int, d: int) -> None:
     assert ours[0][:, d:].tolist() == [[1.0] + [0.0] * 7] * count
 
 
+@on_cpu
 def test_decoder_of_other_widths_is_refused_by_name() -> None:
     inputs = [torch.zeros(2, 24), torch.zeros(24, 24), torch.zeros(24), torch.zeros(24, 24), torch.zeros(24)]
     with pytest.raises(BackendError, match="not 24"):
