@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from fave_fast import dual
 from fave_fast.conditioning import Token
 from fave_fast.config import ModelConfig
-from fave_fast.losses import Reduction, Share, averaged, matching_loss
+from fave_fast.losses import Reduction, Share, averaged
 from fave_fast.model import FAVE, Block, Prediction, RMSNorm
 from fave_fast.ops.attention import Tables, newest_of, rotary_by_age
 from fave_fast.ops.beside import Beside
@@ -215,8 +215,6 @@ class Network:
 
     def matching_loss(self, endpoint: Tensor, x_1: Tensor, reduction: Reduction) -> Tensor:
         """As `losses.matching_loss`, its value computed behind."""
-        if endpoint.dtype != x_1.dtype or endpoint.itemsize == 2:
-            return matching_loss(endpoint, x_1, reduction)
         loss: Tensor = cast(Any, _Matched).apply(endpoint, x_1, reduction, self.behind)
         return loss
 
@@ -347,7 +345,7 @@ class _SampledLoss(torch.autograd.Function):
 
 
 class _Matched(torch.autograd.Function):
-    """`losses.matching_loss` of one dtype: the gradients need no value, which is computed behind."""
+    """`losses.matching_loss`: the gradients need no value, which is computed behind."""
 
     @staticmethod
     def forward(ctx: Any, endpoint: Tensor, x_1: Tensor, reduction: Reduction, behind: Beside) -> Tensor:

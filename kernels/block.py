@@ -431,7 +431,8 @@ def norm_backward(gn, x, norm, residual, newest, dropout, gx, n, gz, sums, shape
         gx: written, gradients of x.
         n: None without a residual stream; else written, norm(x).
         gz: written where `dropout` is not None.
-        sums: float32 [2, D, programs], written: each program's share of the gain's and (LayerNorm) the bias's gradient.
+        sums: float32 [1 or 2, D, programs], written: each program's share of the gain's and (LayerNorm) the bias's
+            gradient.
         shapes: BM, num_warps.
     """
     count, d = gn[0].shape

@@ -40,7 +40,6 @@ Clock = dict[int, int]  # of each stream, how many of its ops are known to be do
 class Stream:
     """What `Beside` asks of a CUDA stream."""
 
-    owner: Streams
     name: str
     number: int
     clock: Clock = field(default_factory=dict)
@@ -80,12 +79,13 @@ class Streams:
         self._memory: dict[int, _Memory] = {}
         self._stack: list[tuple[object, Stream]] = []
         self._node: Any = None
+        self._start: Clock = {}  # what the caller of the backward pass had done
         self._streams: dict[object, Stream] = {}  # of autograd's nodes
         self._known: dict[object, list[Clock]] = defaultdict(list)  # what a node's stream will have waited for
         self._quiet = False
 
     def stream(self, name: str) -> Stream:
-        return Stream(self, name, next(self._numbers))
+        return Stream(name, next(self._numbers))
 
     def current(self, device: object = None) -> Stream:
         node = self._entered()

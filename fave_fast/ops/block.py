@@ -744,12 +744,13 @@ class _Norm(torch.autograd.Function):
         for one in gx:
             if count < len(one):
                 one[count:].zero_()
-        sums = torch.empty(2, d, -(-count // shapes["BM"]), dtype=torch.float32, device=gain.device)
+        parts = 1 if bias is None else 2
+        sums = torch.empty(parts, d, -(-count // shapes["BM"]), dtype=torch.float32, device=gain.device)
         grads = tuple(one.contiguous() for one in upstream)
         kernels.norm_backward(grads, tuple(x), (gain, bias, ctx.eps), None, None, None, gx, None, None, sums, shapes)
         with ctx.behind.work(sums):
-            of_gain, of_bias = sums.sum(2)
-        return None, None, None, None, of_gain, None if bias is None else of_bias, *gx
+            of_gain, of_bias = (*sums.sum(2), None)[:2]
+        return None, None, None, None, of_gain, of_bias, *gx
 
 
 Normalise = Callable[[tuple[Tensor, ...], Tensor, Tensor | None, float, int, torch.dtype, Beside], tuple[Tensor, ...]]
