@@ -22,6 +22,7 @@ from fave_fast.data import Interactions
 from fave_fast.evaluate import evaluate
 from fave_fast.losses import OBJECTIVES
 from fave_fast.model import DTYPES
+from fave_fast.sketch import CHANNELS
 from fave_fast.train import Outcome, Trainer, resolve_steps
 
 
@@ -158,11 +159,13 @@ def _result(group: Group, run: Run, trainer: Trainer, outcome: Outcome | None) -
     lines = {"chosen": (facts["best_stage"], facts["best_epoch"]), "last stage": _best_of_last_stage(trainer)}
     if options.checkpoints is not None:
         checkpoints.save(outcome.checkpoint, options.checkpoints / f"{run.name}.pt")
+    judged = _figures(group, device, outcome.checkpoint, "val")
     return result | {
         "stage": {name: stage for name, (stage, _) in lines.items()},
         "epoch": {name: epoch for name, (_, epoch) in lines.items()},
         "validation": {name: _validation(trainer, *line) for name, line in lines.items()},
-        "validation_raw": _figures(group, device, outcome.checkpoint, "val")["raw"],
+        "validation_raw": judged["raw"],
+        "validation_sketched": judged["sketched"],
         "test": _test(group, device, choices, lines) if options.test else None,
     }
 
@@ -192,4 +195,4 @@ def _test(
 
 def _figures(group: Group, device: torch.device, model: Checkpoint, name: Literal["val", "test"]) -> dict[str, Any]:
     sampler, backend = METHODS[group.runs[0].method].sampler, group.options.backend
-    return evaluate(model, group.data, name, device=device, backend=backend, sampler=sampler)
+    return evaluate(model, group.data, name, device=device, backend=backend, sampler=sampler, sketch=CHANNELS)

@@ -31,6 +31,7 @@ from fave_fast import cli, env
 from fave_fast.config import PRESETS, preset
 from fave_fast.data import Interactions, split
 from fave_fast.errors import InputError
+from fave_fast.evaluate import KINDS
 from fave_fast.files import replacing
 from fave_fast.model import DTYPES
 from fave_fast.train import resolve_steps
@@ -362,7 +363,7 @@ def _line(name: str, result: dict[str, Any]) -> str:
     raw = result["validation_raw"]
     words += f" (raw {raw['HR@20']:.2f} {raw['NDCG@20']:.2f})"
     if result["test"] is not None:
-        for kind in ("filtered", "raw"):
+        for kind in KINDS:
             figures = result["test"]["chosen"][kind]
             words += f"; test {kind} {figures['HR@20']:.2f} {figures['NDCG@20']:.2f}"
     return words

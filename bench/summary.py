@@ -11,9 +11,10 @@ from typing import Any
 
 from fave_fast.config import Config
 from fave_fast.errors import ConfigError, InputError
+from fave_fast.evaluate import KINDS
 
 VALIDATION = ("HR@20", "NDCG@20")
-TEST = tuple(f"{kind} {name}@{k}" for kind in ("filtered", "raw") for name in ("HR", "NDCG") for k in (10, 20))
+TEST = tuple(f"{kind} {name}@{k}" for kind in KINDS for name in ("HR", "NDCG") for k in (10, 20))
 LISTS = ("coverage@20", "ild@20")
 # Of `bench.diagnostics`: where it lies, and its head in a table.
 FLOW = {
@@ -95,7 +96,7 @@ def figures(run: dict[str, Any], weights: str) -> dict[str, float]:
     result = {f"validation {name}": run["validation"][weights][name] for name in VALIDATION}
     if run["test"] is not None:
         test = run["test"][weights]
-        result |= {name: test[name.split()[0]][name.split()[1]] for name in TEST}
+        result |= {f"{kind} {name}": test[kind][name] for kind, name in map(str.split, TEST) if kind in test}
         result |= {name: test[name] for name in LISTS}
     return result
 

@@ -29,7 +29,7 @@ from fave_fast.model import DTYPES, FAVE
 from fave_fast.ops import Exclusions
 from fave_fast.ops.byte_table import ByteTable
 from fave_fast.ops.encoder import OP as ENCODER
-from fave_fast.ops.encoder import EncoderWeights, InputPath
+from fave_fast.ops.encoder import EncoderWeights, InputPath, encode_ids
 from fave_fast.ops.score_topk import OP as SCORE_TOPK
 from fave_fast.ops.score_topk_cpu import MAX_K
 
@@ -252,6 +252,30 @@ class Recommender:
         with self._gate.shared:
             seed = self.config.flow.seed
             return self._best(Histories(ids, offsets), k, exclude_history, None, range(seed, seed + 1))
+
+    def encode(self, histories: Sequence[History]) -> tuple[Tensor, Exclusions]:
+        """Each history's endpoint, for an index elsewhere; where that can leave nothing out, see `fave_fast.sketch`.
+
+        Returns:
+            f of eq. (25), [B, D] in the model's dtype on its device, and the histories' known items by number.
+
+        Raises:
+            InputError: an id that is neither a whole number nor text, or a history without a known item.
+        """
+        with self._gate.shared, torch.no_grad():
+            numbered, _ = _number(self._catalogue, histories)
+            empty = np.flatnonzero(numbered.offsets[1:] == numbered.offsets[:-1]).tolist()
+            if empty:
+                raise InputError(f"history {empty[0]} has no item of the catalogue; expected at least one in each")
+            step = self._step(self.config.flow.seed)
+            ids, offsets = (torch.from_numpy(part).to(self.device) for part in numbered)
+            backend = step.encoder_backend(len(histories))
+            return encode_ids(step.weights, step.path, ids, offsets, backend=backend), Exclusions(ids, offsets)
+
+    def embeddings(self) -> Tensor:
+        """[N + 1, D], a copy: row n is item n of `catalogue`, NaN where that is gone; row 0 is the padding."""
+        with self._gate.shared:
+            return self._table[: len(self._catalogue) + 1].clone()
 
     def add_items(self, ids: Sequence[ItemId], embeddings: Any) -> int:
         """Take items into the catalogue, or give items that it has other embeddings, between two requests.

@@ -1,7 +1,8 @@
 """Full ranking: each target against the whole catalogue, streamed; `python -m fave_fast.evaluate`.
 
 Every figure comes twice. `filtered`: the items of the user's history are no candidates (the paper's text). `raw`: they
-are (the public code of this family). Equal scores rank the lower id first; the target is always a candidate.
+are (the public code of this family). With a sketch there is a third, `sketched`: they are candidates, pushed down as
+`fave_fast.sketch` does. Equal scores rank the lower id first; the target is always a candidate.
 """
 
 from __future__ import annotations
@@ -31,8 +32,10 @@ from fave_fast.ops import Exclusions, rank_count, score_topk
 from fave_fast.ops.encoder import MAX_ROWS, EncoderWeights, InputPath, Plan, encode_ids, planned_rows
 from fave_fast.profiling import Trace
 from fave_fast.ranks import ALONE, Ranks, joined
+from fave_fast.sketch import HistorySketch
 
 LIST_LENGTH = 20
+KINDS = ("filtered", "raw", "sketched")
 Positions = npt.NDArray[np.int64]
 Endpoints = Callable[[Interactions, Positions, Positions], Tensor]
 """[B, D] of a log, the starts and the ends [B] of histories items[start:end], of which the last L count."""
@@ -47,14 +50,17 @@ class Ranking:
     filtered: Tensor  # int64 [U], ranks from 1 with the history left out
     raw: Tensor | None  # int64 [U], with the history among the candidates
     lists: Tensor | None  # int64 [U, 20], the filtered top-20, 0 where a list ends early
+    sketched: Tensor | None = None  # int64 [U], as raw, by the sketch's scores
 
 
-def protocol(split_name: str, description: str, max_length: int) -> str:
-    """The rules behind the figures, in words, as written beside them."""
+def protocol(split_name: str, description: str, max_length: int, sketch: int = 0) -> str:
+    """The rules behind the figures, in words, as written beside them; `sketch`: its channels."""
     return (
         f"{description}; {split_name} target ranked among the whole catalogue; input: the last {max_length} items"
-        " before the target; filtered: items of the whole history are no candidates, raw: they are; equal score:"
-        " lower id first; HR, NDCG, MRR, coverage in per cent; ild@20: mean pairwise cosine distance in a filtered list"
+        " before the target; filtered: items of the whole history are no candidates, raw: they are; "
+        + (f"sketched: they are, pushed down by a sketch of {sketch} channels; " if sketch else "")
+        + "equal score: lower id first; HR, NDCG, MRR, coverage in per cent; ild@20: mean pairwise cosine distance in a"
+        " filtered list"
     )
 
 
@@ -115,12 +121,13 @@ def rank_targets(
     ranks: Ranks = ALONE,
     after_batch: Callable[[], None] = lambda: None,
     sampler: Sampler = ServedEndpoints,
+    sketch: HistorySketch | None = None,
 ) -> Ranking:
     """Rank the items at the flat positions `targets` [U], each given what comes before it in its sequence.
 
     The model must be in evaluation mode. `full=False` leaves out raw ranks and lists. Memory: batches of users (512 by
     default, 4,096 on a GPU) times tiles of the catalogue, never users times items. `after_batch` is called after each.
-    `sampler` is for other methods than ours.
+    `sampler` is for other methods than ours. `sketch`, of the model's table, gives sketched ranks beside raw ones.
     Several ranks share the batches, which are the same for any number of ranks, and so is the ranking; each gets all
     of it.
     """
@@ -129,7 +136,7 @@ def rank_targets(
     endpoints = sampler(model, config, backend)
     if batch_size is None:
         batch_size = 4096 if table.device.type == "cuda" else 512
-    order, filtered, raw, lists = [], [], [], []
+    order, filtered, raw, lists, sketched = [], [], [], [], []
     batches = list(_batches(np.minimum(targets - starts, config.model.max_length), batch_size))
     for rows in batches[::-1][ranks.number :: ranks.count]:  # the longest histories first, dealt out
         endpoint = endpoints(data, starts[rows], targets[rows])
@@ -140,6 +147,8 @@ def rank_targets(
         filtered.append(rank_count(endpoint, table, wanted, exclude, backend=backend))
         if full:
             raw.append(rank_count(endpoint, table, wanted, backend=backend))
+            if sketch is not None:
+                sketched.append(rank_count(sketch.queries(endpoint, exclude), sketch.table, wanted, backend=backend))
             lists.append(score_topk(endpoint, table, LIST_LENGTH, exclude, backend=backend)[1])
         after_batch()
 
@@ -152,7 +161,7 @@ def rank_targets(
 
     if not full:
         return Ranking(whole(filtered), None, None)
-    return Ranking(whole(filtered), whole(raw), whole(lists, LIST_LENGTH))
+    return Ranking(whole(filtered), whole(raw), whole(lists, LIST_LENGTH), None if sketch is None else whole(sketched))
 
 
 def translate(data: Interactions, checkpoint: Checkpoint, path: str) -> Interactions:
@@ -184,10 +193,11 @@ def evaluate(
     ranks: Ranks = ALONE,
     after_batch: Callable[[], None] = lambda: None,
     sampler: Sampler = ServedEndpoints,
+    sketch: int = 0,
 ) -> dict[str, Any]:
     """All figures of one split as a plain dictionary, the object that `--json` prints; the same on each of `ranks`.
 
-    `sampler` as in `rank_targets`.
+    `sampler` as in `rank_targets`; `sketch`: how many channels the sketch has, 0 for none.
 
     Raises:
         DataError: the split cannot be made.
@@ -200,6 +210,7 @@ def evaluate(
     ranking = rank_targets(
         model, config, data, targets, batch_size=batch_size, backend=backend, ranks=ranks, after_batch=after_batch,
         sampler=sampler,
+        sketch=HistorySketch.of(model.item_embedding.weight, sketch, LIST_LENGTH) if sketch else None,
     )  # fmt: skip
     if ranking.raw is None or ranking.lists is None:
         raise AssertionError("a full ranking has raw ranks and lists")
@@ -208,9 +219,10 @@ def evaluate(
         "split": split_name,
         "users": len(targets),
         "items": data.num_items,
-        "protocol": protocol(split_name, parts.description, config.model.max_length),
+        "protocol": protocol(split_name, parts.description, config.model.max_length, sketch),
         "filtered": rank_metrics(ranking.filtered),
         "raw": rank_metrics(ranking.raw),
+        **({} if ranking.sketched is None else {"sketched": rank_metrics(ranking.sketched)}),
         "coverage@20": coverage(ranking.lists, data.num_items),
         "ild@20": intra_list_diversity(ranking.lists, model.item_embedding.weight),
         "seconds": time.perf_counter() - started,
@@ -221,7 +233,7 @@ def table(result: dict[str, Any]) -> str:
     """The figures for a terminal."""
     lines = [f"{result['dataset']}, {result['split']}: {result['users']:,} users, {result['items']:,} items"]
     lines += ["", f"{'':10}" + "".join(f"{f'{name}@{k}':>9}" for name in ("HR", "NDCG", "MRR") for k in CUTOFFS)]
-    for kind in ("filtered", "raw"):
+    for kind in (kind for kind in KINDS if kind in result):
         figures = [result[kind][f"{name}@{k}"] for name in ("HR", "NDCG", "MRR") for k in CUTOFFS]
         lines.append(f"{kind:10}" + "".join(f"{figure:9.2f}" for figure in figures))
     lines += ["", f"coverage@20 {result['coverage@20']:.1f} %   ILD@20 {result['ild@20']:.3f}"]
@@ -237,6 +249,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     users = "users at a time (default: 512, on a GPU 4,096)"
     parser.add_argument("--batch-size", type=cli.whole_number(1), default=argparse.SUPPRESS, help=users)
+    parser.add_argument(
+        "--sketch",
+        type=cli.whole_number(0),
+        default=0,
+        metavar="R",
+        help="also rank with the user's own items among the candidates, but pushed down by R channels more (128, say)",
+    )
     cli.add_log_options(parser)
     cli.add_run_options(parser, "of weights and scores")
     cli.add_profile_option(parser)
@@ -258,6 +277,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 backend=arguments.backend,
                 ranks=ranks,
                 after_batch=trace.step,
+                sketch=arguments.sketch,
             )
         cli.say_decisions(trace.notes())
         if ranks.first:

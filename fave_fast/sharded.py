@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from fave_fast.catalogue import Catalogue, ItemId
+from fave_fast.catalogue import Catalogue, History, ItemId
 from fave_fast.checkpoint import Checkpoint
 from fave_fast.engine import Floats, Ints, Recommender, merge_drawn
 from fave_fast.errors import Closed, InputError, RankLost
@@ -463,6 +463,14 @@ class ShardedRecommender(Recommender):
     def swap(self, checkpoint: Checkpoint) -> int:
         """Not to be had: `InputError`."""
         return self.add_items((), None)
+
+    def encode(self, histories: Sequence[History]) -> tuple[Tensor, Exclusions]:
+        """Not to be had: `InputError`."""
+        raise InputError("a sharded recommender gives lists alone; expected a Recommender for endpoints and embeddings")
+
+    def embeddings(self) -> Tensor:
+        """Not to be had: `InputError`."""
+        return self.encode(())[0]
 
     def _deny_bitmap(self, catalogue: Catalogue, deny: Iterable[ItemId] | None) -> Tensor | None:
         """[N + 1], of the whole catalogue, on the CPU."""

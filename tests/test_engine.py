@@ -121,6 +121,31 @@ def test_k_beyond_the_catalogue(recommender: Recommender) -> None:
         assert sorted(answer.items) == ITEMS
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_an_index_elsewhere_finds_the_same_items(kept: Checkpoint, device: str) -> None:
+    """Its inner products, in fp64 from endpoints in fp64, have the lists' order; scores as `assert_close` has them."""
+    recommender = Recommender(kept, device=device, dtype=torch.float64)
+    recommender.remove_items([110])
+    histories = [*HISTORIES[:3], HISTORIES[4]]
+    endpoints, own = recommender.encode(histories)
+    embeddings = recommender.embeddings()
+    assert embeddings.shape == (25, kept.config.model.d)
+    assert embeddings.isfinite().all(1).tolist() == [item != 110 for item in [0, *ITEMS]]
+    assert own.offsets.tolist() == [0, 1, 4, 9, 10]
+    assert own.ids.tolist() == [1, 3, 2, 1, 24, 1, 24, 5, 1, 4], "numbers of what is known"
+    scores = (endpoints @ embeddings.T).nan_to_num(-torch.inf)[:, 1:]
+    for row, answer in zip(scores, recommender.recommend(histories, 23, exclude_history=False), strict=True):
+        best = row.argsort(descending=True)[:23].cpu()
+        assert [ITEMS[place] for place in best.tolist()] == answer.items
+        np.testing.assert_allclose(answer.scores, row.cpu()[best], rtol=2**-23, atol=0)
+    embeddings.zero_()
+    assert recommender.recommend(histories) == recommender.recommend(histories)
+    assert recommender.embeddings().any(), "a copy"
+    assert len(recommender.encode([])[0]) == 0
+    with pytest.raises(InputError, match="history 1 has no item of the catalogue"):
+        recommender.encode([[101], [110, "x"], []])
+
+
 def test_unknown_items_are_skipped_and_counted(recommender: Recommender) -> None:
     (with_unknown,) = recommender.recommend([HISTORIES[4]], 24)
     (without,) = recommender.recommend([[104]], 24)

@@ -18,7 +18,9 @@ from fave_fast.evaluate import rank_targets, translate
 from fave_fast.flow import InferenceNoise, encode
 from fave_fast.metrics import coverage, intra_list_diversity, rank_metrics
 from fave_fast.model import FAVE
+from fave_fast.ops import Exclusions
 from fave_fast.ops.registry import why_no_extension
+from fave_fast.sketch import HistorySketch
 
 CPU = torch.device("cpu")
 KEYS = {"dataset", "split", "users", "items", "protocol", "filtered", "raw", "coverage@20", "ild@20", "seconds"}
@@ -106,6 +108,31 @@ def test_ranking_equals_brute_force(checkpoint: Checkpoint, data: Interactions, 
     assert (result["split"], result["users"], result["items"]) == (name, 40, 24)
 
 
+def test_sketched_ranks_are_those_of_the_wider_products(checkpoint: Checkpoint, data: Interactions) -> None:
+    """In fp64, each user alone, all scores at once, none of which is as near to the target's as its rounding."""
+    model = checkpoint.build_model().double()
+    with torch.no_grad():  # no ties here
+        model.item_embedding.weight[1:] *= torch.linspace(0.9, 1.1, data.num_items, dtype=torch.float64)[:, None]
+    sketch = HistorySketch.of(model.item_embedding.weight, 8, k=5)
+    noise = InferenceNoise.draw(model, checkpoint.config.flow)
+    targets = split(data, checkpoint.config.data).test
+    expected = []
+    for start, target in zip(evaluate.target_starts(data, targets).tolist(), targets.tolist(), strict=True):
+        history = data.items[start:target].astype(np.int64)
+        endpoint = encode(model, checkpoint.config.flow, noise, history[None, -checkpoint.config.model.max_length :])
+        query = sketch.queries(endpoint, Exclusions.from_lists([history.tolist()]))
+        scores = (sketch.table @ query[0])[1:]
+        ahead = scores - scores[data.items[target] - 1]
+        assert ahead.abs().sort().values[1] > 1e-12 * scores.abs().max()
+        expected.append(1 + int((ahead > 0).sum()))
+    for batch_size in (7, 512):
+        found = rank_targets(model, checkpoint.config, data, targets, batch_size=batch_size, sketch=sketch)
+        assert found.sketched is not None
+        assert found.sketched.tolist() == expected
+        assert found.raw is not None
+        assert found.raw.tolist() != expected
+
+
 @pytest.mark.skipif(why_no_extension() is not None, reason=str(why_no_extension()))
 def test_the_backend_in_cpp(checkpoint: Checkpoint, data: Interactions) -> None:
     """In float32, whose rounding is far below the distance of these scores."""
@@ -166,6 +193,16 @@ def test_json_is_one_object(tiny_checkpoint: Path, tiny_log: Path, capsys: pytes
     shown = capsys.readouterr().out
     assert all(f"{figure:.2f}" in shown for figure in result["filtered"].values())
     assert result["protocol"] in shown
+    assert "sketched" not in shown
+    assert evaluate.main([*options, "--json", "--sketch", "16"]) == 0
+    with_sketch = json.loads(capsys.readouterr().out)
+    assert with_sketch.keys() == KEYS | {"sketched"}
+    assert all(with_sketch[figure] == result[figure] for figure in FIGURES)
+    assert "sketched: they are, pushed down by a sketch of 16 channels" in with_sketch["protocol"]
+    assert evaluate.main([*options, "--sketch", "16"]) == 0
+    (row,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("sketched "))
+    order = [f"{name}@{k}" for name in ("HR", "NDCG", "MRR") for k in (5, 10, 20)]
+    assert row.split()[1:] == [f"{with_sketch['sketched'][name]:.2f}" for name in order]
 
 
 def test_validation_figures_are_those_of_training(tiny_checkpoint: Path, tiny_log: Path) -> None:

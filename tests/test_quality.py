@@ -20,6 +20,7 @@ from fave_fast.data import load_interactions, split
 from fave_fast.errors import ConfigError, InputError
 from fave_fast.evaluate import evaluate, rank_targets
 from fave_fast.metrics import rank_metrics
+from fave_fast.sketch import CHANNELS
 from fave_fast.train import Trainer
 
 NEVER = time.monotonic() + 1e6
@@ -84,12 +85,14 @@ def test_a_run_is_what_train_and_evaluate_say(folder: Path, tiny_log: Path, tmp_
         for which, checkpoint in (
             ("chosen", outcome.checkpoint), ("chosen", kept), ("last stage", last), ("last stage", stages[1])
         ):  # fmt: skip
-            want = evaluate(checkpoint, data, "test", device=trainer.device)
+            want = evaluate(checkpoint, data, "test", device=trainer.device, sketch=CHANNELS)
             assert {**run["test"][which], "seconds": 0} == {**want, "seconds": 0}
         model = last.build_model()
         targets = split(data, config.data).val
         want = rank_metrics(rank_targets(model, config, data, targets, full=False).filtered)
         assert run["validation"]["last stage"] == want
+        want = evaluate(kept, data, "val", device=trainer.device, sketch=CHANNELS)
+        assert (run["validation_raw"], run["validation_sketched"]) == (want["raw"], want["sketched"])
         assert run["stage"]["last stage"] == 2
         assert run["commit"] == "abc"
         assert run["versions"]["torch"] is not None

@@ -30,6 +30,7 @@ from fave_fast.errors import DataError, FailedElsewhere, InputError
 from fave_fast.evaluate import rank_targets
 from fave_fast.model import FAVE
 from fave_fast.ranks import Ranks
+from fave_fast.sketch import HistorySketch
 from fave_fast.steps import FusedSteps, ReferenceSteps
 from fave_fast.train import Trainer, epoch_batches
 
@@ -267,8 +268,9 @@ def ranked(here: Ranks, checkpoint: Path, log: Path, batch_size: int, full: bool
     data = evaluate.translate(load_interactions(log), kept, str(log))
     model = kept.build_model()
     targets = split(data, kept.config.data).test
-    found = rank_targets(model, kept.config, data, targets, full=full, batch_size=batch_size, ranks=here)
-    return [found.filtered, found.raw, found.lists]
+    sketch = HistorySketch.of(model.item_embedding.weight, 8) if full else None
+    found = rank_targets(model, kept.config, data, targets, full=full, batch_size=batch_size, ranks=here, sketch=sketch)
+    return [found.filtered, found.raw, found.lists, found.sketched]
 
 
 @pytest.mark.parametrize(("batch_size", "full"), [(7, True), (7, False), (512, True)])

@@ -153,6 +153,9 @@ def refuse(rank: int, path: Path) -> object:
     for change in (lambda: recommender.add_items([1], [[0.0] * 16]), lambda: recommender.remove_items([101])):
         with pytest.raises(InputError, match="does not change"):
             change()
+    for whole in (lambda: recommender.encode([[101]]), recommender.embeddings):
+        with pytest.raises(InputError, match="gives lists alone"):
+            whole()
     with pytest.raises(RuntimeError, match="rank 0 asks"):
         recommender.follow()
     with pytest.raises(InputError, match="k is 0"):
