@@ -135,6 +135,17 @@ def test_in_a_dtype_and_on_a_device(device: str, dtype: torch.dtype) -> None:
     assert float((found.cpu().double() - exact).abs().max()) < bound
 
 
+def test_histories_by_numbers_of_32_bits() -> None:
+    """As the engine has them."""
+    sketch, endpoints, histories = (
+        HistorySketch.of(drawn(41, 6)),
+        drawn(len(HISTORIES), 6),
+        Exclusions.from_lists(HISTORIES),
+    )
+    narrow = Exclusions(histories.ids.int(), histories.offsets.int())
+    assert torch.equal(sketch.queries(endpoints, narrow), sketch.queries(endpoints, histories))
+
+
 def test_histories_longer_than_what_is_gathered_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     embedding, endpoints, histories = drawn(41, 6), drawn(len(HISTORIES), 6), Exclusions.from_lists(HISTORIES)
     whole = HistorySketch.of(embedding).queries(endpoints, histories)
