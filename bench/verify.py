@@ -64,8 +64,7 @@ def lists_are_complete(
     bound = (table.shape[1] + 1) * 2.0**-24 * largest * wide.norm(dim=1, keepdim=True)
     every[:, 0] = -torch.inf
     if exclude is not None:
-        owners = torch.repeat_interleave(torch.arange(len(queries), device=table.device), exclude.offsets.diff())
-        every[owners, exclude.ids.long()] = -torch.inf
+        every[exclude.owners(), exclude.ids.long()] = -torch.inf
     if not ((every.gather(1, items) - scores.double()).abs() <= bound).all():
         raise AssertionError("a score is not the item's inner product")
     best = every.scatter(1, items, -torch.inf).amax(1, keepdim=True)

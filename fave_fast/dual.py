@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fave_fast.model import FAVE, Block, Dropout, Prediction, RMSNorm, TimeEmbedding, rotate
 from fave_fast.ops.attention import softmax_attention
 from fave_fast.ops.block import gelu_dual, linear_dual, norm_dual
+from fave_fast.precision import widened
 from fave_fast.profiling import ranged
 
 Pair = tuple[Tensor, Tensor]
@@ -48,7 +49,7 @@ def predict(
 def time_features(embedding: TimeEmbedding, t: Tensor, r: Tensor) -> Pair:
     """Z of eq. (8) and dz / dt at fixed r: t, r [B] -> [B, D]."""
     times = torch.stack((t, r - t))  # along which the second runs backwards
-    wide = times if times.dtype == torch.float64 else times.float()
+    wide = widened(times)
     half = embedding.hidden.in_features // 2
     exponents = torch.arange(half, device=t.device, dtype=wide.dtype) / half
     frequencies = embedding.scale * 10_000.0**-exponents

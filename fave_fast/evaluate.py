@@ -233,7 +233,7 @@ def table(result: dict[str, Any]) -> str:
     """The figures for a terminal."""
     lines = [f"{result['dataset']}, {result['split']}: {result['users']:,} users, {result['items']:,} items"]
     lines += ["", f"{'':10}" + "".join(f"{f'{name}@{k}':>9}" for name in ("HR", "NDCG", "MRR") for k in CUTOFFS)]
-    for kind in (kind for kind in KINDS if kind in result):
+    for kind in [name for name in KINDS if name in result]:
         figures = [result[kind][f"{name}@{k}"] for name in ("HR", "NDCG", "MRR") for k in CUTOFFS]
         lines.append(f"{kind:10}" + "".join(f"{figure:9.2f}" for figure in figures))
     lines += ["", f"coverage@20 {result['coverage@20']:.1f} %   ILD@20 {result['ild@20']:.3f}"]

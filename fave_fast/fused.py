@@ -38,6 +38,7 @@ from fave_fast.ops.cross_entropy import Pairs, cross_entropy
 from fave_fast.ops.input_modulation import Drawn, Draws, Times, input_modulation, input_modulation_dual
 from fave_fast.ops.packed import DecoderWeights, Packed, decoder_hidden, own_items, padded_weights, pick, rows_of
 from fave_fast.ops.table_gradient import TableGradient, shared
+from fave_fast.precision import widened
 from fave_fast.profiling import ranged
 
 _EIGHT = 8  # elements of 16 bits that a matrix product wants rows to be multiples of
@@ -207,7 +208,7 @@ class Network:
                 if drawn is None:
                     outputs = F.linear(hidden, weight)
                     wanted = own_items(packed, outputs.shape[1])
-                    return _wide(outputs - wanted.to(outputs.dtype))[:, 1 : items + 1].square().mean()
+                    return widened(outputs - wanted.to(outputs.dtype))[:, 1 : items + 1].square().mean()
                 loss: Tensor = cast(Any, _SampledLoss).apply(
                     hidden, weight, packed, drawn, self.share, self.behind, self.backend
                 )
@@ -292,10 +293,6 @@ def with_tokens(packed: Packed) -> tuple[Tensor, Tensor]:
     offsets = packed.offsets + every[: count + 1]
     places = torch.cat((every[:rows] + packed.owners, offsets[1:] - 1))
     return offsets, torch.empty_like(every).scatter_(0, places, every)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 class _SampledLoss(torch.autograd.Function):

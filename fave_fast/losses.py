@@ -15,6 +15,7 @@ from fave_fast.config import Config
 from fave_fast.model import FAVE, Prediction
 from fave_fast.ops import cross_entropy
 from fave_fast.ops.cross_entropy import Pairs
+from fave_fast.precision import widened
 
 Reduction = Literal["mean", "sum"]
 
@@ -66,8 +67,7 @@ class Share:
 
 def _squared(error: Tensor, reduction: Reduction) -> Tensor:
     """Squared error [B, D]: mean over the batch, mean or sum over the channels; in fp32 or above."""
-    wide = error if error.dtype == torch.float64 else error.float()
-    return averaged(wide.square(), reduction)
+    return averaged(widened(error).square(), reduction)
 
 
 def averaged(squares: Tensor, reduction: Reduction) -> Tensor:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from fave_fast.conditioning import make_conditioning
 from fave_fast.config import ModelConfig
 from fave_fast.ops.attention import rotary_tables
+from fave_fast.precision import widened
 from fave_fast.profiling import ranged
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -40,7 +41,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """X [..., D] -> [..., D], same dtype."""
         # Written out: the fused op has no forward-mode derivative, and L_cons needs one.
-        wide = x if x.dtype == torch.float64 else x.float()
+        wide = widened(x)
         return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * self.weight).to(x.dtype)
 
 
@@ -87,7 +88,7 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """T [B] in [0, 1] -> [B, D]. Angles reach `scale` radians, where bf16 has steps of 4: never below fp32."""
-        wide = t if t.dtype == torch.float64 else t.float()
+        wide = widened(t)
         half = self.hidden.in_features // 2
         # Made anew each time: a buffer would be rounded to bf16 with the weights.
         exponents = torch.arange(half, device=t.device, dtype=wide.dtype) / half

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fave_fast.ops.exclusions import Exclusions
+from fave_fast.precision import widened
 
 CHANNELS = 128
 _PAIRS = 1 << 18  # of a history's item and its query, whose rows are gathered at a time: 256 MiB at D = 128
@@ -58,7 +59,7 @@ class HistorySketch:
         Raises:
             ValueError: no items, or channels or k below 1.
         """
-        rows = _wide(embedding[1:])
+        rows = widened(embedding[1:])
         rows = rows[rows.isfinite().all(1)]
         for name, value in (("the number of items", len(rows)), ("channels", channels), ("k", k)):
             if value < 1:
@@ -92,7 +93,7 @@ class HistorySketch:
             )
         if history.ids.device != ours[1]:
             raise ValueError(f"the histories are on {history.ids.device}; expected {ours[1]}")
-        f = _wide(endpoints)
+        f = widened(endpoints)
         high = f @ self.mean + self.level * ((f @ self.covariance) * f).sum(1).clamp_min(0).sqrt()
         rows, items = self._pairs(history)
         above = [
@@ -112,12 +113,6 @@ class HistorySketch:
 
     def _pairs(self, history: Exclusions) -> tuple[Tensor, Tensor]:
         """Rows and items, int64 [S], each pair once, ascending."""
-        every = torch.arange(len(history), device=history.ids.device)
-        rows = every.repeat_interleave(history.offsets.diff(), output_size=len(history.ids))
         ids, items = history.ids.long(), len(self.table)
-        keys = torch.unique((rows * items + ids)[(ids > 0) & (ids < items)])
+        keys = torch.unique((history.owners() * items + ids)[(ids > 0) & (ids < items)])
         return keys // items, keys % items
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()

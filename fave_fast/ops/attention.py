@@ -35,6 +35,7 @@ from torch.autograd import forward_ad
 
 from fave_fast.ops.registry import Implementation, Op, not_interpreted, triton_kernels, uncompiled
 from fave_fast.ops.tuning import Shapes, tile_shapes
+from fave_fast.precision import widened
 
 Tables = tuple[Tensor, Tensor]
 # Items that a tile of 16 rows holds. Where tables end there kernels have no larger tile, and a program is one warp of
@@ -292,7 +293,7 @@ def reference(stacked: tuple[Tensor, ...], queries: tuple[Tensor, ...], historie
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    wide = x if x.dtype == torch.float64 else x.float()
+    wide = widened(x)
     a, b = wide.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
 
@@ -303,8 +304,7 @@ def softmax_attention(parts: list[tuple[Tensor, Tensor, Tensor]], allowed: Tenso
     scale = q.shape[-1] ** -0.5
 
     def product(x: Tensor, y: Tensor) -> Tensor:
-        result = x @ y.transpose(-1, -2)
-        scaled: Tensor = result * scale if result.dtype == torch.float64 else result.float() * scale
+        scaled: Tensor = widened(x @ y.transpose(-1, -2)) * scale
         return scaled
 
     p = product(q, k).masked_fill(~allowed, -torch.inf).softmax(-1)

@@ -46,6 +46,7 @@ from fave_fast.ops.attention import reference as attend
 from fave_fast.ops.beside import Beside
 from fave_fast.ops.registry import Implementation, Op, not_interpreted, triton_kernels, uncompiled
 from fave_fast.ops.tuning import Shapes, multiprocessors, tile_shapes
+from fave_fast.precision import widened
 
 
 class BlockWeights(NamedTuple):
@@ -370,7 +371,7 @@ def _check(x: tuple[Tensor, ...], weights: BlockWeights, histories: Histories) -
 
 def norm_dual(x: tuple[Tensor, ...], gain: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, ...]:
     """Plain PyTorch: RMSNorm (LayerNorm with a bias) of x [..., D] and, where x has a second tensor, its tangent."""
-    wide = [one if one.dtype == torch.float64 else one.float() for one in x]
+    wide = [widened(one) for one in x]
     if bias is not None:
         wide = [one - one.mean(-1, keepdim=True) for one in wide]
     c = wide[0]
@@ -415,7 +416,7 @@ def gelu_dual(a: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Plain PyTorch: GELU of a and, where a has a second tensor, its tangent."""
     if len(a) == 1:
         return (F.gelu(a[0]),)
-    wide = a[0] if a[0].dtype == torch.float64 else a[0].float()
+    wide = widened(a[0])
     below, density = 0.5 + 0.5 * torch.erf(wide * 0.5**0.5), torch.exp(-0.5 * wide.square()) * 0.3989422804014327
     return (wide * below).to(a[0].dtype), ((below + wide * density) * a[1]).to(a[0].dtype)
 

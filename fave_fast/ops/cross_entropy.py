@@ -34,6 +34,7 @@ from fave_fast.ops.registry import Implementation, Op, interpreting, not_interpr
 from fave_fast.ops.table_gradient import TableGradient
 from fave_fast.ops.tiles import whole_rows
 from fave_fast.ops.tuning import Shapes, tile_shapes
+from fave_fast.precision import widened
 from fave_fast.profiling import ranged
 
 MAX_SCORES = 1 << 26  # 256 MiB of float32; autograd keeps about four times that
@@ -145,17 +146,13 @@ def sampled_cross_entropy(
     if log_q is not None and log_q.shape != negatives.shape:
         raise ValueError(f"log_q is {list(log_q.shape)}; expected {list(negatives.shape)} as the negatives")
     items = table[negatives]
-    scores = _wide(F.linear(endpoint, items) if shared else torch.einsum("bd,bsd->bs", endpoint, items))
+    scores = widened(F.linear(endpoint, items) if shared else torch.einsum("bd,bsd->bs", endpoint, items))
     drawn = -math.log(len(table) - 1) if log_q is None else log_q
     scores = scores - drawn - math.log(negatives.shape[-1])
     scores = scores.masked_fill(negatives == targets[:, None], -torch.inf)
-    wanted = (_wide(endpoint) * _wide(table[targets])).sum(1, keepdim=True)
+    wanted = (widened(endpoint) * widened(table[targets])).sum(1, keepdim=True)
     loss: Tensor = (torch.cat((wanted, scores), 1).logsumexp(1) - wanted[:, 0]).mean()
     return loss
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _check(endpoint: Tensor, table: Tensor, targets: Tensor, narrowed: bool = False) -> None:
@@ -185,7 +182,7 @@ def _run(
 ) -> Tensor:
     endpoint = endpoint.to(table.dtype)
     if len(endpoint) * (len(table) - 1) <= MAX_SCORES:
-        scores = _wide(F.linear(endpoint, table[1:]))
+        scores = widened(F.linear(endpoint, table[1:]))
         if left_out is not None:
             scores = scores.masked_fill(_mask(left_out, targets, 1, len(table)), -torch.inf)
         loss: Tensor = F.cross_entropy(scores, targets - 1)
@@ -217,15 +214,15 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, endpoint: Tensor, table: Tensor, targets: Tensor, left_out: Pairs | None) -> Tensor:
-        log_sum = torch.full(targets.shape, -torch.inf, device=targets.device, dtype=_wide(endpoint[:0]).dtype)
+        log_sum = torch.full(targets.shape, -torch.inf, device=targets.device, dtype=widened(endpoint[:0]).dtype)
         for first, items in _chunks(endpoint, table):
-            scores = _wide(F.linear(endpoint, items))
+            scores = widened(F.linear(endpoint, items))
             if left_out is not None:
                 scores.masked_fill_(_mask(left_out, targets, first, first + len(items)), -torch.inf)
             log_sum = torch.logaddexp(log_sum, scores.logsumexp(1))
         ctx.save_for_backward(endpoint, table, targets, log_sum)
         ctx.left_out = left_out
-        return (log_sum - (_wide(endpoint) * _wide(table[targets])).sum(1)).mean()
+        return (log_sum - (widened(endpoint) * widened(table[targets])).sum(1)).mean()
 
     @staticmethod
     @once_differentiable
@@ -236,7 +233,7 @@ class _Chunked(torch.autograd.Function):
         by_table = torch.zeros_like(table) if ctx.needs_input_grad[1] else None
         rows = torch.arange(len(endpoint), device=endpoint.device)
         for first, items in _chunks(endpoint, table):
-            weights = (_wide(F.linear(endpoint, items)) - log_sum[:, None]).exp_()
+            weights = (widened(F.linear(endpoint, items)) - log_sum[:, None]).exp_()
             if ctx.left_out is not None:
                 weights.masked_fill_(_mask(ctx.left_out, targets, first, first + len(items)), 0.0)
             column = targets - first

@@ -47,6 +47,11 @@ class Exclusions:
         """The number of rows, B."""
         return self.offsets.shape[0] - 1
 
+    def owners(self) -> Tensor:
+        """Which row each id is of: int64 [E]."""
+        every = torch.arange(len(self), device=self.offsets.device)
+        return every.repeat_interleave(self.offsets.diff(), output_size=len(self.ids))
+
     @classmethod
     def from_lists(cls, rows: Sequence[Iterable[int]]) -> Exclusions:
         """One list of catalogue ids for each row, on the CPU."""

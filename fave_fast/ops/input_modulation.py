@@ -25,6 +25,7 @@ from fave_fast.ops.beside import Beside
 from fave_fast.ops.registry import Implementation, Op, not_interpreted, triton_kernels
 from fave_fast.ops.table_gradient import TableGradient
 from fave_fast.ops.tuning import launches_overlap, tile_shapes
+from fave_fast.precision import widened
 from fave_fast.profiling import ranged
 
 
@@ -433,7 +434,7 @@ def _time_features(time: Times, t: Tensor) -> Tensor:
     """Z of eq. (8), [B, D], as `fave_fast.model.TimeEmbedding` computes it."""
 
     def embed(t: Tensor) -> Tensor:
-        wide = t if t.dtype == torch.float64 else t.float()
+        wide = widened(t)
         half = len(time.hidden_weight) // 2
         exponents = torch.arange(half, device=t.device, dtype=wide.dtype) / half
         angles = wide[:, None] * (time.scale * 10_000.0**-exponents)

@@ -20,6 +20,7 @@ from fave_fast.ops.input_modulation import KERNEL_CHANNELS, summed
 from fave_fast.ops.registry import Implementation, Op, not_interpreted, triton_kernels
 from fave_fast.ops.table_gradient import TableGradient
 from fave_fast.ops.tuning import Shapes, tile_shapes
+from fave_fast.precision import widened
 from fave_fast.profiling import ranged
 
 _MOST_HISTORIES = 1 << 14  # that one program adds up the lengths of
@@ -224,8 +225,7 @@ def _pick_reference(outputs: Tensor, packed: Packed, drawn: Tensor) -> Picked:
     real, others = packed.owners < packed.count, places_of(packed, drawn, width)
     counts = torch.cat((real, real & ~own_items(packed, width).flatten()[others]))
     places = torch.cat((places_of(packed, packed.ids, width), others))
-    errors = outputs.flatten().index_select(0, places)
-    errors = errors if errors.dtype == torch.float64 else errors.float()
+    errors = widened(outputs.flatten().index_select(0, places))
     errors[: len(drawn)] -= 1
     errors.masked_fill_(~counts, 0)
     return Picked(places, errors, errors.square().sum(), counts.sum(dtype=errors.dtype))

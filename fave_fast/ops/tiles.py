@@ -96,8 +96,7 @@ class Tiles:
             return [None] * len(bounds)
         device = self.queries.device
         ids, order = self.exclude.ids.long().sort()
-        every_row = torch.arange(len(self.queries), device=device)
-        rows = every_row.repeat_interleave(self.exclude.offsets.diff(), output_size=len(ids))[order]
+        rows = self.exclude.owners()[order]
         cuts = torch.searchsorted(ids, torch.tensor(bounds, device=device)).tolist()
         return [
             (rows[cuts[t] : cuts[t + 1]], ids[cuts[t] : cuts[t + 1]] - bounds[t]) if cuts[t] < cuts[t + 1] else None
